@@ -1,0 +1,53 @@
+# Two commands matter: `make demo` and `make test`. Both make .venv by themselves, from Python and the package index alone.
+VENV := .venv
+BIN := $(VENV)/bin
+META := settings.ini setup.py pyproject.toml
+.DELETE_ON_ERROR:
+.PHONY: demo test readme docs wheel wheel-check colab-check clean
+
+help:
+	@echo "make demo         train, sample and evaluate on the embedded data set; writes runs/demo/report.html"
+	@echo "make test         every notebook at the tiny preset, and the other tests"
+	@echo "make readme       README.md from nbs/index.ipynb"
+	@echo "make docs         the lessons as web pages in _docs"
+	@echo "make wheel-check  the wheel, installed and used in an empty environment"
+	@echo "make colab-check  would an install move the torch of a Colab-like machine?"
+
+demo: $(BIN)/.demo
+	$(BIN)/latentdiff-run --data rooms --preset cpu --out runs/demo
+
+# One thread a worker: two workers with two threads each are slower than two with one.
+test: $(BIN)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+$(BIN)/.demo: $(BIN)/python $(META)
+	@echo "Installing latentdiff and what it needs: one to five minutes, several GB (torch brings its CUDA libraries along)."
+	$(BIN)/pip install -q -e '.[eval]'
+	@touch $@
+
+$(BIN)/.dev: $(BIN)/python $(META)
+	@echo "Installing latentdiff, what it needs and the test tools: one to five minutes, several GB."
+	$(BIN)/pip install -q -e '.[eval,dev]'
+	@touch $@ $(BIN)/.demo
+
+$(BIN)/python:
+	@python=$$(sh scripts/find-python) && echo "Creating $(VENV) with $$python" && $$python -m venv $(VENV)
+
+readme: $(BIN)/.dev
+	$(BIN)/python scripts/readme.py
+
+docs: $(BIN)/.dev
+	$(BIN)/python scripts/docs.py _docs
+
+wheel: $(BIN)/.dev
+	rm -rf dist
+	$(BIN)/python -m build
+
+wheel-check: wheel
+	sh scripts/check-wheel $(BIN)/python dist/*.whl
+
+colab-check: $(BIN)/.dev
+	$(BIN)/python scripts/colab_check.py
+
+clean:
+	rm -rf build dist _docs *.egg-info

@@ -1,0 +1,25 @@
+"docs.py FOLDER: each notebook as a web page that needs nothing else, linked to one another."
+import re, shutil, sys
+from pathlib import Path
+import nbformat
+from nbconvert import HTMLExporter
+from notebooks import NBS, notebooks, read, shown
+
+def page(path):
+    "The HTML of the notebook at `path`, links to notebooks turned into links to pages."
+    nb = read(path)
+    nb['cells'] = shown(nb['cells'])
+    for c in nb['cells']:
+        if c['cell_type'] == 'markdown': c['source'] = re.sub(r'\]\((?!https?:)([^)\s]+)\.ipynb', r'](\1.html', c['source'])
+    return HTMLExporter().from_notebook_node(nbformat.from_dict(nb))[0]
+
+def build(folder):
+    "Write every page into `folder`, with the pictures that prose shows."
+    for path in notebooks():
+        out = (folder/path.relative_to(NBS)).with_suffix('.html')
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page(path), encoding='utf-8')
+        print(out)
+    if (NBS/'images').exists(): shutil.copytree(NBS/'images', folder/'images', dirs_exist_ok=True)
+
+if __name__ == '__main__': build(Path(sys.argv[1]))

@@ -1,0 +1,46 @@
+"What the scripts and tests need to know about the project and its notebooks."
+from configparser import ConfigParser
+from pathlib import Path
+import json, re
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS = ROOT/'nbs'
+
+def settings():
+    "The [DEFAULT] section of settings.ini."
+    ini = ConfigParser(delimiters=['='], interpolation=None)
+    ini.read(ROOT/'settings.ini', encoding='utf-8')
+    return ini['DEFAULT']
+
+def notebooks(): return sorted(p for p in NBS.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+
+def read(path):
+    "The notebook at `path`, the source of each cell as one string."
+    nb = json.loads(Path(path).read_text(encoding='utf-8'))
+    for c in nb['cells']: c['source'] = ''.join(c['source'])
+    return nb
+
+def directives(cell):
+    "The first words of the `#|` lines that a code cell starts with."
+    lines = cell['source'].splitlines() if cell['cell_type'] == 'code' else []
+    return {re.match(r'#\|\s*([\w-]+)', l)[1] for l in lines if l.startswith('#|')}
+
+def shown(cells, leave_out=('hide', 'default_exp')):
+    "`cells` as a reader should see them: without those that hold one of `leave_out`; `echo: false` keeps only outputs."
+    return [c | dict(source=bare(c)) for c in cells if not directives(c) & set(leave_out)]
+
+def bare(cell):
+    "The source of `cell` without directives."
+    if 'echo' in directives(cell): return ''
+    return '\n'.join(l for l in cell['source'].splitlines() if not l.startswith('#|'))
+
+def badge(path, cfg):
+    "The Colab badge of the notebook at `path`."
+    url = f"https://colab.research.google.com/github/{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/{path.relative_to(ROOT).as_posix()}"
+    return f'[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]({url})'
+
+def setup_cell(cfg):
+    "The cell that installs the package on Colab."
+    return f'''#| eval: false
+# On Colab this installs the package and leaves the preinstalled torch alone; elsewhere it does nothing.
+![ -e /content ] && pip install -q "{cfg['lib_name']}[eval] @ git+https://github.com/{cfg['user']}/{cfg['repo']}"'''

@@ -1,0 +1,43 @@
+"README.md from nbs/index.ipynb; its pictures go to nbs/images. `readme.py --check` writes nothing and fails if they differ."
+import base64, posixpath, re, sys
+from notebooks import NBS, ROOT, directives, read, shown
+
+LINK = re.compile(r'(\]\(|src=")(?!https?:|#)([^)"\s]+)')
+MARK = '<!-- Made from nbs/index.ipynb by `make readme`: edit that. -->\n'
+
+def from_root(text):
+    "`text` with links that start in nbs/ turned into links that start in the root."
+    return LINK.sub(lambda m: m[1] + posixpath.normpath('nbs/' + m[2]), text)
+
+def output(out, files):
+    "One output as markdown; a picture is added to `files`, {path: bytes}."
+    data = out.get('data', {})
+    if 'image/png' in data:
+        path = f'nbs/images/index-{len(files)}.png'
+        files[path] = base64.b64decode(data['image/png'])
+        return f'![The pipeline, with real pictures]({path})'
+    text = ''.join(out.get('text', '') or data.get('text/plain', ''))
+    return '\n'.join(f'    {l}' for l in text.splitlines())
+
+def render(nb):
+    "README.md and its pictures, {path: bytes}, for the notebook `nb`."
+    files,parts = {},[MARK]
+    for c in shown(nb['cells'], leave_out=('hide', 'eval')):
+        if c['cell_type'] == 'markdown': parts.append(from_root(c['source']))
+        else: parts += code(c, files)
+    files['README.md'] = ('\n\n'.join(p.strip('\n') for p in parts if p.strip()) + '\n').encode()
+    return files
+
+def code(c, files):
+    "The code cell `c` as markdown parts."
+    source = [] if not c['source'].strip() else [f"``` python\n{c['source']}\n```"]
+    return source + [output(o, files) for o in c['outputs']]
+
+if __name__ == '__main__':
+    files = render(read(NBS/'index.ipynb'))
+    stale = [f for f,b in files.items() if not (ROOT/f).exists() or (ROOT/f).read_bytes() != b]
+    if '--check' in sys.argv: sys.exit(f"Not up to date, run `make readme`: {', '.join(stale)}" if stale else 0)
+    for f in stale:
+        (ROOT/f).parent.mkdir(parents=True, exist_ok=True)
+        (ROOT/f).write_bytes(files[f])
+    print(f"Wrote {', '.join(stale)}" if stale else 'README.md is up to date.')
