@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['STARTED', 'PARTS', 'STAGES', 'FITS', 'LEAST', 'CLASSIFY', 'STYLE', 'LatentDiffusionPipeline', 'check_channels',
-           'write_whole', 'read_json', 'load_part', 'Run', 'settings_of', 'preset_of', 'stem', 'default_folder',
-           'versions', 'View', 'plan', 'seconds_each', 'train_step', 'peak_gb', 'thin', 'curves_of', 'save_png',
-           'rebuilt', 'KIDCurve', 'path_of', 'path_picture', 'labelled', 'to_pil', 'loss_curves', 'kid_curve',
-           'picture', 'shown_width', 'card', 'table', 'cards', 'report', 'one_line_errors', 'run_cli', 'encode_cli',
-           'open_run', 'train_cli', 'sample_cli', 'pixels_of', 'expect', 'write_npz', 'write_pngs', 'image_set',
-           'npz_pixels', 'eval_cli']
+           'write_whole', 'write_json', 'read_json', 'load_part', 'Run', 'settings_of', 'preset_of', 'stem',
+           'default_folder', 'versions', 'View', 'plan', 'seconds_each', 'train_step', 'peak_gb', 'thin', 'curves_of',
+           'save_png', 'rebuilt', 'KIDCurve', 'path_of', 'path_picture', 'labelled', 'to_pil', 'loss_curves',
+           'kid_curve', 'picture', 'shown_width', 'card', 'table', 'cards', 'report', 'one_line_errors', 'run_cli',
+           'encode_cli', 'open_run', 'train_cli', 'sample_cli', 'pixels_of', 'expect', 'write_npz', 'write_pngs',
+           'image_set', 'npz_pixels', 'eval_cli']
 
 # %% ../nbs/80_pipeline.ipynb #c003
 import time
@@ -31,7 +31,7 @@ from PIL import Image
 from .data import (UserError, default_device, from_uint8, image_grid, open_images, runs_home, split_of, to_uint8)
 from .data import preset as find_preset
 from .autoencoder import KLAutoencoder, load_component, open_autoencoder, quality, save_component, train_autoencoder
-from .noisify import Process, encode_latents, open_latents, write_json
+from .noisify import Process, encode_latents, open_latents
 from .unet import UNet, train_denoiser
 from .sampling import SAMPLERS, evaluations, sample, start_noise, time_steps
 from .kid_eval import (ClassifierFeatures, EfficientNetFeatures, GreyClassifier, evaluate, features, kid, nearest_neighbours,
@@ -101,6 +101,8 @@ def write_whole(path, data):
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.part')
     tmp.write_bytes(data.encode() if isinstance(data, str) else data)
     os.replace(tmp, path)
+
+def write_json(path, d): write_whole(path, json.dumps(d, indent=1) + '\n')
 
 def read_json(path, hint):
     "The object in the JSON file at `path`; `UserError` ending in `hint` if there is none."
@@ -176,18 +178,13 @@ def settings_of(data=None, preset=None, size=None, minutes=None, seed=0, n=None,
     for k,v in dict(size=size, minutes=minutes, n=n).items():
         if v is not None and v <= 0: raise UserError(f"--{k} is {v}: give a number above 0.")
     p = preset_of(dict(preset=preset, data=data, size=size, n=n))
-    data,autoencoder = (str(Path(d).resolve()) if d and Path(d).exists() else d for d in (p.data, autoencoder))
+    data,autoencoder = (str(Path(d).resolve()) if d and Path(d).exists() else d for d in (p.data, autoencoder or p.ae_pretrained))
     return dict(data=data, preset=p.name, size=p.size, minutes=minutes, seed=seed, n=p.n, autoencoder=autoencoder)
 
 def preset_of(s):
     "The `Preset` with the data, size and number of images of the settings `s`."
-    p = find_preset(s['preset'])
-    data = s['data'] or p.data
-    more = dict(minutes=getattr(p, 'minutes', {'tiny': 1, 'cpu': 11, 'gpu': 55}[p.name]))
-    more['ae_widths'] = p.ae_widths if (s['size'] or p.size) < 64 else (*p.ae_widths, p.ae_widths[-1])[:3]
-    p = replace(p, data=data, size=s['size'] or p.size, n=s['n'] or p.n, ae_widths=more['ae_widths'])
-    object.__setattr__(p, 'minutes', more['minutes'])
-    return p
+    p = find_preset(s['preset'], data=s['data'], size=s['size'])
+    return replace(p, n=s['n'] or p.n)
 
 def stem(data):
     "A short name for `data`: a data set's own, or that of the folder or archive."
@@ -228,7 +225,7 @@ def done(self:Run, stage): return stage in self.state['stages']
 def stage(self:Run, name):
     "Do the stage `name` unless it is done; then write down its seconds and what it returned."
     if self.done(name): return
-    print(f'{name} ...', flush=True)
+    if self.what(name): print(f'{name}: {self.what(name)}', flush=True)
     start = time.time()
     facts = getattr(self, f'do_{name}')() or {}
     self.state['stages'][name] = {**facts, 'seconds': round(time.time()-start, 1)}
@@ -425,7 +422,8 @@ def announce(self:Run):
     done = [k for k in STAGES if self.done(k)]
     if done: print(f"continuing after: {', '.join(done)}")
     print(f"takes about {sum(secs.values())/60:.1f} min and {self.memory():.1f} GB:")
-    for k,v in secs.items(): print(f'  {k:12} {v:6.0f} s  {self.what(k)}')
+    for k,v in secs.items():
+        if self.what(k): print(f'  {k:12} {v:6.0f} s  {self.what(k)}')
     sys.stdout.flush()
 
 @patch
@@ -627,9 +625,9 @@ def path_picture(pipe, steps, seed, n=3, cols=8):
 # %% ../nbs/80_pipeline.ipynb #c065
 def labelled(im, cols, rows):
     "A PIL grid with a label over each column and beside each row."
-    w,h = 1.05*len(cols),1.05*len(rows)
-    fig = Figure((w+.5, h+.3), dpi=90)
-    ax = fig.add_axes([.5/(w+.5), 0, w/(w+.5), h/(h+.3)])
+    w,h,left,top = 1.05*len(cols),1.05*len(rows),.8,.3*any(cols)
+    fig = Figure((w+left, h+top), dpi=90)
+    ax = fig.add_axes([left/(w+left), 0, w/(w+left), h/(h+top)])
     ax.imshow(im, aspect='auto', interpolation='nearest')
     ax.set_xticks((np.arange(len(cols))+.5)*im.width/len(cols), cols, fontsize=8)
     ax.set_yticks((np.arange(len(rows))+.5)*im.height/len(rows), rows, fontsize=9)
@@ -706,7 +704,8 @@ def loss_curves(ax, name, d):
 def kid_curve(ax, curve, final):
     "KID with its standard error during the training, the floor dashed."
     ax.set(title='KID on the way', xlabel='share of training time', yscale='log')
-    if curve:
+    if not curve: ax.text(.5, .5, 'the run was too short for it', ha='center', transform=ax.transAxes)
+    else:
         at,k,se = zip(*curve)
         ax.errorbar(at, np.maximum(k, 1e-5), yerr=se, marker='.', capsize=2)
     ax.axhline(max(final['kid_floor'] + final['kid_floor_se'], 1e-5), ls='--', c='grey', lw=1)
