@@ -5,21 +5,22 @@ import nbformat
 from nbconvert import HTMLExporter
 from notebooks import NBS, notebooks, read, shown
 
-def page(path):
+def page(path, exporter):
     "The HTML of the notebook at `path`, links to notebooks turned into links to pages."
     nb = read(path)
     nb['cells'] = shown(nb['cells'])
     for c in nb['cells']:
         if c['cell_type'] == 'markdown': c['source'] = re.sub(r'\]\((?!https?:)([^)\s]+)\.ipynb', r'](\1.html', c['source'])
-    return HTMLExporter().from_notebook_node(nbformat.from_dict(nb))[0]
+    return exporter.from_notebook_node(nbformat.from_dict(nb))[0]
 
-def build(folder):
-    "Write every page into `folder`, with the pictures that prose shows."
-    for path in notebooks():
+def build(folder, paths):
+    "Write the pages of the notebooks `paths` into `folder`, with the pictures that prose shows."
+    exporter = HTMLExporter()
+    for path in paths:
         out = (folder/path.relative_to(NBS)).with_suffix('.html')
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(page(path), encoding='utf-8')
+        out.write_text(page(path, exporter), encoding='utf-8')
         print(out)
     if (NBS/'images').exists(): shutil.copytree(NBS/'images', folder/'images', dirs_exist_ok=True)
 
-if __name__ == '__main__': build(Path(sys.argv[1]))
+if __name__ == '__main__': build(Path(sys.argv[1]), notebooks())

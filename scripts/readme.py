@@ -23,6 +23,7 @@ def render(nb):
     "README.md and its pictures, {path: bytes}, for the notebook `nb`."
     files,parts = {},[MARK]
     for c in shown(nb['cells'], leave_out=('hide', 'eval')):
+        if c['source'].startswith('<!-- notebook only -->'): continue
         if c['cell_type'] == 'markdown': parts.append(from_root(c['source']))
         else: parts += code(c, files)
     files['README.md'] = ('\n\n'.join(p.strip('\n') for p in parts if p.strip()) + '\n').encode()
