@@ -1,0 +1,238 @@
+"Samplers against diffusers' schedulers, against exact solutions, and on their edges."
+from functools import partial
+import math, pytest, torch, diffusers
+from torch import nn
+from latentdiff.noisify import Process
+from latentdiff.sampling import *
+
+N, SHAPE = 6, (6, 4, 3, 3)
+POINTS = torch.randn(5, *SHAPE[1:], generator=torch.Generator().manual_seed(3))
+ALL = [Process(s, t) for s in ('cosine', 'ddpm_linear', 'ddpm_cosine', 'edm', 'flow') for t in ('eps', 'x0', 'v', 'velocity')]
+DDPM_LINEAR = dict(beta_start=1e-4, beta_end=.02, beta_schedule='linear')
+name = lambda p: f'{p.schedule}-{p.target}'
+
+def denoiser(process): return optimal_denoiser(process, POINTS, .3)
+def times(scheduler): return [(int(k)+1)/1000 for k in scheduler.timesteps] + [0.]
+def close(a, b, tol=1e-5):
+    err = (a-b).abs().max().item()/max(1., b.abs().max().item())
+    assert err < tol, err
+
+def drive(scheduler, net, x, t_of, **kw):
+    "The loop of a diffusers pipeline: `t_of` turns its timesteps into ours"
+    for k in scheduler.timesteps:
+        xin = scheduler.scale_model_input(x, k) if hasattr(scheduler, "scale_model_input") else x
+        x = scheduler.step(net(xin, torch.full((len(x),), t_of(k))), k, x, **kw).prev_sample
+    return x
+
+step_time = lambda k: (float(k)+1)/1000
+
+@pytest.mark.parametrize('target,theirs', [('eps', 'epsilon'), ('v', 'v_prediction'), ('x0', 'sample')])
+@pytest.mark.parametrize('n', [1, 7, 50])
+@pytest.mark.parametrize('spacing', ['leading', 'trailing', 'linspace'])
+def test_ddpm_equals_diffusers(target, theirs, n, spacing):
+    p = Process('ddpm_linear', target)
+    sch = diffusers.DDPMScheduler(**DDPM_LINEAR, prediction_type=theirs, clip_sample=False, variance_type='fixed_small', timestep_spacing=spacing)
+    sch.set_timesteps(n); x = start_noise(p, SHAPE, seed=1)
+    a = ddpm(denoiser(p), p, x, times(sch), generator=torch.Generator().manual_seed(5))
+    close(a, drive(sch, denoiser(p), x, step_time, generator=torch.Generator().manual_seed(5)))
+
+@pytest.mark.parametrize('eta', [0., .5, 1.])
+@pytest.mark.parametrize('target,theirs', [('eps', 'epsilon'), ('v', 'v_prediction'), ('x0', 'sample')])
+def test_ddim_equals_diffusers(eta, target, theirs):
+    p = Process('ddpm_linear', target)
+    sch = diffusers.DDIMScheduler(**DDPM_LINEAR, prediction_type=theirs, clip_sample=False, timestep_spacing='trailing')
+    sch.set_timesteps(25); x = start_noise(p, SHAPE, seed=1)
+    a = ddim(denoiser(p), p, x, times(sch), eta=eta, generator=torch.Generator().manual_seed(5))
+    close(a, drive(sch, denoiser(p), x, step_time, eta=eta, generator=torch.Generator().manual_seed(5)))
+
+def sigma_hat(p, t): a, s = levels(p, t); return s/a
+
+@pytest.mark.parametrize('sampler,theirs', [(euler, diffusers.EulerDiscreteScheduler), (partial(heun, straight=False), diffusers.HeunDiscreteScheduler)])
+@pytest.mark.parametrize('target,kind', [('eps', 'epsilon'), ('v', 'v_prediction')])
+def test_ode_solvers_equal_diffusers(sampler, theirs, target, kind):
+    p = Process('ddpm_linear', target)
+    sch = theirs(**DDPM_LINEAR, prediction_type=kind, timestep_spacing='trailing'); sch.set_timesteps(15)
+    x = start_noise(p, SHAPE, seed=1); ts = list(dict.fromkeys(times(sch)))   # Heun's timesteps come twice
+    close(sampler(denoiser(p), p, x, ts), drive(sch, denoiser(p), x/levels(p, ts[0])[0], step_time), 2e-5 if target == 'eps' else 1e-5)
+
+@pytest.mark.parametrize('n', [2, 5, 10, 30])
+@pytest.mark.parametrize('target,kind', [('eps', 'epsilon'), ('v', 'v_prediction'), ('x0', 'sample')])
+def test_dpmpp_2m_equals_diffusers(n, target, kind):
+    p = Process('ddpm_linear', target)
+    sch = diffusers.DPMSolverMultistepScheduler(**DDPM_LINEAR, prediction_type=kind, algorithm_type='dpmsolver++', solver_order=2,
+        solver_type='midpoint', lower_order_final=True); sch.set_timesteps(n)
+    x = start_noise(p, SHAPE, seed=1)
+    close(dpmpp_2m(denoiser(p), p, x, times(sch)), drive(sch, denoiser(p), x, step_time))
+
+@pytest.mark.parametrize('sampler,theirs,kw', [(ddpm, diffusers.DDPMScheduler, dict(clip_sample=False)), (ddim, diffusers.DDIMScheduler, dict(clip_sample=False)),
+                                               (dpmpp_2m, diffusers.DPMSolverMultistepScheduler, {})])
+def test_cosine_betas_equal_diffusers(sampler, theirs, kw):
+    p = Process('ddpm_cosine', 'v'); gen = lambda: torch.Generator().manual_seed(5)
+    sch = theirs(beta_schedule='squaredcos_cap_v2', prediction_type='v_prediction', timestep_spacing='trailing', **kw); sch.set_timesteps(20)
+    x = start_noise(p, SHAPE, seed=1)
+    close(sampler(denoiser(p), p, x, times(sch), generator=gen()), drive(sch, denoiser(p), x, step_time, **(dict(generator=gen()) if sampler is ddpm else {})))
+
+@pytest.mark.parametrize('sampler,theirs', [(euler, diffusers.FlowMatchEulerDiscreteScheduler), (heun, diffusers.FlowMatchHeunDiscreteScheduler)])
+def test_flow_equals_diffusers(sampler, theirs):
+    p = Process('flow', 'velocity'); sch = theirs(); sch.set_timesteps(12); x = start_noise(p, SHAPE, seed=1)
+    ts = list(dict.fromkeys(float(k)/1000 for k in sch.timesteps)) + [0.]
+    close(sampler(denoiser(p), p, x, ts), drive(sch, denoiser(p), x, lambda k: float(k)/1000))
+
+def test_dpmpp_2m_equals_diffusers_on_flow():
+    p = Process('flow', 'velocity')
+    sch = diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type='flow_prediction'); sch.set_timesteps(12)
+    ts, x = sch.sigmas.tolist(), start_noise(p, SHAPE, seed=1); ts_iter = iter(ts)
+    close(dpmpp_2m(denoiser(p), p, x, ts), drive(sch, denoiser(p), x, lambda k: next(ts_iter)))
+
+@pytest.mark.parametrize('sampler,theirs', [(euler, diffusers.EDMEulerScheduler), (dpmpp_2m, diffusers.EDMDPMSolverMultistepScheduler)])
+def test_edm_equals_diffusers(sampler, theirs):
+    p = Process('edm', 'v'); sch = theirs(sigma_data=1.); sch.set_timesteps(12); x = start_noise(p, SHAPE, seed=1)
+    ts = time_steps(p, 12); it = iter(ts); net = denoiser(p)
+    assert torch.allclose(sch.sigmas, torch.tensor([levels(p, t)[1] for t in ts]), rtol=1e-5)
+    flip = lambda xin, t: -net(xin, t)       # EDM's F is -v at sigma_data = 1
+    close(sampler(net, p, x, ts), drive(sch, flip, x, lambda k: next(it)), 2e-5)
+
+# --- exact solutions ---------------------------------------------------------------------------------------------------
+
+def gaussian(p, std): return optimal_denoiser(p, torch.zeros(1, *SHAPE[1:]).double(), std)
+
+def exact(p, x, t0, std):
+    "For data N(0, std^2) the ODE keeps x/sqrt(alpha^2 std^2 + sigma^2)"
+    a, s = levels(p, t0); return x*std/math.sqrt((a*std)**2 + s**2)
+
+@pytest.mark.parametrize('schedule', ['cosine', 'ddpm_linear', 'edm', 'flow'])
+@pytest.mark.parametrize('sampler,order', [(euler, 1), (ddim, 1), (heun, 2), (dpmpp_2m, 2)])
+def test_order_of_convergence(schedule, sampler, order):
+    p, std = Process(schedule, 'v'), .5
+    x = start_noise(p, SHAPE, seed=1).double(); errs = []
+    for n in (20, 40, 80):
+        ts = time_steps(p, n, 'logsnr' if schedule in ('edm', 'ddpm_linear') or sampler is dpmpp_2m else None)
+        x1 = x*levels(p, ts[0])[1]/levels(p, 1.)[1]
+        errs.append((sampler(gaussian(p, std), p, x1, ts) - exact(p, x1, ts[0], std)).abs().max().item())
+    slopes = [math.log2(a/b) for a, b in zip(errs, errs[1:])]
+    assert slopes[-1] > order - .25, (errs, slopes)
+    if order == 1: assert slopes[-1] < 1.3, slopes
+
+@pytest.mark.parametrize('sampler', [ddpm, partial(ddim, eta=1.)])
+def test_fresh_noise_keeps_the_variance(sampler):
+    "At 200 steps the samples have the data's standard deviation"
+    p, std = Process('cosine', 'v'), .5
+    net = optimal_denoiser(p, torch.zeros(1, 1), std); gen = lambda: torch.Generator().manual_seed(3)
+    x = torch.randn(8000, 1, generator=torch.Generator().manual_seed(2))
+    out = sampler(net, p, x, time_steps(p, 200), generator=gen())
+    assert abs(out.std().item() - std) < .02
+
+def test_ddim_at_eta_1_is_ddpm():
+    p = Process('cosine', 'v'); x = start_noise(p, SHAPE); ts = time_steps(p, 30); gen = lambda: torch.Generator().manual_seed(3)
+    close(ddim(denoiser(p), p, x, ts, eta=1., generator=gen()), ddpm(denoiser(p), p, x, ts, generator=gen()))
+
+# --- edges -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('process', ALL, ids=name)
+@pytest.mark.parametrize('spacing', ['uniform', 'karras', 'logsnr'])
+def test_finite_and_on_the_data(process, spacing):
+    "From t = 1, where alpha may be 0, to t = 0, where sigma is: every sampler ends near one of the points"
+    for sampler in SAMPLERS.values():
+        ts = time_steps(process, 30, spacing); x = start_noise(process, SHAPE, t=ts[0])
+        out = sampler(optimal_denoiser(process, POINTS), process, x, ts, generator=generators(0, N))
+        assert out.isfinite().all()
+        assert torch.cdist(out.flatten(1), POINTS.flatten(1)).min(1).values.max() < .35
+
+@pytest.mark.parametrize('process', ALL, ids=name)
+@pytest.mark.parametrize('n', [1, 2, 3])
+def test_few_steps_are_finite(process, n):
+    for sampler in SAMPLERS.values():
+        for spacing in (None, 'karras', 'logsnr'):
+            x = start_noise(process, SHAPE)
+            assert sampler(denoiser(process), process, x, time_steps(process, n, spacing), generator=generators(0, N)).isfinite().all()
+
+@pytest.mark.parametrize('process', ALL[::4], ids=name)
+def test_time_steps(process):
+    for spacing in ('uniform', 'karras', 'logsnr'):
+        for start in (1., .4):
+            ts = time_steps(process, 9, spacing, start)
+            assert len(ts) == 10 and ts[-1] == 0 and ts == sorted(set(ts), reverse=True) and ts[0] <= start + 1e-6
+    ratios = [levels(process, t)[1]/levels(process, t)[0] for t in time_steps(process, 12, 'karras')[:-1]]
+    top = ratios[0]**(1/7); want = [(top + i/11*(.002**(1/7) - top))**7 for i in range(12)]
+    assert torch.allclose(torch.tensor(ratios), torch.tensor(want), rtol=2e-3)
+
+def test_user_errors():
+    p = Process()
+    for call in (lambda: time_steps(p, 5, 'even'), lambda: time_steps(p, 0), lambda: time_steps(p, 5, start=0.), lambda: sample(None, p, 1, (2,), sampler='magic')):
+        with pytest.raises(ValueError) as e: call()
+        assert '\n' not in str(e.value)
+
+@pytest.mark.parametrize('sampler', list(SAMPLERS))
+def test_samples_do_not_depend_on_the_batch(sampler):
+    p = Process(); kw = dict(steps=5, sampler=sampler, seed=3, device='cpu')
+    all7 = sample(denoiser(p), p, 7, SHAPE[1:], bs=7, **kw)
+    assert all7.shape == (7, *SHAPE[1:]) and all7.dtype == torch.float32 and not all7.is_inference()
+    close(sample(denoiser(p), p, 5, SHAPE[1:], bs=2, **kw), all7[:5])
+    assert torch.equal(all7, sample(denoiser(p), p, 7, SHAPE[1:], bs=7, **kw))
+    assert not torch.allclose(all7, sample(denoiser(p), p, 7, SHAPE[1:], bs=7, **{**kw, 'seed': 4}))
+
+def test_every_32_bit_seed_is_another():
+    first = lambda seed: noise_like(torch.empty(1, 9), generators(seed, 1))
+    seeds = [0, 1, 2, 2**31, 2**32 - 2, -1]
+    assert len({tuple(first(s)[0].tolist()) for s in seeds}) == len(seeds)
+
+@pytest.mark.parametrize('sampler', list(SAMPLERS))
+def test_evaluations_are_counted(sampler):
+    p, calls = Process(), []
+    net = denoiser(p)
+    sample(lambda x, t: (calls.append(1), net(x, t))[1], p, 3, SHAPE[1:], steps=8, sampler=sampler, device='cpu')
+    assert len(calls) == evaluations(sampler, 8)
+
+def test_eval_mode_and_no_gradients():
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.lin, self.seen = nn.Linear(4, 4), set()
+        def forward(self, x, t, cond=None): self.seen.add(self.training); return self.lin(x)
+    net, p = Net(), Process()
+    z = sample(net.train(), p, 2, (4,), steps=3, device='cpu')
+    assert net.seen == {False} and net.training and not z.requires_grad
+    assert not sample(net.eval(), p, 2, (4,), steps=3, device='cpu').requires_grad and not net.training
+    assert not heun(net, p, torch.randn(2, 4), time_steps(p, 3)).requires_grad
+    with pytest.raises(RuntimeError): sample(net.train(), p, 2, (5,), steps=3, device='cpu')
+    assert net.training                       # put back after a failure too
+
+@pytest.mark.parametrize('sampler', list(SAMPLERS))
+def test_callback_sees_every_step(sampler):
+    p, seen = Process(), []; ts = time_steps(p, 6); x = start_noise(p, SHAPE)
+    SAMPLERS[sampler](denoiser(p), p, x, ts, callback=lambda i, t, x, x0: seen.append((i, t, x, x0)), generator=generators(0, N))
+    assert [o[:2] for o in seen] == list(enumerate(ts[:-1])) and torch.equal(seen[0][2], x)
+    close(seen[-1][3], predict(denoiser(p), p, seen[-1][2], ts[-2])[0])
+
+def test_path_and_gif(tmp_path):
+    from latentdiff.data import image_grid
+    from PIL import Image
+    p = Process('edm', 'v'); ts = time_steps(p, 6); x = start_noise(p, (4, 3, 8, 8)); net = optimal_denoiser(p, torch.zeros(1, 3, 8, 8), .3)
+    path = denoise_path(net, p, x, ts)
+    assert len(path) == 7 and path[-1][0] == 0 and path[0][1].std() < 1.2     # shown at unit variance, though sigma is 80
+    close(path[-1][1], heun(net, p, x, ts))
+    f = save_gif([image_grid(o.clamp(-1, 1)) for _, o, _ in path], tmp_path/'a.gif')
+    with Image.open(f) as g: assert g.n_frames == 7 and g.info['loop'] == 0
+
+def test_slerp():
+    a, b = torch.randn(2, 3, 4, 5, 5, generator=torch.Generator().manual_seed(0)).unbind()
+    close(slerp(a, b, 0.), a); close(slerp(a, b, 1.), b); close(slerp(a, a, .3), a)
+    n = b/b.flatten(1).norm(dim=1).view(-1, 1, 1, 1)*a.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    for w in (.2, .5, .9): close(slerp(a, n, w).flatten(1).norm(dim=1), a.flatten(1).norm(dim=1))
+    assert interpolate(a, b, 6).shape == (3, 6, 4, 5, 5)
+
+def test_img2img_keeps_more_at_low_strength():
+    p = Process(); z = POINTS + .1
+    moved = [(img2img(optimal_denoiser(p, POINTS, .3), p, z, s) - z).pow(2).mean().item() for s in (.01, .3, 1.)]
+    assert moved[0] < moved[1] < moved[2] and moved[0] < 1e-3
+
+@pytest.mark.parametrize('process', [Process(), Process('edm', 'v'), Process('ddpm_linear', 'eps')], ids=name)
+def test_inpaint_keeps_the_known_part_and_finds_the_rest(process):
+    mask = torch.zeros(1, *SHAPE[1:], dtype=torch.bool); mask[..., 2:] = True
+    z = torch.where(mask, torch.zeros_like(POINTS), POINTS)
+    out = inpaint(optimal_denoiser(process, POINTS, .05), process, z, mask, steps=30)
+    assert torch.equal(out[(~mask).expand_as(out)], z[(~mask).expand_as(z)])
+    assert (out - POINTS).abs().max() < .4    # the known part says which point it is
+
+def test_bar_stays_away_when_it_is_quick():
+    bar = SlowBar(3, wait=100.)
+    for _ in range(3): bar.step()
+    assert bar.bar.last_v is None
