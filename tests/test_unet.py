@@ -184,7 +184,8 @@ def test_training_learns_and_validates_rarely():
     learn = fit(small(), epochs=40, lr=4e-3)
     assert len(learn.recorder.values) == 10 and len(learn.recorder.losses) == 160
     t,loss = loss_by_level(learn.model, FLOW, latents(), n_levels=4)
-    assert loss[:3].max() < .4 and loss[3] < 2 # 2 is the loss of always answering 0
+    white = 1/((1 - t)**2 + t**2) # the error of one who knows only mean and std
+    assert (loss[:3] < .6*white[:3]).all() and loss[3] < 1.6
 
 def test_minutes_follow_the_clock():
     net,start = small(), time.perf_counter()
@@ -232,6 +233,6 @@ def test_act_stats_of_a_normal():
 def test_act_stats_in_a_fit():
     acts = ActStats(every=4)
     learn = fit(small(), epochs=2, cbs=[acts])
-    assert acts.table('mean').shape == (2, 6) and acts.hist(0).shape == (acts.bins, 2)
-    assert acts.names[0] == 'down_blocks.0.resnets.0'
+    assert acts.table('mean').shape == (2, 8) and acts.hist(0).shape == (acts.bins, 2)
+    assert acts.names[:2] == ['conv_in', 'down_blocks.0.resnets.0'] and acts.names[-1] == 'conv_out'
     assert not any(m._forward_hooks for m in learn.model.modules())
