@@ -68,18 +68,19 @@ class Preset:
 
 # %% ../nbs/00_data.ipynb #c014
 PRESETS = {p.name: p for p in (
-    Preset('tiny', 'rooms', 32, 384, .6, (32,64), 2, 4, .1, (32,64), 1, (1,), .15, 64, 64, 10),
-    Preset('cpu', 'fashion_mnist', 32, None, 11, (64,128), 2, 4, 2, (96,192), 2, (1,), 6, 128, 1000, 20),
+    Preset('tiny', 'rooms', 32, 384, .6, (64,), 4, 4, .1, (32,64), 1, (1,), .15, 64, 64, 10),
+    Preset('cpu', 'fashion_mnist', 32, None, 11, (64,), 4, 4, 1, (64,128), 1, (1,), 7, 64, 1000, 20),
     Preset('gpu', 'lsun_bedroom', 256, 10_000, 55, (64,128,256), 2, 4, 10, (128,256,512,768), 2, (2,3), 35, 32, 2000, 30,
            'stabilityai/sd-vae-ft-ema'))}
 
 DATASETS = ('rooms', 'fashion_mnist', 'mnist', 'lsun_bedroom')
 FOR_DATA = {
-    ('cpu', 'rooms'): dict(size=64, n=6000, minutes=5, ae_minutes=1.2, denoise_minutes=2, n_eval=500),
-    ('cpu', 'lsun_bedroom'): dict(size=64, n=10_000, minutes=90, latent_channels=6, ae_minutes=15, denoise_minutes=60, bs=32),
+    ('cpu', 'rooms'): dict(size=64, n=6000, minutes=5, ae_widths=(64,128), ae_minutes=1.2, denoise_minutes=2.2, bs=32, n_eval=500),
+    ('cpu', 'lsun_bedroom'): dict(size=64, n=10_000, minutes=90, ae_widths=(64,128), latent_channels=6, ae_minutes=15,
+        widths=(96,192), depth=2, denoise_minutes=60, bs=32),
     ('gpu', 'rooms'): dict(size=64, minutes=20, ae_pretrained=None),
-    ('gpu', 'fashion_mnist'): dict(size=32, n=None, minutes=20, ae_pretrained=None, widths=(128,256)),
-    ('gpu', 'mnist'): dict(size=32, n=None, minutes=20, ae_pretrained=None, widths=(128,256))}
+    ('gpu', 'fashion_mnist'): dict(size=32, n=None, minutes=20, ae_pretrained=None, ae_widths=(64,), ae_patch=4, widths=(128,256)),
+    ('gpu', 'mnist'): dict(size=32, n=None, minutes=20, ae_pretrained=None, ae_widths=(64,), ae_patch=4, widths=(128,256))}
 
 # %% ../nbs/00_data.ipynb #c016
 def preset(
@@ -95,7 +96,8 @@ def preset(
         kind = str(data) if str(data) in DATASETS else 'lsun_bedroom'
         p = replace(p, data=str(data), **FOR_DATA.get((name, kind), {}))
     if size: p = replace(p, size=int(size))
-    return replace(p, ae_patch=4) if p.size >= 64 and not p.ae_pretrained else p    # keep the latent grid small
+    if p.size < 64 or p.ae_pretrained: return p
+    return replace(p, ae_patch=max(2, 16 >> len(p.ae_widths)))   # 8 times smaller latents, not 4
 
 # %% ../nbs/00_data.ipynb #c018
 @patch
@@ -198,7 +200,7 @@ def room_caption(
     if factors['picture'] == 'yes': things.append('a picture')
     return f"a bedroom with {', '.join(things[:-1])} and {things[-1]}"
 
-# %% ../nbs/00_data.ipynb #c048
+# %% ../nbs/00_data.ipynb #c050
 _HALF, _FLOOR, _CEIL = .40, .33, -.30   # the back wall's half width, bottom and top, from the eye
 _HORIZON = .33                          # the eye's height in the picture, from the top
 
@@ -213,18 +215,18 @@ class _Canvas:
         self.img, self.light = torch.zeros(len(self.u), 3, size, size), torch.ones(1, 1, size, 1)
         self._arrange()
 
-# %% ../nbs/00_data.ipynb #c050
+# %% ../nbs/00_data.ipynb #c052
 @patch
 def _arrange(self:_Canvas):
     "Where the furniture stands: `bed`, `table` and `window`, in picture widths right of the eye"
     side = self.code['side'] - 1.
     self.middle = (side == 0).float()
     turn = torch.where(self.j['turn'] < 0, -1., 1.)
-    self.bed = .205*side + .012*self.j['bed_x']
+    self.bed, self.bed_half = .205*side + .012*self.j['bed_x'], .145 + .01*self.j['bed_width']
     self.table = self.bed + (self.middle*turn - side)*.235
-    self.window = -(side + self.middle*turn)*(.24 + .02*self.j['window_x'])
+    self.window = -(side + self.middle*turn)*(.255 + .015*self.j['window_x'])
 
-# %% ../nbs/00_data.ipynb #c052
+# %% ../nbs/00_data.ipynb #c054
 @patch
 def edge(self:_Canvas, d):
     "Coverage of a half plane from the distance inside it: a ramp of one pixel"
@@ -247,7 +249,7 @@ def paint(self:_Canvas, mask, colour, shines=False):
     "Lay a colour (0..1) over what is there; things that shine ignore the room's light"
     self.img += mask*((colour if shines else colour*self.light) - self.img)
 
-# %% ../nbs/00_data.ipynb #c054
+# %% ../nbs/00_data.ipynb #c056
 @patch
 def rows(self:_Canvas, top, bottom):
     "The same canvas cut to the rows between two heights from the eye"
@@ -261,7 +263,7 @@ def has(self:_Canvas, factor, value):
     "1. for the pictures whose factor has this value, 0. for the others"
     return (self.code[factor] == ROOM_FACTORS[factor].index(value)).float()
 
-# %% ../nbs/00_data.ipynb #c056
+# %% ../nbs/00_data.ipynb #c058
 PALETTE = dict(
     wall=((.93,.87,.74), (.62,.74,.86), (.70,.80,.64), (.92,.74,.74), (.76,.76,.78)),
     floor=((.76,.56,.35), (.42,.27,.18), (.66,.63,.60)),
@@ -276,17 +278,17 @@ def colour(self:_Canvas, factor):
     "The paint of a factor, picture by picture"
     return torch.tensor(PALETTE[factor])[self.code[factor].flatten()][:,:,None,None]
 
-# %% ../nbs/00_data.ipynb #c058
+# %% ../nbs/00_data.ipynb #c060
 def _draw_walls(c):
     "Back and side walls, ceiling, skirting board"
     wall = c.colour('wall')*(1 + .06*c.j['wall_shade'])*(1 - .15*(_FLOOR - c.v).clamp(0, .6))
     s = (c.u.abs()/_HALF).clamp(min=1)
-    c.paint(torch.ones(1, 1, 1, 1), wall)
-    c.paint(c.edge(c.u.abs() - _HALF), wall*.80)
-    c.paint(c.edge(_CEIL*s - c.v), _rgb(.95, .94, .92))
-    c.paint(c.edge(c.v - (_FLOOR - .022)*s), _rgb(.90, .89, .86))
+    c.paint(1, wall*(1 - .20*c.edge(c.u.abs() - _HALF)))             # the side walls are darker
+    above, below = c.rows(-.36, _CEIL), c.rows(.30, .47)
+    above.paint(c.edge(_CEIL*s - above.v), _rgb(.95, .94, .92))
+    below.paint(c.edge(below.v - (_FLOOR - .022)*s), _rgb(.90, .89, .86))
 
-# %% ../nbs/00_data.ipynb #c060
+# %% ../nbs/00_data.ipynb #c062
 def _draw_floor(c):
     "Planks with dark gaps, or plain carpet"
     c = c.rows(_FLOOR, 1)
@@ -296,11 +298,11 @@ def _draw_floor(c):
     wood = (1 - c.has('floor', 'carpet'))*(.16*(tone - .5) - .25*c.edge((.06 - gap)/14*s))
     c.paint(c.edge(c.v - _FLOOR*(c.u.abs()/_HALF).clamp(min=1)), c.colour('floor')*(1 + wood)*(.86 + .10*s))
 
-# %% ../nbs/00_data.ipynb #c063
+# %% ../nbs/00_data.ipynb #c065
 def _draw_window(c):
     "A window with hills under a day or a night sky"
     c = c.rows(-.26, .11)
-    x, y, w, h = c.window, -.075 + .02*c.j['window_y'], .115 + .012*c.j['window_size'], .14
+    x, y, w, h = c.window, -.075 + .02*c.j['window_y'], .105 + .010*c.j['window_size'], .14
     night, frame = c.has('window', 'night'), _rgb(.97, .96, .94)
     c.paint(c.box(x-w-.018, x+w+.018, y-h-.018, y+h+.018), frame)
     pane, down = c.box(x-w, x+w, y-h, y+h), ((c.v - y)/h*.5 + .5).clamp(0, 1)
@@ -312,18 +314,18 @@ def _draw_window(c):
     c.paint(pane*hill, _mix(_rgb(.42,.62,.34), _rgb(.05,.09,.10), night), shines=True)
     c.paint(c.box(x-.008, x+.008, y-h, y+h) + c.box(x-w, x+w, y-.008, y+.008), frame)
 
-# %% ../nbs/00_data.ipynb #c065
+# %% ../nbs/00_data.ipynb #c067
 def _draw_picture(c):
     "A framed picture above the bed"
     c = c.rows(-.17, -.03)
-    x, y, w, h, hue = c.bed + .02*c.j['picture_x'], -.10, .085, .065, c.j['picture_hue']
+    x, y, w, h, hue = c.bed + .012*c.j['picture_x'], -.10, .075, .060, c.j['picture_hue']
     there = c.has('picture', 'yes')
     c.paint(there*c.box(x-w, x+w, y-h, y+h), _rgb(.22, .16, .12))
     inner = there*c.box(x-w+.014, x+w-.014, y-h+.014, y+h-.014)
     c.paint(inner, torch.cat([.80 + .15*hue, .72 - .1*hue, .60 - .25*hue], 1))
     c.paint(inner*c.edge(c.v - y - .3*(c.u - x)), torch.cat([.45 - .3*hue, .50 + .1*hue, .55 + .3*hue], 1))
 
-# %% ../nbs/00_data.ipynb #c068
+# %% ../nbs/00_data.ipynb #c070
 def _draw_rug(c):
     "A rug with a darker border, or none"
     c = c.rows(.40, .63)
@@ -333,25 +335,32 @@ def _draw_rug(c):
     c.paint(there*c.box(mid-half, mid+half, 1.28, 1.84, x, s, s, _FLOOR), c.colour('rug')*.75)
     c.paint(there*c.box(mid-half+.03, mid+half-.03, 1.34, 1.78, x, s, s, _FLOOR), c.colour('rug'))
 
-# %% ../nbs/00_data.ipynb #c070
+# %% ../nbs/00_data.ipynb #c072
+_BED = _FLOOR - .12                     # the top of the mattress, from the eye
+
 def _draw_bed(c):
-    "Headboard, mattress under a blanket, sheet and two pillows"
-    c = c.rows(.07, .62)
-    top, near, half = _FLOOR - .12, 1.62 + .10*c.j['bed_length'], .145 + .01*c.j['bed_width']
-    x0, x1, cover = c.bed - half, c.bed + half, (c.colour('bed')*(1 + .10*c.j['bed_shade'])).clamp(0, 1)
-    c.paint(c.box(x0-.015, x1+.015, top-.12, _FLOOR), c.colour('headboard'))
-    c.paint(c.box(x0+.01, x1-.01, top-.095, top-.02), c.colour('headboard')*.88)
+    "Headboard, and a mattress under a blanket: side, foot end, top"
+    board, c = c.rows(_BED - .12, _FLOOR), c.rows(_BED, .62)
+    near, x0, x1 = 1.62 + .10*c.j['bed_length'], c.bed - c.bed_half, c.bed + c.bed_half
+    board.paint(board.box(x0-.015, x1+.015, _BED-.12, _FLOOR), c.colour('headboard'))
+    board.paint(board.box(x0+.01, x1-.01, _BED-.095, _BED-.02), c.colour('headboard')*.88)
+    cover = (c.colour('bed')*(1 + .10*c.j['bed_shade'])).clamp(0, 1)
     inner = torch.where(c.bed > 0, x0, x1)                     # the long side that faces us
     s = (c.u/torch.where(c.middle > 0, 1., inner)).clamp(min=.5)
-    c.paint((1 - c.middle)*c.box(1, near, top, _FLOOR-.01, s, c.v/s, inner.abs(), s), cover*.60)
-    c.paint(c.box(x0*near, x1*near, top*near, (_FLOOR-.012)*near), cover*.78)
-    x, s = c.plane(top)
-    c.paint(c.box(x0, x1, .99, near, x, s, s, top), cover)
-    c.paint(c.box(x0, x1, .99, 1.20, x, s, s, top), _rgb(.96, .95, .93))
-    pillows = c.box(x0+.015, c.bed-.008, .95, 1.13, x, s, s, top) + c.box(c.bed+.008, x1-.015, .95, 1.13, x, s, s, top)
+    c.paint((1 - c.middle)*c.box(1, near, _BED, _FLOOR-.01, s, c.v/s, inner.abs(), s), cover*.60)
+    c.paint(c.box(x0*near, x1*near, _BED*near, (_FLOOR-.012)*near), cover*.78)
+    x, s = c.plane(_BED)
+    c.paint(c.box(x0, x1, .99, near, x, s, s, _BED), cover)
+
+def _draw_sheet(c):
+    "A white sheet at the head of the bed, and two pillows"
+    c = c.rows(_BED*.95, _BED*1.2)
+    (x, s), x0, x1 = c.plane(_BED), c.bed - c.bed_half, c.bed + c.bed_half
+    c.paint(c.box(x0, x1, .99, 1.20, x, s, s, _BED), _rgb(.96, .95, .93))
+    pillows = c.box(x0+.015, c.bed-.008, .95, 1.13, x, s, s, _BED) + c.box(c.bed+.008, x1-.015, .95, 1.13, x, s, s, _BED)
     c.paint(pillows, _rgb(.86, .86, .88))
 
-# %% ../nbs/00_data.ipynb #c072
+# %% ../nbs/00_data.ipynb #c074
 _TABLE = _FLOOR - .15                   # its top, from the eye
 
 def _draw_table(c):
@@ -363,7 +372,7 @@ def _draw_table(c):
     px, ps = c.plane(top)
     c.paint(c.box(x-.055, x+.055, 1, s, px, ps, ps, top), _rgb(.60, .42, .27))
 
-# %% ../nbs/00_data.ipynb #c074
+# %% ../nbs/00_data.ipynb #c076
 def _draw_lamp(c):
     "A lamp whose shade shines when lit"
     c = c.rows(-.02, .22)
@@ -374,7 +383,7 @@ def _draw_lamp(c):
     c.paint(shade*(1 - c.has('lamp', 'lit')), _rgb(.52, .48, .44))
     c.paint(shade*c.has('lamp', 'lit'), _rgb(1., .95, .66), shines=True)
 
-# %% ../nbs/00_data.ipynb #c077
+# %% ../nbs/00_data.ipynb #c079
 def _draw_light(c):
     "Day or night, and the lamp's glow on everything around"
     night, lit = c.has('window', 'night'), c.has('lamp', 'lit')
@@ -382,9 +391,9 @@ def _draw_light(c):
     glow = lit*(.25 + .60*night)/(1 + far/.03)
     c.light = _mix(torch.ones(1, 3, 1, 1), _rgb(.46, .48, .62), night) + glow*_rgb(1., .82, .45)
 
-# %% ../nbs/00_data.ipynb #c079
+# %% ../nbs/00_data.ipynb #c081
 _DRAWS = (_draw_light, _draw_walls, _draw_floor, _draw_window, _draw_picture, _draw_rug, _draw_table,
-          _draw_lamp, _draw_bed)
+          _draw_lamp, _draw_bed, _draw_sheet)
 
 def _render(codes, jitter, size):
     "Rooms from their codes as uint8 (n,3,size,size)"
@@ -397,7 +406,7 @@ def _draw_rooms(seed, idxs, size):
     step = max(1, 8*64*64//size**2)
     return torch.cat([_render(*_codes(seed, idxs[i:i+step]), size) for i in range(0, len(idxs), step)])
 
-# %% ../nbs/00_data.ipynb #c081
+# %% ../nbs/00_data.ipynb #c083
 def rooms(
     n,       # how many
     size,    # pixels a side
@@ -419,7 +428,7 @@ def render_room(
     codes = {f: [v.index(factors.get(f, v[0]))] for f, v in ROOM_FACTORS.items()}
     return _render(codes, {j: [factors.get('jitter', {}).get(j, 0.)] for j in JITTER}, size)[0]
 
-# %% ../nbs/00_data.ipynb #c090
+# %% ../nbs/00_data.ipynb #c094
 def _fetch(url, part, size):
     "Continue `part` from where it ends; raises `OSError` when the server gives up early"
     have = part.stat().st_size if part.exists() else 0
@@ -433,7 +442,7 @@ def _fetch(url, part, size):
             for b in blocks: f.write(b)
     if part.stat().st_size < have + left: raise ConnectionError(f'{part.stat().st_size:,} of {have + left:,} bytes came')
 
-# %% ../nbs/00_data.ipynb #c092
+# %% ../nbs/00_data.ipynb #c096
 def file_md5(path):
     "The md5 of a file's bytes, as hexadecimal"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'md5').hexdigest()
@@ -453,7 +462,7 @@ def _from_source(url, part, md5, size, tries=3):
     part.unlink()
     raise ConnectionError(why)
 
-# %% ../nbs/00_data.ipynb #c094
+# %% ../nbs/00_data.ipynb #c098
 def download(
     url,       # first source
     path,      # where the file goes; the folder is made
@@ -478,7 +487,7 @@ def _make_folder(folder):
     try: Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as e: raise UserError(f'cannot make the folder {folder} ({e.strerror}): set LATENTDIFF_DATA to one you can write to') from None
 
-# %% ../nbs/00_data.ipynb #c101
+# %% ../nbs/00_data.ipynb #c106
 def _members(archive):
     "Yield (name, open file) for every file in a tar or zip; raises `UserError` for a member that is not safe"
     def check(name, plain):
@@ -496,7 +505,7 @@ def _members(archive):
                 check(m.name, m.isreg() or m.isdir())
                 if m.isreg(): yield m.name, t.extractfile(m)
 
-# %% ../nbs/00_data.ipynb #c103
+# %% ../nbs/00_data.ipynb #c108
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, RuntimeError)
 
 def extract(
@@ -519,7 +528,7 @@ def extract(
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
-# %% ../nbs/00_data.ipynb #c108
+# %% ../nbs/00_data.ipynb #c113
 def to_rgb(
     im # PIL image of any mode
 ):
@@ -534,7 +543,7 @@ def to_rgb(
         im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
     return im.convert('RGB')
 
-# %% ../nbs/00_data.ipynb #c111
+# %% ../nbs/00_data.ipynb #c118
 def load_pixels(
     path,      # an image file
     size,      # pixels a side
@@ -551,7 +560,7 @@ def load_pixels(
     if channels == 1: im = im.convert('L')
     return torch.from_numpy(np.array(im)).view(size, size, channels).permute(2, 0, 1)
 
-# %% ../nbs/00_data.ipynb #c116
+# %% ../nbs/00_data.ipynb #c123
 IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm'}
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, zlib.error, Image.DecompressionBombError)
 
@@ -565,7 +574,7 @@ def why_unreadable(path):
             im.verify() if im.format == 'PNG' else im.load()
     except UNREADABLE as e: return 'not a picture' if isinstance(e, Image.UnidentifiedImageError) else str(e) or type(e).__name__
 
-# %% ../nbs/00_data.ipynb #c119
+# %% ../nbs/00_data.ipynb #c126
 def split_of(
     name,        # a file name; folders before it are ignored
     valid_pct=10 # how many of a hundred names are 'valid'
@@ -574,14 +583,14 @@ def split_of(
     digest = hashlib.md5(name.rsplit('/', 1)[-1].encode()).hexdigest()
     return 'valid' if int(digest[:8], 16) % 100 < valid_pct else 'train'
 
-# %% ../nbs/00_data.ipynb #c122
+# %% ../nbs/00_data.ipynb #c130
 def _pick(names, n, seed):
     "Positions of `n` names in their own order, chosen by hash; all of them for None"
     if n is None or n >= len(names): return list(range(len(names)))
     digest = lambda i: hashlib.md5(f'{seed}/{names[i]}'.encode()).digest()
     return sorted(sorted(range(len(names)), key=digest)[:n])
 
-# %% ../nbs/00_data.ipynb #c125
+# %% ../nbs/00_data.ipynb #c133
 class Images(torch.utils.data.Dataset):
     "Pictures of one size: `images[i]` is float32 (c,h,w) in [-1,1]. Subclasses say how to `_read` them"
     labels = classes = captions = None
@@ -600,7 +609,7 @@ class Images(torch.utils.data.Dataset):
         return (f'{self.kind}: {len(self):,} images, {self.channels}x{self.size}x{self.size}{more}; {len(self.train_idxs):,} train, '
                 f'{len(self.valid_idxs):,} valid, {len(self.skipped):,} skipped')
 
-# %% ../nbs/00_data.ipynb #c127
+# %% ../nbs/00_data.ipynb #c135
 def _bar(it, total, seconds):
     "A progress bar over what is likely to take longer than two seconds"
     return progress_bar(it, total=total, leave=False) if seconds > 2 else it
@@ -619,7 +628,7 @@ def pixels(self:Images,
         for i, b in enumerate(_bar(read, len(chunks), len(idxs)*self.seconds)): out[i*64:i*64+len(b)] = b
     return out
 
-# %% ../nbs/00_data.ipynb #c129
+# %% ../nbs/00_data.ipynb #c137
 def fit_channels(
     x,       # uint8 (n,c,h,w), c 1 or 3
     channels # 1 or 3
@@ -629,7 +638,7 @@ def fit_channels(
     if channels == 3: return x.expand(-1, 3, -1, -1)
     return (x*torch.tensor((.299, .587, .114)).view(1, 3, 1, 1)).sum(1, keepdim=True).round().to(torch.uint8)
 
-# %% ../nbs/00_data.ipynb #c131
+# %% ../nbs/00_data.ipynb #c139
 class RoomImages(Images):
     "`n` rooms (10,000 unless said), labelled by the colour of the bed, with captions"
     def __init__(self, size, n=None, channels=None, seed=0):
@@ -643,7 +652,7 @@ class RoomImages(Images):
 
     def _read(self, idxs): return fit_channels(_draw_rooms(self.seed, np.array(idxs), self.size), self.channels)
 
-# %% ../nbs/00_data.ipynb #c134
+# %% ../nbs/00_data.ipynb #c142
 def read_idx(
     raw # bytes of an idx file
 ):
@@ -654,7 +663,7 @@ def read_idx(
     if data.size != shape.prod(): raise UserError(f'an idx file cut short: {data.size:,} values instead of {shape.prod():,}')
     return data.reshape(shape)
 
-# %% ../nbs/00_data.ipynb #c137
+# %% ../nbs/00_data.ipynb #c147
 IDX_FILES = ('train-images-idx3-ubyte', 'train-labels-idx1-ubyte', 't10k-images-idx3-ubyte', 't10k-labels-idx1-ubyte')
 IDX = dict(
     mnist=dict(classes=[str(i) for i in range(10)], local=[],
@@ -668,7 +677,7 @@ IDX = dict(
         md5=['f4a8712d7a061bf5bd6d2ca38dc4d50a', '9018921c3c673c538a1fc5bad174d6f9',
              '8181f5470baa50b63fa0f6fddb340f0a', '15d484375f8d13e6eb1aabb0c3f46965']))
 
-# %% ../nbs/00_data.ipynb #c139
+# %% ../nbs/00_data.ipynb #c149
 def idx_array(
     data, # 'mnist' or 'fashion_mnist'
     k     # which of `IDX_FILES`
@@ -685,7 +694,7 @@ def idx_array(
     if hashlib.md5(raw).hexdigest() != about['md5'][k]: raise UserError(f'{path} is not the published file: delete it and run again')
     return read_idx(raw)
 
-# %% ../nbs/00_data.ipynb #c141
+# %% ../nbs/00_data.ipynb #c151
 class IdxImages(Images):
     "MNIST or Fashion-MNIST: 70,000 grey pictures with labels, padded to 32 or resized"
     def __init__(self, data, size, n=None, channels=None, seed=0):
@@ -702,7 +711,7 @@ class IdxImages(Images):
         else: x = F.interpolate(x.float(), (self.size,)*2, mode='bilinear', antialias=True).round().to(torch.uint8)
         return fit_channels(x, self.channels)
 
-# %% ../nbs/00_data.ipynb #c143
+# %% ../nbs/00_data.ipynb #c153
 class FileImages(Images):
     "The picture files under a folder; the unusable ones are in `skipped`. Raises `UserError` if there are none"
     def __init__(self, folder, size, n=None, channels=None, seed=0, kind=None):
@@ -721,7 +730,7 @@ class FileImages(Images):
         self.skipped, self.seconds = skipped, .003
         self._label()
 
-# %% ../nbs/00_data.ipynb #c145
+# %% ../nbs/00_data.ipynb #c155
 @patch
 def _label(self:FileImages):
     "Classes from the folder names, if every picture lies one folder deep and there are several"
@@ -739,7 +748,7 @@ def _load(self:FileImages, path):
     try: return load_pixels(path, self.size, self.channels)
     except UNREADABLE as e: raise UserError(f"'{path}' cannot be decoded ({e}): remove it and start again") from None
 
-# %% ../nbs/00_data.ipynb #c147
+# %% ../nbs/00_data.ipynb #c157
 def unpacked(
     archive # path
 ):
@@ -755,7 +764,7 @@ def unpacked(
     if size > 1 << 28 and not folder.exists(): print(f'unpacking {archive.name} ({size/1e9:.1f} GB) to {folder}, once')
     return extract(archive, folder)
 
-# %% ../nbs/00_data.ipynb #c149
+# %% ../nbs/00_data.ipynb #c159
 LSUN = dict(url='https://s3.amazonaws.com/fast-ai-imageclas/bedroom.tgz', md5='35d84f38f8a15fe47e66e460c8800d68', size=4_579_163_978)
 
 def lsun_folder():
@@ -766,7 +775,7 @@ def lsun_folder():
     except UserError as e: raise UserError(f'{e}; a second source is pcuenq/lsun-bedrooms on the Hugging Face Hub, saved as a folder of pictures') from None
     return unpacked(archive)
 
-# %% ../nbs/00_data.ipynb #c151
+# %% ../nbs/00_data.ipynb #c161
 ARCHIVES = ('.tgz', '.tar.gz', '.tar', '.zip')
 
 def open_images(
@@ -788,7 +797,7 @@ def open_images(
         raise
     return FileImages(folder, size, n, channels, seed, path.name.split('.')[0] or 'images')
 
-# %% ../nbs/00_data.ipynb #c153
+# %% ../nbs/00_data.ipynb #c163
 def _at_hand(data):
     "The path of a folder or archive, downloaded if it is a URL"
     url, archive = data.startswith(('http://', 'https://')), data.split('?')[0].lower().endswith(ARCHIVES)
@@ -800,7 +809,7 @@ def _at_hand(data):
     if path.exists(): return path
     raise UserError(f"no folder or file '{data}', and no data set of that name (those are {', '.join(DATASETS)})")
 
-# %% ../nbs/00_data.ipynb #c167
+# %% ../nbs/00_data.ipynb #c177
 class Picture(TensorImage):
     "A picture in [-1,1] that can show itself"
     def show(self, ctx=None, title=None, **kwargs):
@@ -811,7 +820,7 @@ class Picture(TensorImage):
         if title is not None: ax.set_title(title, fontsize=8)
         return ax
 
-# %% ../nbs/00_data.ipynb #c171
+# %% ../nbs/00_data.ipynb #c181
 def image_dls(
     images,     # `Images`
     bs=64,      # batch size
@@ -823,7 +832,7 @@ def image_dls(
     splits = [images.train_idxs.tolist(), images.valid_idxs.tolist()]
     return Datasets(range(len(images)), tfms, splits=splits).dataloaders(bs=bs, num_workers=0, device=device or default_device())
 
-# %% ../nbs/00_data.ipynb #c174
+# %% ../nbs/00_data.ipynb #c184
 class DeviceLoader(DataLoader):
     "Batches of tensors that live on the device: no Python a sample, no copy, no wait for the device"
     def __init__(self,
@@ -841,7 +850,7 @@ class DeviceLoader(DataLoader):
         super().__init__(torch.utils.data.TensorDataset(x, *ys), bs=min(bs, len(x)), shuffle=shuffle, drop_last=shuffle)
         self.to(device or default_device())
 
-# %% ../nbs/00_data.ipynb #c176
+# %% ../nbs/00_data.ipynb #c186
 @patch
 def to(self:DeviceLoader, device):
     "Move the tensors, and start the random numbers afresh there"
@@ -868,7 +877,7 @@ def _gather(self:DeviceLoader, idxs):
         x = torch.where(coin, x.flip(-1), x)
     return (x if self.transform is None else self.transform(x), *ys)
 
-# %% ../nbs/00_data.ipynb #c178
+# %% ../nbs/00_data.ipynb #c188
 @patch
 def one_batch(self:DeviceLoader): return next(iter(self))
 
