@@ -12,6 +12,6 @@ def test_notebook(nb, tmp_path):
     "The notebook raises nothing and writes nothing beside itself."
     before = set((ROOT/'nbs').rglob('*'))
     env = os.environ | dict(LATENTDIFF_RUNS=f'{tmp_path}/runs', LATENTDIFF_DATA=f'{tmp_path}/data', PYTHONPATH=str(ROOT))
-    r = subprocess.run([sys.executable, '-c', RUN, ROOT/'nbs'/nb], env=env, capture_output=True, text=True, timeout=600)
+    r = subprocess.run([sys.executable, '-c', RUN, ROOT/'nbs'/nb], env=env, capture_output=True, text=True, timeout=900)
     assert r.returncode == 0, f'{nb}:\n{r.stdout[-3000:]}\n{r.stderr[-6000:]}'
     assert set((ROOT/'nbs').rglob('*')) <= before
