@@ -349,7 +349,7 @@ def seconds_per_step(
     net.zero_grad()
     return min(secs[1:])
 
-# %% ../nbs/30_unet.ipynb #c077
+# %% ../nbs/30_unet.ipynb #c078
 def expectation(
     net, # denoiser
     train, # DeviceLoader of latents
@@ -363,7 +363,7 @@ def expectation(
             f'about {minutes or steps*secs/60:.2g} min for {steps:,} steps of {train.bs} latents, '
             f'{steps*train.bs/train.n:.1f} passes over {train.n:,}.')
 
-# %% ../nbs/30_unet.ipynb #c079
+# %% ../nbs/30_unet.ipynb #c080
 def train_denoiser(
     net, # denoiser: net(x_t, t) -> prediction
     process, # Process: schedule, target and distribution of t
@@ -394,7 +394,7 @@ def train_denoiser(
     no_sync(learn).fit_one_cycle(rounds, lr, pct_start=0.1, moms=(0.9,0.9,0.9), cbs=clock)
     return learn
 
-# %% ../nbs/30_unet.ipynb #c092
+# %% ../nbs/30_unet.ipynb #c095
 @torch.no_grad()
 def loss_by_level(
     net, # denoiser
@@ -415,7 +415,7 @@ def loss_by_level(
         losses.append(F.mse_loss(net(process.scale_input(x_t, t), t).float(), target))
     return ts, torch.stack(losses).cpu()
 
-# %% ../nbs/30_unet.ipynb #c099
+# %% ../nbs/30_unet.ipynb #c102
 class ActStats(ActivationStats):
     "Mean, standard deviation, share near zero and histogram of |activation|, every few batches, kept on the device."
     low,high,bins = -4,3,42 # the histogram counts log10|a|, six bins a power of ten
@@ -443,11 +443,15 @@ class ActStats(ActivationStats):
         "One statistic of every look and every module: (looks, modules), on the CPU."
         return torch.stack([torch.stack([s[name] for s in look]) for look in self.stats]).cpu()
 
+    def layer_stats(self, idx): # index into `modules`
+        "Mean, standard deviation and share near zero of one module at each look: what fastai's `plot_layer_stats` draws."
+        return [self.table(name)[:, idx] for name in ('mean', 'std', 'near_zero')]
+
     def hist(self, idx): # index into `modules`
         "log(1 + count) of each bin at each look: (bins, looks), on the CPU."
         return torch.stack([look[idx]['hist'] for look in self.stats]).T.cpu().log1p()
 
-# %% ../nbs/30_unet.ipynb #c113
+# %% ../nbs/30_unet.ipynb #c116
 def save_denoiser(
     net, # nn.Module and ConfigMixin
     process, # Process it was trained for
@@ -457,7 +461,7 @@ def save_denoiser(
     save_component(net, Path(folder)/'denoiser')
     process.save(Path(folder)/'process')
 
-# %% ../nbs/30_unet.ipynb #c115
+# %% ../nbs/30_unet.ipynb #c118
 def denoiser_for(
     p, # Preset
     folder=None, # run folder; None: the preset's, in runs_home()

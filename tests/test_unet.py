@@ -1,5 +1,7 @@
 "The denoiser against diffusers on copied weights, and its training against closed forms."
 import math, time
+from dataclasses import replace
+from types import SimpleNamespace
 import pytest, torch
 from torch import nn
 from diffusers.models.attention_processor import Attention, AttnProcessor
@@ -7,9 +9,10 @@ from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.resnet import ResnetBlock2D
 from fastai.basics import Callback, DataLoaders, Learner, SGD
 from latentdiff.autoencoder import load_component, save_component
-from latentdiff.data import DeviceLoader, UserError
+from latentdiff.data import PRESETS, DeviceLoader, UserError
 from latentdiff.noisify import Process
-from latentdiff.unet import (EMA, ActStats, Diffusers2D, Passes, ResBlock, SelfAttention, UNet, largest_divisor,
+import latentdiff.unet
+from latentdiff.unet import (EMA, ActStats, Diffusers2D, Passes, ResBlock, SelfAttention, UNet, denoiser_for, largest_divisor,
                              loss_by_level, mixed_precision, timestep_embedding, train_denoiser)
 
 FLOW = Process('flow', 'velocity', 'logit_normal')
@@ -235,4 +238,16 @@ def test_act_stats_in_a_fit():
     learn = fit(small(), epochs=2, cbs=[acts])
     assert acts.table('mean').shape == (2, 8) and acts.hist(0).shape == (acts.bins, 2)
     assert acts.names[:2] == ['conv_in', 'down_blocks.0.resnets.0'] and acts.names[-1] == 'conv_out'
+    assert gap(acts.layer_stats(1)[1], acts.table('std')[:, 1]) == 0
     assert not any(m._forward_hooks for m in learn.model.modules())
+
+def test_denoiser_for_trains_once_and_again_for_other_settings(tmp_path, monkeypatch):
+    lat = SimpleNamespace(mean=latents().numpy(), tensor=lambda split: latents() if split == 'train' else latents()[:16])
+    monkeypatch.setattr(latentdiff.unet, 'latents_for', lambda p: lat)
+    p = replace(PRESETS['tiny'], widths=(32,), attn_levels=(), denoise_minutes=.01)
+    net,process = denoiser_for(p, tmp_path)
+    again,_ = denoiser_for(p, tmp_path)
+    assert all(torch.equal(a.cpu(), b.cpu()) for a,b in zip(net.state_dict().values(), again.state_dict().values()))
+    assert process == FLOW and (tmp_path/'process'/'config.json').exists()
+    other,_ = denoiser_for(replace(p, widths=(64,)), tmp_path)
+    assert tuple(other.config.widths) == (64,)
