@@ -1,5 +1,5 @@
 "Parity with torchmetrics and torch-fidelity, the standard error against repeated draws, merging, and bad input"
-import functools, math, os, socket
+import functools, math, socket
 import numpy as np, pytest, torch
 import torch.multiprocessing as mp
 from torch import distributed as dist
@@ -101,6 +101,22 @@ def test_fid_with_fewer_images_than_features():
     assert K.fid(a, b) == pytest.approx(_compute_fid(a.mean(0), a.T.cov(), b.mean(0), b.T.cov()).item(), rel=1e-5)
     assert abs(K.fid(a, a)) < 1e-9*a.T.cov().trace().item()
 
+@pytest.mark.parametrize('m,n', [(60, 200), (60, 40), (200, 150)])
+def test_fid_by_features_equals_fid_by_moments(m, n):
+    "Fewer images than features, more, and one of each: the shortcut against the covariances"
+    a, b = draw(m, 100), draw(n, 100, seed=1, shift=.1)
+    want = K.frechet_distance(a.mean(0), a.T.cov(), b.mean(0), b.T.cov())
+    assert K.fid(a, b) == pytest.approx(want, rel=1e-9)
+    assert K.FID().update(a, real=True).update(b, real=False).compute().item() == pytest.approx(want, rel=1e-9)
+
+@pytest.mark.parametrize('n', [10, 50])
+def test_fid_of_constant_features(n):
+    "Features that do not vary, as of black images: only the means are left"
+    a, b = torch.zeros(n, 20), torch.ones(n, 20)
+    assert K.fid(a, b) == pytest.approx(20) and K.fid(a, a) == 0
+    b[:, 0] = torch.arange(n)                                    # one varies: |mean gap|^2 + its variance
+    assert K.fid(a, b) == pytest.approx((b.mean(0)**2).sum().item() + b[:, 0].var().item(), rel=1e-6)
+
 def test_fid_far_from_zero_keeps_its_digits():
     a, b = draw(200), draw(300, seed=1, shift=.1)
     assert K.fid(a + 1e5, b + 1e5) == pytest.approx(K.fid(a, b), rel=1e-6)
@@ -154,19 +170,21 @@ def test_order_of_batches_does_not_matter():
     b.update(draw(50, seed=1), real=False)
     assert a.compute().item() == pytest.approx(b.compute().item(), rel=1e-9)
 
-def _worker(rank, port, out):
+def _sync(rank, port):
+    "Both metrics synced over gloo, as each of two processes sees them"
     from torcheval.metrics.toolkit import sync_and_compute
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    dist.init_process_group('gloo', rank=rank, world_size=2)
-    got = {c.__name__: torch.as_tensor(sync_and_compute(filled(c, rank, 2))).reshape(-1) for c in (K.KID, K.FID)}
-    if rank == 0: torch.save(got, out)
-    dist.destroy_process_group()
+    dist.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
+    try: return {c.__name__: torch.as_tensor(sync_and_compute(filled(c, rank, 2))).reshape(-1) for c in (K.KID, K.FID)}
+    finally: dist.destroy_process_group()
 
-def test_two_processes_sync(tmp_path):
-    "torcheval's own toolkit over gloo, two real processes"
+def _second(_, port): _sync(1, port)
+
+def test_two_processes_sync():
+    "torcheval's own toolkit, two real processes: this one and a spawned one"
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    mp.spawn(_worker, (port, tmp_path/'out.pt'), nprocs=2)
-    got = torch.load(tmp_path/'out.pt')
+    other = mp.spawn(_second, (port,), nprocs=1, join=False)
+    got = _sync(0, port)
+    other.join()
     for c in (K.KID, K.FID): torch.testing.assert_close(got[c.__name__], values(filled(c)), rtol=1e-9, atol=0)
 
 # extractors -----------------------------------------------------------------------------------------------------
