@@ -472,7 +472,7 @@ class NoisifyCB(Callback):
         x_t,t,target = self.process.noisify(x0, generator=self.gen(x0.device))
         self.learn.xb,self.learn.yb = (self.process.scale_input(x_t, t), t, *cond), (target,)
 
-# %% ../nbs/20_noisify.ipynb #c162
+# %% ../nbs/20_noisify.ipynb #c164
 PREDICTION_TYPES = dict(eps='epsilon', x0='sample', v='v_prediction')
 BETA_SCHEDULES = dict(ddpm_linear='linear', ddpm_cosine='squaredcos_cap_v2')
 
@@ -482,7 +482,7 @@ def cosine_betas():
     left = cosine_levels(torch.arange(STEPS+1, dtype=torch.float64)/STEPS)[0]**2
     return (1-left[1:]/left[:-1]).tolist()
 
-# %% ../nbs/20_noisify.ipynb #c164
+# %% ../nbs/20_noisify.ipynb #c166
 @patch
 def _to_ddpm(self:Process):
     kw = dict(prediction_type=PREDICTION_TYPES[self.target], clip_sample=False, timestep_spacing='trailing')
@@ -495,7 +495,7 @@ def _to_euler(self:Process):
     return EulerDiscreteScheduler(use_karras_sigmas=True, sigma_min=self.sigma_min, sigma_max=self.sigma_max,
         prediction_type=PREDICTION_TYPES[self.target], timestep_type='continuous')
 
-# %% ../nbs/20_noisify.ipynb #c166
+# %% ../nbs/20_noisify.ipynb #c168
 @patch
 def to_diffusers(self:Process,
     cls=None, # another scheduler class of the same family, e.g. DDIMScheduler; None: DDPM, Euler or FlowMatchEuler
@@ -506,7 +506,7 @@ def to_diffusers(self:Process,
     s = FlowMatchEulerDiscreteScheduler() if self.schedule=='flow' else self._to_euler() if self.schedule=='edm' else self._to_ddpm()
     return cls.from_config(s.config) if cls else s
 
-# %% ../nbs/20_noisify.ipynb #c170
+# %% ../nbs/20_noisify.ipynb #c174
 def _ddpm_schedule(c):
     "The name of the schedule that has the betas of the diffusers config `c`"
     if c.num_train_timesteps!=STEPS: raise UserError(f"cannot convert a scheduler with {c.num_train_timesteps} training steps: only {STEPS}")
@@ -517,7 +517,7 @@ def _ddpm_schedule(c):
         raise UserError(f"cannot convert {c.beta_schedule!r}, custom or rescaled betas: only {', '.join(names)}")
     return names[c.beta_schedule]
 
-# %% ../nbs/20_noisify.ipynb #c172
+# %% ../nbs/20_noisify.ipynb #c176
 @patch(cls_method=True)
 def from_diffusers(cls:Process,
     scheduler,       # a diffusers scheduler
@@ -531,7 +531,7 @@ def from_diffusers(cls:Process,
     if c.get('use_karras_sigmas') and c.get('sigma_max'): return cls('edm', target, times, sigma_min=c.sigma_min, sigma_max=c.sigma_max)
     return cls(_ddpm_schedule(c), target, times, beta_start=c.beta_start, beta_end=c.beta_end)
 
-# %% ../nbs/20_noisify.ipynb #c175
+# %% ../nbs/20_noisify.ipynb #c179
 @patch
 def to_config(self:Process):
     "The settings as a dict"
@@ -543,7 +543,7 @@ def from_config(cls:Process, config):
     try: return cls(**{k:v for k,v in config.items() if k[0]!='_'})
     except TypeError as e: raise UserError(f"not the settings of a noise process: {e}") from None
 
-# %% ../nbs/20_noisify.ipynb #c177
+# %% ../nbs/20_noisify.ipynb #c181
 @patch
 def save(self:Process, folder):
     "Write `folder`/config.json"
