@@ -1,0 +1,225 @@
+"The console commands, each in a process of its own: what they leave behind, and one clear line for every bad input."
+import json, os, re, shutil, subprocess, sys, tarfile, time
+import numpy as np, pytest
+from fastcore.basics import AttrDict
+from PIL import Image
+from pathlib import Path
+import latentdiff
+
+# Importing torch takes seconds, so it is done once: the server imports it and forks a child for each command, which then
+# runs a console script exactly as the installed ones look.
+SERVER = '''
+import json, os, runpy, sys
+import latentdiff.pipeline, latentdiff.data
+for line in sys.stdin:
+    script, args, out, err = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        for f, fd in ((out, 1), (err, 2)): os.dup2(os.open(f, os.O_CREAT|os.O_WRONLY|os.O_TRUNC), fd)
+        sys.argv, latentdiff.pipeline.STARTED = [script, *args], __import__("time").time()
+        try: runpy.run_path(script, run_name="__main__")
+        except SystemExit as e:
+            if isinstance(e.code, str): print(e.code, file=sys.stderr)
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(e.code if isinstance(e.code, int) else int(e.code is not None))
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+'''
+
+@pytest.fixture(scope='session')
+def cli(tmp_path_factory):
+    "cli('run', '--data', ...) -> AttrDict(rc, out, err, seconds) of latentdiff-run --data ..."
+    tmp = tmp_path_factory.mktemp('cli')
+    server = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp,
+                              env=os.environ | dict(PYTHONPATH=str(Path(latentdiff.__file__).parents[1])))
+    def call(verb, *args):
+        script = tmp/f'latentdiff-{verb}'
+        script.write_text(f'import sys\nfrom latentdiff.pipeline import {verb}_cli\nif __name__ == "__main__": sys.exit({verb}_cli())\n')
+        start = time.time()
+        print(json.dumps([str(script), [str(a) for a in args], str(tmp/'out'), str(tmp/'err')]), file=server.stdin, flush=True)
+        rc = int(server.stdout.readline())
+        return AttrDict(rc=rc, out=(tmp/'out').read_text(), err=(tmp/'err').read_text(), seconds=time.time()-start)
+    yield call
+    server.stdin.close()
+    server.wait()
+
+@pytest.fixture(scope='session')
+def run(cli, tmp_path_factory):
+    "A finished run on rooms in as few minutes as this machine allows; `minutes` and what the command said come with it."
+    folder, args = tmp_path_factory.mktemp('runs')/'run', ('--data', 'rooms', '--preset', 'tiny', '--n', 200)
+    minutes = '0.05'
+    for _ in range(3):
+        r = cli('run', *args, '--minutes', minutes, '--out', folder)
+        if not r.rc: break
+        minutes = f"{1.1*float(re.search('give --minutes ([0-9.]+) or more', r.err)[1]):.2f}"
+        assert not folder.exists()
+    assert r.rc == 0, r.err
+    return AttrDict(folder=folder, args=args, minutes=float(minutes), **r)
+
+def one_line(r, *words):
+    "Exit code 1 and one line on stderr that has all `words`, and no traceback."
+    assert r.rc == 1 and r.err.count('\n') == 1, r
+    for w in words: assert w in r.err, r.err
+
+def test_run_leaves_everything(run):
+    for f in ('run.json', 'model_index.json', 'metrics.json', 'report.html', 'samples.png', 'path.png', 'losses.png', 'recon.png',
+              'neighbours.png', 'process/config.json'): assert (run.folder/f).is_file(), f
+    for k in ('autoencoder', 'denoiser'):
+        assert (run.folder/k/'config.json').is_file() and (run.folder/k/'diffusion_pytorch_model.safetensors').is_file()
+    assert not [f for f in run.folder.rglob('*') if f.suffix in ('.pkl', '.pth', '.pt', '.part', '.tmp')]
+
+def test_run_says_first_what_it_will_do(run):
+    head = run.out.split('Training')[0]
+    for w in ('rooms', 'tiny', 'cpu' if 'cpu' in head else 'cuda', 'seed 0', str(run.folder), ' min', ' GB', 'denoiser', 'evaluation'): assert w in head
+
+def test_run_keeps_to_its_minutes(run):
+    assert run.seconds <= 60*run.minutes + 3
+
+def test_metrics(run):
+    m = json.loads((run.folder/'metrics.json').read_text())
+    for k in ('kid', 'kid_se', 'kid_floor', 'kid_floor_se', 'fid', 'fid_floor', 'psnr', 'ssim'): assert np.isfinite(m[k]), k
+    assert m['n_fake'] == 64 and m['n_real'] == json.loads((run.folder/'run.json').read_text())['stages']['data']['n_valid']
+    assert m['seed'] == 0 and m['device'] in ('cpu', 'cuda') and set(m['seconds']) >= {'data', 'autoencoder', 'latents', 'denoiser', 'samples', 'evaluation'}
+
+def test_report_needs_no_other_file(run):
+    html = (run.folder/'report.html').read_text()
+    assert html.count('src="data:image/png;base64,') == 5
+    assert not re.search(r'(src|href)="(?!data:)', html) and 'http' not in html and '<script' not in html
+
+def test_finished_run_is_left_alone(cli, run):
+    before = {f: f.stat().st_mtime_ns for f in run.folder.rglob('*')}
+    r = cli('run', *run.args, '--minutes', run.minutes, '--out', run.folder)
+    assert r.rc == 0 and 'finished' in r.out
+    assert {f: f.stat().st_mtime_ns for f in run.folder.rglob('*')} == before
+
+def test_other_settings_are_refused(cli, run):
+    one_line(cli('run', *run.args, '--minutes', run.minutes, '--seed', 1, '--out', run.folder), 'seed', '--out')
+
+def test_interrupted_run_goes_on(cli, run, tmp_path):
+    "Without its last two stages, a run does those two and no other."
+    folder = shutil.copytree(run.folder, tmp_path/'run')
+    d = json.loads((folder/'run.json').read_text())
+    for k in ('evaluation', 'report'): d['stages'].pop(k)
+    (folder/'run.json').write_text(json.dumps(d))
+    for f in ('metrics.json', 'report.html', 'losses.png'): (folder/f).unlink()
+    weights = (folder/'denoiser/diffusion_pytorch_model.safetensors').stat().st_mtime_ns
+    r = cli('run', *run.args, '--minutes', run.minutes, '--out', folder)
+    assert r.rc == 0 and 'continuing' in r.out and (folder/'report.html').exists(), r
+    assert (folder/'denoiser/diffusion_pytorch_model.safetensors').stat().st_mtime_ns == weights
+    same = [json.loads((f/'metrics.json').read_text()) for f in (folder, run.folder)]
+    assert same[0]['kid'] == pytest.approx(same[1]['kid'], rel=1e-3)
+
+@pytest.fixture(scope='session')
+def drawn(cli, run, tmp_path_factory):
+    tmp = tmp_path_factory.mktemp('drawn')
+    r = cli('sample', run.folder, '--n', 8, '--steps', 2, '--out', tmp/'pngs', '--npz', tmp/'all.npz')
+    assert r.rc == 0, r.err
+    return tmp
+
+def test_sample(drawn):
+    a = np.load(drawn/'all.npz')['arr_0']
+    assert a.shape == (8, 32, 32, 3) and a.dtype == np.uint8
+    names = sorted(f.name for f in (drawn/'pngs').iterdir())
+    assert names == [f'{i:05d}.png' for i in range(8)]
+    assert all((np.array(Image.open(drawn/'pngs'/f)) == a[i]).all() for i, f in enumerate(names))
+
+def test_sample_seeds(cli, run, drawn, tmp_path):
+    "The same seed draws the same images, whatever the batch; another seed does not."
+    for seed, name in ((0, 'same'), (1, 'other')):
+        assert cli('sample', run.folder, '--n', 4, '--steps', 2, '--bs', 2, '--seed', seed, '--npz', tmp_path/name).rc == 0
+    a = np.load(drawn/'all.npz')['arr_0'][:4].astype(int)
+    same, other = (np.load(tmp_path/k)['arr_0'].astype(int) for k in ('same', 'other'))
+    assert abs(a - same).max() <= 1 and abs(a - other).max() > 10
+
+def test_eval_of_one_set_against_itself(cli, drawn, tmp_path):
+    "A folder and an array with the same images: FID 0, KID not above 0 (it is unbiased, so a set is closer to itself than to a fresh draw)."
+    r = cli('eval', drawn/'pngs', drawn/'all.npz', '--out', tmp_path/'scores.json')
+    assert r.rc == 0, r.err
+    d = json.loads(r.out)
+    assert d == json.loads((tmp_path/'scores.json').read_text())
+    assert abs(d['fid']) < 1e-3 and d['kid'] <= 0 and d['n_fake'] == d['n_real'] == 8
+
+def test_encode_then_train_then_sample(cli, tmp_path):
+    folder = tmp_path/'run'
+    r = cli('encode', '--data', 'rooms', '--preset', 'tiny', '--n', 120, '--out', folder)
+    assert r.rc == 0 and (folder/'latents/manifest.json').exists() and not (folder/'denoiser').exists(), r.err
+    one_line(cli('sample', folder, '--npz', tmp_path/'a.npz'), 'model_index.json', 'latentdiff-train')
+    assert cli('train', folder).rc == 0
+    assert cli('sample', folder, '--n', 2, '--steps', 2, '--npz', tmp_path/'a.npz').rc == 0
+
+# Bad input: one line, exit code 1, nothing half-written.
+
+def png(path, size): Image.new('RGB', (size, size), (200, 10, 10)).save(path)
+
+@pytest.fixture
+def bad(tmp_path):
+    "Paths of data that cannot be used."
+    (tmp_path/'empty').mkdir(), (tmp_path/'pixel').mkdir(), (tmp_path/'few').mkdir()
+    png(tmp_path/'pixel'/'a.png', 1)
+    for i in range(3): png(tmp_path/'few'/f'{i}.png', 40)
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(tmp_path/'noise.png')
+    with tarfile.open(tmp_path/'whole.tgz', 'w:gz') as t: t.add(tmp_path/'noise.png', 'a.png')
+    (tmp_path/'cut.tgz').write_bytes((tmp_path/'whole.tgz').read_bytes()[:3000])
+    with tarfile.open(tmp_path/'climbs.tgz', 'w:gz') as t: t.add(tmp_path/'noise.png', '../a.png')
+    return tmp_path
+
+@pytest.mark.parametrize('data,words', [('nowhere', ['nowhere']), ('empty', ['empty']), ('cut.tgz', ['cut.tgz']), ('climbs.tgz', ['../a.png']),
+                                        ('pixel', ['pixel']), ('few', ['hundred'])])
+def test_bad_data(cli, bad, data, words):
+    before = sorted(bad.parent.rglob('*'))
+    for verb in ('run', 'encode'):
+        one_line(cli(verb, '--data', bad/data, '--preset', 'tiny', '--out', bad/'out'), *words)
+    assert sorted(bad.parent.rglob('*')) == before
+
+@pytest.mark.parametrize('args,words', [(('--preset', 'huge'), ['huge', 'tiny, cpu, gpu']), (('--minutes', '-1'), ['--minutes']),
+                                        (('--minutes', '0.01'), ['too few', '--minutes']), (('--size', '0'), ['--size']),
+                                        (('--autoencoder', 'nowhere'), ['nowhere']), (('--data', 'rooms', '--size', '33'), ['33'])])
+def test_bad_settings(cli, tmp_path, args, words):
+    if '--preset' not in args: args = ('--preset', 'tiny', *args)
+    one_line(cli('run', *args, '--out', tmp_path/'out'), *words)
+    assert not list(tmp_path.iterdir())
+
+def test_folder_of_something_else_is_refused(cli, tmp_path):
+    (tmp_path/'letter.txt').write_text('dear reader')
+    one_line(cli('run', '--preset', 'tiny', '--out', tmp_path), 'not a run folder', '--out')
+    assert [f.name for f in tmp_path.iterdir()] == ['letter.txt']
+
+def lose_index(f): (f/'model_index.json').unlink()
+def lose_denoiser(f): shutil.rmtree(f/'denoiser')
+def lose_weights(f): (f/'autoencoder/diffusion_pytorch_model.safetensors').unlink()
+def lose_process(f): (f/'process/config.json').unlink()
+def cut_weights(f):
+    w = f/'denoiser/diffusion_pytorch_model.safetensors'
+    w.write_bytes(w.read_bytes()[:1000])
+def edit(path, **kw): path.write_text(json.dumps({**json.loads(path.read_text()), **kw}))
+def swap_class(f): edit(f/'denoiser/config.json', _class_name='KLAutoencoder')
+def more_channels(f): edit(f/'autoencoder/config.json', latent_channels=8)
+def foreign_code(f): edit(f/'model_index.json', denoiser=['os', 'UNet'])
+def broken_json(f): (f/'model_index.json').write_text('{"autoencoder": [')
+
+@pytest.mark.parametrize('spoil,word', [(lose_index, 'model_index.json'), (lose_denoiser, 'denoiser'), (lose_weights, 'autoencoder'),
+                                        (lose_process, 'process'), (cut_weights, 'denoiser'), (swap_class, 'KLAutoencoder'),
+                                        (more_channels, 'autoencoder'), (foreign_code, 'os'), (broken_json, 'model_index.json')])
+def test_spoilt_run_folder(cli, run, tmp_path, spoil, word):
+    folder = shutil.copytree(run.folder, tmp_path/'run', ignore=shutil.ignore_patterns('latents*', '*.png'))
+    spoil(folder)
+    one_line(cli('sample', folder, '--n', 2, '--out', tmp_path/'pngs'), word)
+    assert [f.name for f in tmp_path.iterdir()] == ['run']
+
+def test_bad_calls_of_sample(cli, run, tmp_path):
+    one_line(cli('sample', tmp_path/'nowhere', '--out', tmp_path/'o'), 'nowhere', 'latentdiff-run')
+    one_line(cli('sample', run.folder), '--out')
+    one_line(cli('sample', run.folder, '--sampler', 'magic', '--out', tmp_path/'o'), 'magic', 'heun')
+    one_line(cli('sample', run.folder, '--n', '0', '--out', tmp_path/'o'), '--n')
+    one_line(cli('sample', run.folder, '--out', tmp_path), 'exists')
+    assert not list(tmp_path.iterdir())
+
+def test_bad_calls_of_train_and_eval(cli, drawn, tmp_path):
+    one_line(cli('train', tmp_path/'nowhere'), 'nowhere')
+    one_line(cli('train', tmp_path), 'run.json')
+    one_line(cli('eval', tmp_path/'nowhere', drawn/'pngs'), 'nowhere')
+    one_line(cli('eval', drawn/'pngs', tmp_path), str(tmp_path))
+    (tmp_path/'a.npz').write_bytes(b'no zip')
+    one_line(cli('eval', tmp_path/'a.npz', drawn/'pngs'), 'a.npz')
+    np.savez(tmp_path/'a.npz', np.zeros((4, 8, 8, 3)))
+    one_line(cli('eval', tmp_path/'a.npz', drawn/'pngs'), 'uint8')
