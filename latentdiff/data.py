@@ -11,13 +11,12 @@ __all__ = ['PRESETS', 'DATASETS', 'FOR_DATA', 'ROOM_FACTORS', 'JITTER', 'PALETTE
            'lsun_folder', 'open_images', 'Picture', 'image_dls', 'DeviceLoader']
 
 # %% ../nbs/00_data.ipynb #c004
-import copy, gzip, hashlib, os, shutil, tarfile, urllib.error, urllib.request, zipfile, zlib
+import copy, gzip, hashlib, os, shutil, sys, tarfile, urllib.error, urllib.request, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 
-# %% ../nbs/00_data.ipynb #c005
 import matplotlib.pyplot as plt, numpy as np, torch, torch.nn.functional as F
 from PIL import Image, ImageOps
 from fastai.data.core import Datasets
@@ -25,9 +24,10 @@ from fastai.data.load import DataLoader
 from fastai.data.transforms import Categorize
 from fastai.torch_core import TensorImage
 from fastcore.basics import patch
+from fastcore.imports import IN_NOTEBOOK
 from fastprogress.fastprogress import progress_bar
 
-# %% ../nbs/00_data.ipynb #c008
+# %% ../nbs/00_data.ipynb #c007
 class UserError(ValueError):
     "Something the reader can mend; the message is one line that says what to do"
 
@@ -35,7 +35,7 @@ def default_device():
     "The GPU if there is one, else the CPU"
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
-# %% ../nbs/00_data.ipynb #c010
+# %% ../nbs/00_data.ipynb #c009
 def data_home():
     "Where data sets are kept: `$LATENTDIFF_DATA`, or `~/.cache/latentdiff`"
     return Path(os.environ.get('LATENTDIFF_DATA') or '~/.cache/latentdiff').expanduser()
@@ -44,7 +44,7 @@ def runs_home():
     "Where runs are written: `$LATENTDIFF_RUNS`, or `runs` in the current folder"
     return Path(os.environ.get('LATENTDIFF_RUNS') or 'runs').expanduser()
 
-# %% ../nbs/00_data.ipynb #c012
+# %% ../nbs/00_data.ipynb #c011
 @dataclass(frozen=True, repr=False)
 class Preset:
     "One scale of the whole pipeline"
@@ -66,7 +66,7 @@ class Preset:
     sample_steps: int       # sampler steps an image
     ae_pretrained: str|None = None  # a Hub id, to use that instead of training one
 
-# %% ../nbs/00_data.ipynb #c014
+# %% ../nbs/00_data.ipynb #c013
 PRESETS = {p.name: p for p in (
     Preset('tiny', 'rooms', 32, 384, .6, (64,), 4, 4, .1, (32,64), 1, (1,), .15, 64, 64, 10),
     Preset('cpu', 'fashion_mnist', 32, None, 11, (64,), 4, 4, 1, (64,128), 1, (1,), 7, 64, 1000, 20),
@@ -82,7 +82,7 @@ FOR_DATA = {
     ('gpu', 'fashion_mnist'): dict(size=32, n=None, minutes=20, ae_pretrained=None, ae_widths=(64,), ae_patch=4, widths=(128,256)),
     ('gpu', 'mnist'): dict(size=32, n=None, minutes=20, ae_pretrained=None, ae_widths=(64,), ae_patch=4, widths=(128,256))}
 
-# %% ../nbs/00_data.ipynb #c016
+# %% ../nbs/00_data.ipynb #c015
 def preset(
     name=None, # 'tiny', 'cpu' or 'gpu'; None: `$LATENTDIFF_PRESET`, else by the hardware
     data=None, # another data set, folder, archive or URL than the row's own
@@ -99,7 +99,7 @@ def preset(
     if p.size < 64 or p.ae_pretrained: return p
     return replace(p, ae_patch=max(2, 16 >> len(p.ae_widths)))   # 8 times smaller latents, not 4
 
-# %% ../nbs/00_data.ipynb #c018
+# %% ../nbs/00_data.ipynb #c017
 @patch
 def __repr__(self:Preset):
     n = 'all' if self.n is None else f'{self.n:,}'
@@ -109,7 +109,7 @@ def __repr__(self:Preset):
         f'  denoiser     widths {self.widths}, depth {self.depth}, batch {self.bs}, {self.denoise_minutes:g} min',
         f'  samples      {self.n_eval:,}, {self.sample_steps} steps each'))
 
-# %% ../nbs/00_data.ipynb #c024
+# %% ../nbs/00_data.ipynb #c023
 def to_uint8(
     images # (b,c,h,w) or (c,h,w) float in [-1,1], c 1 or 3
 ):
@@ -119,14 +119,14 @@ def to_uint8(
     pixels = (images.detach().float()*127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
     return pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
 
-# %% ../nbs/00_data.ipynb #c026
+# %% ../nbs/00_data.ipynb #c025
 def from_uint8(
     pixels # uint8, any shape
 ):
     "Bytes to float32 in [-1,1]"
     return pixels.float()/127.5 - 1
 
-# %% ../nbs/00_data.ipynb #c029
+# %% ../nbs/00_data.ipynb #c028
 def image_grid(
     images,  # (b,c,h,w) float in [-1,1]
     nrow=8,  # pictures a row
@@ -140,7 +140,7 @@ def image_grid(
     x = x.unflatten(0, (rows, nrow)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
     return Image.fromarray(x[:x.shape[0]-pad, :x.shape[1]-pad].numpy())
 
-# %% ../nbs/00_data.ipynb #c031
+# %% ../nbs/00_data.ipynb #c030
 def show_images(
     images,      # (b,c,h,w) float in [-1,1]
     nrow=8,      # pictures a row
@@ -158,7 +158,7 @@ def show_images(
     fig.subplots_adjust(0, 0, 1, 1 - top/(rows*(scale + top)), .03, .03 + top/scale)
     plt.show()
 
-# %% ../nbs/00_data.ipynb #c034
+# %% ../nbs/00_data.ipynb #c033
 ROOM_FACTORS = dict(
     wall=('cream', 'blue', 'green', 'pink', 'grey'), floor=('oak', 'walnut', 'carpet'),
     bed=('red', 'blue', 'green', 'yellow', 'purple', 'white'), side=('left', 'middle', 'right'),
@@ -167,7 +167,7 @@ ROOM_FACTORS = dict(
 JITTER = ('view_x', 'view_y', 'wall_shade', 'bed_x', 'bed_width', 'bed_length', 'bed_shade', 'window_x', 'window_y',
           'window_size', 'rug_x', 'picture_x', 'picture_hue', 'sky', 'turn')
 
-# %% ../nbs/00_data.ipynb #c037
+# %% ../nbs/00_data.ipynb #c036
 def _uniform(seed, index, k):
     "Float32 in [0,1), one for each index, that depends on (seed, index, k) alone"
     u = np.uint64
@@ -177,7 +177,7 @@ def _uniform(seed, index, k):
         x = x ^ (x >> u(31))
     return (x >> u(40)).astype(np.float32)/np.float32(2**24)
 
-# %% ../nbs/00_data.ipynb #c040
+# %% ../nbs/00_data.ipynb #c039
 def _codes(seed, index):
     "For many indices at once: the position of each factor's value, and the jitters in [-1,1)"
     codes = {f: (_uniform(seed, index, k)*len(v)).astype(np.int64) for k, (f, v) in enumerate(ROOM_FACTORS.items())}
@@ -188,7 +188,7 @@ def room_factors(seed, index):
     codes, jitter = _codes(seed, [index])
     return {**{f: ROOM_FACTORS[f][v[0]] for f, v in codes.items()}, 'jitter': {k: float(v[0]) for k, v in jitter.items()}}
 
-# %% ../nbs/00_data.ipynb #c043
+# %% ../nbs/00_data.ipynb #c042
 def room_caption(
     factors # as `room_factors` gives them
 ):
@@ -200,7 +200,7 @@ def room_caption(
     if factors['picture'] == 'yes': things.append('a picture')
     return f"a bedroom with {', '.join(things[:-1])} and {things[-1]}"
 
-# %% ../nbs/00_data.ipynb #c050
+# %% ../nbs/00_data.ipynb #c049
 _HALF, _FLOOR, _CEIL = .40, .33, -.30   # the back wall's half width, bottom and top, from the eye
 _HORIZON = .33                          # the eye's height in the picture, from the top
 
@@ -215,7 +215,7 @@ class _Canvas:
         self.img, self.light = torch.zeros(len(self.u), 3, size, size), torch.ones(1, 1, size, 1)
         self._arrange()
 
-# %% ../nbs/00_data.ipynb #c052
+# %% ../nbs/00_data.ipynb #c051
 @patch
 def _arrange(self:_Canvas):
     "Where the furniture stands: `bed`, `table` and `window`, in picture widths right of the eye"
@@ -226,7 +226,7 @@ def _arrange(self:_Canvas):
     self.table = self.bed + (self.middle*turn - side)*.235
     self.window = -(side + self.middle*turn)*(.255 + .015*self.j['window_x'])
 
-# %% ../nbs/00_data.ipynb #c054
+# %% ../nbs/00_data.ipynb #c053
 @patch
 def edge(self:_Canvas, d):
     "Coverage of a half plane from the distance inside it: a ramp of one pixel"
@@ -249,7 +249,7 @@ def paint(self:_Canvas, mask, colour, shines=False):
     "Lay a colour (0..1) over what is there; things that shine ignore the room's light"
     self.img += mask*((colour if shines else colour*self.light) - self.img)
 
-# %% ../nbs/00_data.ipynb #c056
+# %% ../nbs/00_data.ipynb #c055
 @patch
 def rows(self:_Canvas, top, bottom):
     "The same canvas cut to the rows between two heights from the eye"
@@ -263,7 +263,7 @@ def has(self:_Canvas, factor, value):
     "1. for the pictures whose factor has this value, 0. for the others"
     return (self.code[factor] == ROOM_FACTORS[factor].index(value)).float()
 
-# %% ../nbs/00_data.ipynb #c058
+# %% ../nbs/00_data.ipynb #c057
 PALETTE = dict(
     wall=((.93,.87,.74), (.62,.74,.86), (.70,.80,.64), (.92,.74,.74), (.76,.76,.78)),
     floor=((.76,.56,.35), (.42,.27,.18), (.66,.63,.60)),
@@ -278,7 +278,7 @@ def colour(self:_Canvas, factor):
     "The paint of a factor, picture by picture"
     return torch.tensor(PALETTE[factor])[self.code[factor].flatten()][:,:,None,None]
 
-# %% ../nbs/00_data.ipynb #c060
+# %% ../nbs/00_data.ipynb #c059
 def _draw_walls(c):
     "Back and side walls, ceiling, skirting board"
     wall = c.colour('wall')*(1 + .06*c.j['wall_shade'])*(1 - .15*(_FLOOR - c.v).clamp(0, .6))
@@ -288,7 +288,7 @@ def _draw_walls(c):
     above.paint(c.edge(_CEIL*s - above.v), _rgb(.95, .94, .92))
     below.paint(c.edge(below.v - (_FLOOR - .022)*s), _rgb(.90, .89, .86))
 
-# %% ../nbs/00_data.ipynb #c062
+# %% ../nbs/00_data.ipynb #c061
 def _draw_floor(c):
     "Planks with dark gaps, or plain carpet"
     c = c.rows(_FLOOR, 1)
@@ -298,7 +298,7 @@ def _draw_floor(c):
     wood = (1 - c.has('floor', 'carpet'))*(.16*(tone - .5) - .25*c.edge((.06 - gap)/14*s))
     c.paint(c.edge(c.v - _FLOOR*(c.u.abs()/_HALF).clamp(min=1)), c.colour('floor')*(1 + wood)*(.86 + .10*s))
 
-# %% ../nbs/00_data.ipynb #c065
+# %% ../nbs/00_data.ipynb #c064
 def _draw_window(c):
     "A window with hills under a day or a night sky"
     c = c.rows(-.26, .11)
@@ -314,7 +314,7 @@ def _draw_window(c):
     c.paint(pane*hill, _mix(_rgb(.42,.62,.34), _rgb(.05,.09,.10), night), shines=True)
     c.paint(c.box(x-.008, x+.008, y-h, y+h) + c.box(x-w, x+w, y-.008, y+.008), frame)
 
-# %% ../nbs/00_data.ipynb #c067
+# %% ../nbs/00_data.ipynb #c066
 def _draw_picture(c):
     "A framed picture above the bed"
     c = c.rows(-.17, -.03)
@@ -325,7 +325,7 @@ def _draw_picture(c):
     c.paint(inner, torch.cat([.80 + .15*hue, .72 - .1*hue, .60 - .25*hue], 1))
     c.paint(inner*c.edge(c.v - y - .3*(c.u - x)), torch.cat([.45 - .3*hue, .50 + .1*hue, .55 + .3*hue], 1))
 
-# %% ../nbs/00_data.ipynb #c070
+# %% ../nbs/00_data.ipynb #c069
 def _draw_rug(c):
     "A rug with a darker border, or none"
     c = c.rows(.40, .63)
@@ -335,7 +335,7 @@ def _draw_rug(c):
     c.paint(there*c.box(mid-half, mid+half, 1.28, 1.84, x, s, s, _FLOOR), c.colour('rug')*.75)
     c.paint(there*c.box(mid-half+.03, mid+half-.03, 1.34, 1.78, x, s, s, _FLOOR), c.colour('rug'))
 
-# %% ../nbs/00_data.ipynb #c072
+# %% ../nbs/00_data.ipynb #c071
 _BED = _FLOOR - .12                     # the top of the mattress, from the eye
 
 def _draw_bed(c):
@@ -360,7 +360,7 @@ def _draw_sheet(c):
     pillows = c.box(x0+.015, c.bed-.008, .95, 1.13, x, s, s, _BED) + c.box(c.bed+.008, x1-.015, .95, 1.13, x, s, s, _BED)
     c.paint(pillows, _rgb(.86, .86, .88))
 
-# %% ../nbs/00_data.ipynb #c074
+# %% ../nbs/00_data.ipynb #c073
 _TABLE = _FLOOR - .15                   # its top, from the eye
 
 def _draw_table(c):
@@ -372,7 +372,7 @@ def _draw_table(c):
     px, ps = c.plane(top)
     c.paint(c.box(x-.055, x+.055, 1, s, px, ps, ps, top), _rgb(.60, .42, .27))
 
-# %% ../nbs/00_data.ipynb #c076
+# %% ../nbs/00_data.ipynb #c075
 def _draw_lamp(c):
     "A lamp whose shade shines when lit"
     c = c.rows(-.02, .22)
@@ -383,7 +383,7 @@ def _draw_lamp(c):
     c.paint(shade*(1 - c.has('lamp', 'lit')), _rgb(.52, .48, .44))
     c.paint(shade*c.has('lamp', 'lit'), _rgb(1., .95, .66), shines=True)
 
-# %% ../nbs/00_data.ipynb #c079
+# %% ../nbs/00_data.ipynb #c078
 def _draw_light(c):
     "Day or night, and the lamp's glow on everything around"
     night, lit = c.has('window', 'night'), c.has('lamp', 'lit')
@@ -391,7 +391,7 @@ def _draw_light(c):
     glow = lit*(.25 + .60*night)/(1 + far/.03)
     c.light = _mix(torch.ones(1, 3, 1, 1), _rgb(.46, .48, .62), night) + glow*_rgb(1., .82, .45)
 
-# %% ../nbs/00_data.ipynb #c081
+# %% ../nbs/00_data.ipynb #c080
 _DRAWS = (_draw_light, _draw_walls, _draw_floor, _draw_window, _draw_picture, _draw_rug, _draw_table,
           _draw_lamp, _draw_bed, _draw_sheet)
 
@@ -406,7 +406,7 @@ def _draw_rooms(seed, idxs, size):
     step = max(1, 8*64*64//size**2)
     return torch.cat([_render(*_codes(seed, idxs[i:i+step]), size) for i in range(0, len(idxs), step)])
 
-# %% ../nbs/00_data.ipynb #c083
+# %% ../nbs/00_data.ipynb #c082
 def rooms(
     n,       # how many
     size,    # pixels a side
@@ -428,7 +428,15 @@ def render_room(
     codes = {f: [v.index(factors.get(f, v[0]))] for f, v in ROOM_FACTORS.items()}
     return _render(codes, {j: [factors.get('jitter', {}).get(j, 0.)] for j in JITTER}, size)[0]
 
-# %% ../nbs/00_data.ipynb #c094
+# %% ../nbs/00_data.ipynb #c093
+def _bar(it, total, seconds, what):
+    "Go through `it`, with a progress bar if that is likely to take longer than two seconds"
+    if seconds <= 2: return it
+    if IN_NOTEBOOK or sys.stdout.isatty(): return progress_bar(it, total=total, leave=False)
+    print(what, flush=True)
+    return it
+
+# %% ../nbs/00_data.ipynb #c095
 def _fetch(url, part, size):
     "Continue `part` from where it ends; raises `OSError` when the server gives up early"
     have = part.stat().st_size if part.exists() else 0
@@ -437,12 +445,11 @@ def _fetch(url, part, size):
         if r.status != 206: have = 0                              # the server sends it all again
         left = int(r.headers.get('Content-Length') or (size or 0) - have)
         blocks = iter(lambda: r.read(1 << 20), b'')
-        if left > 1 << 24: blocks = progress_bar(blocks, total=-(-left >> 20), leave=False)
         with part.open('ab' if have else 'wb') as f:
-            for b in blocks: f.write(b)
+            for b in _bar(blocks, -(-left >> 20), left/1e7, f'downloading {url} ({left/1e6:,.0f} MB)'): f.write(b)
     if part.stat().st_size < have + left: raise ConnectionError(f'{part.stat().st_size:,} of {have + left:,} bytes came')
 
-# %% ../nbs/00_data.ipynb #c096
+# %% ../nbs/00_data.ipynb #c097
 def file_md5(path):
     "The md5 of a file's bytes, as hexadecimal"
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'md5').hexdigest()
@@ -462,7 +469,7 @@ def _from_source(url, part, md5, size, tries=3):
     part.unlink()
     raise ConnectionError(why)
 
-# %% ../nbs/00_data.ipynb #c098
+# %% ../nbs/00_data.ipynb #c099
 def download(
     url,       # first source
     path,      # where the file goes; the folder is made
@@ -485,9 +492,10 @@ def download(
 
 def _make_folder(folder):
     try: Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise UserError(f'cannot make the folder {folder} ({e.strerror}): set LATENTDIFF_DATA to one you can write to') from None
+    except OSError as e:
+        raise UserError(f'cannot make the folder {folder} ({e.strerror}): set LATENTDIFF_DATA to one you can write to') from None
 
-# %% ../nbs/00_data.ipynb #c106
+# %% ../nbs/00_data.ipynb #c107
 def _members(archive):
     "Yield (name, open file) for every file in a tar or zip; raises `UserError` for a member that is not safe"
     def check(name, plain):
@@ -505,7 +513,7 @@ def _members(archive):
                 check(m.name, m.isreg() or m.isdir())
                 if m.isreg(): yield m.name, t.extractfile(m)
 
-# %% ../nbs/00_data.ipynb #c108
+# %% ../nbs/00_data.ipynb #c109
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, RuntimeError)
 
 def extract(
@@ -528,7 +536,7 @@ def extract(
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
-# %% ../nbs/00_data.ipynb #c113
+# %% ../nbs/00_data.ipynb #c114
 def to_rgb(
     im # PIL image of any mode
 ):
@@ -543,7 +551,7 @@ def to_rgb(
         im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
     return im.convert('RGB')
 
-# %% ../nbs/00_data.ipynb #c118
+# %% ../nbs/00_data.ipynb #c119
 def load_pixels(
     path,      # an image file
     size,      # pixels a side
@@ -560,7 +568,7 @@ def load_pixels(
     if channels == 1: im = im.convert('L')
     return torch.from_numpy(np.array(im)).view(size, size, channels).permute(2, 0, 1)
 
-# %% ../nbs/00_data.ipynb #c123
+# %% ../nbs/00_data.ipynb #c124
 IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm'}
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, zlib.error, Image.DecompressionBombError)
 
@@ -574,7 +582,7 @@ def why_unreadable(path):
             im.verify() if im.format == 'PNG' else im.load()
     except UNREADABLE as e: return 'not a picture' if isinstance(e, Image.UnidentifiedImageError) else str(e) or type(e).__name__
 
-# %% ../nbs/00_data.ipynb #c126
+# %% ../nbs/00_data.ipynb #c127
 def split_of(
     name,        # a file name; folders before it are ignored
     valid_pct=10 # how many of a hundred names are 'valid'
@@ -583,14 +591,14 @@ def split_of(
     digest = hashlib.md5(name.rsplit('/', 1)[-1].encode()).hexdigest()
     return 'valid' if int(digest[:8], 16) % 100 < valid_pct else 'train'
 
-# %% ../nbs/00_data.ipynb #c130
+# %% ../nbs/00_data.ipynb #c131
 def _pick(names, n, seed):
     "Positions of `n` names in their own order, chosen by hash; all of them for None"
     if n is None or n >= len(names): return list(range(len(names)))
     digest = lambda i: hashlib.md5(f'{seed}/{names[i]}'.encode()).digest()
     return sorted(sorted(range(len(names)), key=digest)[:n])
 
-# %% ../nbs/00_data.ipynb #c133
+# %% ../nbs/00_data.ipynb #c134
 class Images(torch.utils.data.Dataset):
     "Pictures of one size: `images[i]` is float32 (c,h,w) in [-1,1]. Subclasses say how to `_read` them"
     labels = classes = captions = None
@@ -606,14 +614,10 @@ class Images(torch.utils.data.Dataset):
     def __getitem__(self, i): return from_uint8(self._read([range(len(self))[i]])[0])
     def __repr__(self):
         more = f', {len(self.classes)} classes' if self.classes else ''
-        return (f'{self.kind}: {len(self):,} images, {self.channels}x{self.size}x{self.size}{more}; {len(self.train_idxs):,} train, '
-                f'{len(self.valid_idxs):,} valid, {len(self.skipped):,} skipped')
+        return (f'{self.kind}: {len(self):,} images, {self.channels}x{self.size}x{self.size}{more}; '
+                f'{len(self.train_idxs):,} train, {len(self.valid_idxs):,} valid, {len(self.skipped):,} skipped')
 
-# %% ../nbs/00_data.ipynb #c135
-def _bar(it, total, seconds):
-    "A progress bar over what is likely to take longer than two seconds"
-    return progress_bar(it, total=total, leave=False) if seconds > 2 else it
-
+# %% ../nbs/00_data.ipynb #c136
 @patch
 def pixels(self:Images,
     idxs=None,   # which ones, default all
@@ -625,10 +629,11 @@ def pixels(self:Images,
     chunks = [idxs[i:i+64] for i in range(0, len(idxs), 64)]
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         read = pool.map(self._read, chunks)
-        for i, b in enumerate(_bar(read, len(chunks), len(idxs)*self.seconds)): out[i*64:i*64+len(b)] = b
+        for i, b in enumerate(_bar(read, len(chunks), len(idxs)*self.seconds, f'reading {len(idxs):,} pictures')):
+            out[i*64:i*64+len(b)] = b
     return out
 
-# %% ../nbs/00_data.ipynb #c137
+# %% ../nbs/00_data.ipynb #c138
 def fit_channels(
     x,       # uint8 (n,c,h,w), c 1 or 3
     channels # 1 or 3
@@ -638,7 +643,7 @@ def fit_channels(
     if channels == 3: return x.expand(-1, 3, -1, -1)
     return (x*torch.tensor((.299, .587, .114)).view(1, 3, 1, 1)).sum(1, keepdim=True).round().to(torch.uint8)
 
-# %% ../nbs/00_data.ipynb #c139
+# %% ../nbs/00_data.ipynb #c140
 class RoomImages(Images):
     "`n` rooms (10,000 unless said), labelled by the colour of the bed, with captions"
     def __init__(self, size, n=None, channels=None, seed=0):
@@ -652,7 +657,7 @@ class RoomImages(Images):
 
     def _read(self, idxs): return fit_channels(_draw_rooms(self.seed, np.array(idxs), self.size), self.channels)
 
-# %% ../nbs/00_data.ipynb #c142
+# %% ../nbs/00_data.ipynb #c143
 def read_idx(
     raw # bytes of an idx file
 ):
@@ -663,7 +668,7 @@ def read_idx(
     if data.size != shape.prod(): raise UserError(f'an idx file cut short: {data.size:,} values instead of {shape.prod():,}')
     return data.reshape(shape)
 
-# %% ../nbs/00_data.ipynb #c147
+# %% ../nbs/00_data.ipynb #c148
 IDX_FILES = ('train-images-idx3-ubyte', 'train-labels-idx1-ubyte', 't10k-images-idx3-ubyte', 't10k-labels-idx1-ubyte')
 IDX = dict(
     mnist=dict(classes=[str(i) for i in range(10)], local=[],
@@ -677,7 +682,7 @@ IDX = dict(
         md5=['f4a8712d7a061bf5bd6d2ca38dc4d50a', '9018921c3c673c538a1fc5bad174d6f9',
              '8181f5470baa50b63fa0f6fddb340f0a', '15d484375f8d13e6eb1aabb0c3f46965']))
 
-# %% ../nbs/00_data.ipynb #c149
+# %% ../nbs/00_data.ipynb #c150
 def idx_array(
     data, # 'mnist' or 'fashion_mnist'
     k     # which of `IDX_FILES`
@@ -691,10 +696,11 @@ def idx_array(
         path = download(url, data_home()/data/f'{file}.gz', mirrors=mirrors)
     try: raw = gzip.decompress(path.read_bytes()) if path.suffix == '.gz' else path.read_bytes()
     except (OSError, EOFError, zlib.error) as e: raise UserError(f'{path} is damaged ({e}): delete it and run again') from None
-    if hashlib.md5(raw).hexdigest() != about['md5'][k]: raise UserError(f'{path} is not the published file: delete it and run again')
+    if hashlib.md5(raw).hexdigest() != about['md5'][k]:
+        raise UserError(f'{path} is not the published file: delete it and run again')
     return read_idx(raw)
 
-# %% ../nbs/00_data.ipynb #c151
+# %% ../nbs/00_data.ipynb #c152
 class IdxImages(Images):
     "MNIST or Fashion-MNIST: 70,000 grey pictures with labels, padded to 32 or resized"
     def __init__(self, data, size, n=None, channels=None, seed=0):
@@ -711,26 +717,27 @@ class IdxImages(Images):
         else: x = F.interpolate(x.float(), (self.size,)*2, mode='bilinear', antialias=True).round().to(torch.uint8)
         return fit_channels(x, self.channels)
 
-# %% ../nbs/00_data.ipynb #c153
+# %% ../nbs/00_data.ipynb #c154
 class FileImages(Images):
     "The picture files under a folder; the unusable ones are in `skipped`. Raises `UserError` if there are none"
     def __init__(self, folder, size, n=None, channels=None, seed=0, kind=None):
-        found = sorted(o for o in Path(folder).rglob('*') if o.suffix.lower() in IMAGE_SUFFIXES and o.is_file() and o.name[0] != '.')
+        found = sorted(o for o in Path(folder).rglob('*') if o.suffix.lower() in IMAGE_SUFFIXES and o.name[0] != '.' and o.is_file())
         if not found: raise UserError(f"no pictures in '{folder}': it should hold {' '.join(sorted(IMAGE_SUFFIXES))} files")
         root = Path(os.path.commonpath([o.parent for o in found]))
         names = [o.relative_to(root).as_posix() for o in found]
         keep = _pick(names, n, seed)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            why = list(_bar(pool.map(why_unreadable, [found[i] for i in keep]), len(keep), len(keep)*2e-4))
+            why = pool.map(why_unreadable, [found[i] for i in keep])
+            why = list(_bar(why, len(keep), len(keep)*2e-4, f'checking {len(keep):,} pictures'))
         skipped = [(names[i], w) for i, w in zip(keep, why) if w]
         self.paths = [found[i] for i, w in zip(keep, why) if not w]
         if not self.paths: raise UserError(f"no usable picture in '{folder}': {skipped[0][0]} is {skipped[0][1]}")
-        super().__init__(kind or Path(folder).resolve().name, [o.relative_to(root).as_posix() for o in self.paths], size, channels or 3,
-                         ' '.join(str(o.stat().st_size) for o in self.paths))
+        names, sizes = [o.relative_to(root).as_posix() for o in self.paths], [str(o.stat().st_size) for o in self.paths]
+        super().__init__(kind or Path(folder).resolve().name, names, size, channels or 3, ' '.join(sizes))
         self.skipped, self.seconds = skipped, .003
         self._label()
 
-# %% ../nbs/00_data.ipynb #c155
+# %% ../nbs/00_data.ipynb #c156
 @patch
 def _label(self:FileImages):
     "Classes from the folder names, if every picture lies one folder deep and there are several"
@@ -748,7 +755,7 @@ def _load(self:FileImages, path):
     try: return load_pixels(path, self.size, self.channels)
     except UNREADABLE as e: raise UserError(f"'{path}' cannot be decoded ({e}): remove it and start again") from None
 
-# %% ../nbs/00_data.ipynb #c157
+# %% ../nbs/00_data.ipynb #c158
 def unpacked(
     archive # path
 ):
@@ -764,18 +771,20 @@ def unpacked(
     if size > 1 << 28 and not folder.exists(): print(f'unpacking {archive.name} ({size/1e9:.1f} GB) to {folder}, once')
     return extract(archive, folder)
 
-# %% ../nbs/00_data.ipynb #c159
-LSUN = dict(url='https://s3.amazonaws.com/fast-ai-imageclas/bedroom.tgz', md5='35d84f38f8a15fe47e66e460c8800d68', size=4_579_163_978)
+# %% ../nbs/00_data.ipynb #c160
+LSUN = dict(url='https://s3.amazonaws.com/fast-ai-imageclas/bedroom.tgz',
+            md5='35d84f38f8a15fe47e66e460c8800d68', size=4_579_163_978)
 
 def lsun_folder():
     "LSUN bedrooms on disk, downloaded if need be; raises `UserError` that names a second source"
     home = data_home()/'lsun_bedroom'
     if (home/'bedroom').is_dir(): return home/'bedroom'
     try: archive = download(LSUN['url'], home/'bedroom.tgz', LSUN['md5'], LSUN['size'])
-    except UserError as e: raise UserError(f'{e}; a second source is pcuenq/lsun-bedrooms on the Hugging Face Hub, saved as a folder of pictures') from None
+    except UserError as e:
+        raise UserError(f'{e}; a second source is pcuenq/lsun-bedrooms on the Hugging Face Hub, saved as a folder of pictures') from None
     return unpacked(archive)
 
-# %% ../nbs/00_data.ipynb #c161
+# %% ../nbs/00_data.ipynb #c162
 ARCHIVES = ('.tgz', '.tar.gz', '.tar', '.zip')
 
 def open_images(
@@ -793,11 +802,11 @@ def open_images(
     path = _at_hand(data)
     try: folder = path if path.is_dir() else unpacked(path)
     except UserError:
-        if data_home()/'downloads' in path.parents: path.unlink()                      # a bad download is no good the next time either
+        if data_home()/'downloads' in path.parents: path.unlink()    # a bad download is no better the next time
         raise
     return FileImages(folder, size, n, channels, seed, path.name.split('.')[0] or 'images')
 
-# %% ../nbs/00_data.ipynb #c163
+# %% ../nbs/00_data.ipynb #c164
 def _at_hand(data):
     "The path of a folder or archive, downloaded if it is a URL"
     url, archive = data.startswith(('http://', 'https://')), data.split('?')[0].lower().endswith(ARCHIVES)
@@ -805,11 +814,12 @@ def _at_hand(data):
     if url and archive:
         folder = data_home()/'downloads'/hashlib.md5(data.encode()).hexdigest()[:8]
         return download(data, folder/PurePosixPath(data.split('?')[0]).name)
-    if url or (path.is_file() and not archive): raise UserError(f"'{data}' is no archive ({' '.join(ARCHIVES)}): pass one, or a folder")
+    if url or (path.is_file() and not archive):
+        raise UserError(f"'{data}' is no archive ({' '.join(ARCHIVES)}): pass one, or a folder")
     if path.exists(): return path
     raise UserError(f"no folder or file '{data}', and no data set of that name (those are {', '.join(DATASETS)})")
 
-# %% ../nbs/00_data.ipynb #c177
+# %% ../nbs/00_data.ipynb #c178
 class Picture(TensorImage):
     "A picture in [-1,1] that can show itself"
     def show(self, ctx=None, title=None, **kwargs):
@@ -820,7 +830,7 @@ class Picture(TensorImage):
         if title is not None: ax.set_title(title, fontsize=8)
         return ax
 
-# %% ../nbs/00_data.ipynb #c181
+# %% ../nbs/00_data.ipynb #c182
 def image_dls(
     images,     # `Images`
     bs=64,      # batch size
@@ -832,7 +842,7 @@ def image_dls(
     splits = [images.train_idxs.tolist(), images.valid_idxs.tolist()]
     return Datasets(range(len(images)), tfms, splits=splits).dataloaders(bs=bs, num_workers=0, device=device or default_device())
 
-# %% ../nbs/00_data.ipynb #c184
+# %% ../nbs/00_data.ipynb #c185
 class DeviceLoader(DataLoader):
     "Batches of tensors that live on the device: no Python a sample, no copy, no wait for the device"
     def __init__(self,
@@ -850,7 +860,7 @@ class DeviceLoader(DataLoader):
         super().__init__(torch.utils.data.TensorDataset(x, *ys), bs=min(bs, len(x)), shuffle=shuffle, drop_last=shuffle)
         self.to(device or default_device())
 
-# %% ../nbs/00_data.ipynb #c186
+# %% ../nbs/00_data.ipynb #c187
 @patch
 def to(self:DeviceLoader, device):
     "Move the tensors, and start the random numbers afresh there"
@@ -877,7 +887,7 @@ def _gather(self:DeviceLoader, idxs):
         x = torch.where(coin, x.flip(-1), x)
     return (x if self.transform is None else self.transform(x), *ys)
 
-# %% ../nbs/00_data.ipynb #c188
+# %% ../nbs/00_data.ipynb #c189
 @patch
 def one_batch(self:DeviceLoader): return next(iter(self))
 
