@@ -11,7 +11,10 @@ ALL = [Process(s, t) for s in ('cosine', 'ddpm_linear', 'ddpm_cosine', 'edm', 'f
 DDPM_LINEAR = dict(beta_start=1e-4, beta_end=.02, beta_schedule='linear')
 name = lambda p: f'{p.schedule}-{p.target}'
 
-def denoiser(process): return optimal_denoiser(process, POINTS, .3)
+def wavy(x, t): return torch.sin(2*x.roll(1, -1) + 4*t.view(-1, 1, 1, 1)) + .3*x
+def denoiser(process):
+    "A toy network: exact for a mixture, which draws errors together, or a wave that lets them stand"
+    return wavy if process.target in ('v', 'velocity') else optimal_denoiser(process, POINTS, .3)
 def times(scheduler): return [(int(k)+1)/1000 for k in scheduler.timesteps] + [0.]
 def close(a, b, tol=1e-5):
     err = (a-b).abs().max().item()/max(1., b.abs().max().item())
@@ -53,7 +56,7 @@ def test_ode_solvers_equal_diffusers(sampler, theirs, target, kind):
     p = Process('ddpm_linear', target)
     sch = theirs(**DDPM_LINEAR, prediction_type=kind, timestep_spacing='trailing'); sch.set_timesteps(15)
     x = start_noise(p, SHAPE, seed=1); ts = list(dict.fromkeys(times(sch)))   # Heun's timesteps come twice
-    close(sampler(denoiser(p), p, x, ts), drive(sch, denoiser(p), x/levels(p, ts[0])[0], step_time), 2e-5 if target == 'eps' else 1e-5)
+    close(sampler(denoiser(p), p, x, ts), drive(sch, denoiser(p), x/levels(p, ts[0])[0], step_time))
 
 @pytest.mark.parametrize('n', [2, 5, 10, 30])
 @pytest.mark.parametrize('target,kind', [('eps', 'epsilon'), ('v', 'v_prediction'), ('x0', 'sample')])
@@ -90,7 +93,7 @@ def test_edm_equals_diffusers(sampler, theirs):
     ts = time_steps(p, 12); it = iter(ts); net = denoiser(p)
     assert torch.allclose(sch.sigmas, torch.tensor([levels(p, t)[1] for t in ts]), rtol=1e-5)
     flip = lambda xin, t: -net(xin, t)       # EDM's F is -v at sigma_data = 1
-    close(sampler(net, p, x, ts), drive(sch, flip, x, lambda k: next(it)), 2e-5)
+    close(sampler(net, p, x, ts), drive(sch, flip, x, lambda k: next(it)))
 
 # --- exact solutions ---------------------------------------------------------------------------------------------------
 
