@@ -12,7 +12,6 @@ __all__ = ['timestep_embedding', 'largest_divisor', 'zero_init', 'ResBlock', 'Se
 import math, time
 from functools import partial
 from pathlib import Path
-import matplotlib.pyplot as plt
 import torch, torch.nn.functional as F
 from torch import nn
 from diffusers import UNet2DModel
@@ -21,7 +20,7 @@ from functools import partial
 from fastai.basics import Callback, DataLoaders, GetAttr, Learner, listify
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.callback.hook import ActivationStats
-from fastai.callback.schedule import ParamScheduler
+import fastai.callback.schedule # gives Learner its fit_one_cycle
 from fastai.callback.training import GradientClip
 from .data import DeviceLoader, UserError, default_device, runs_home
 from .autoencoder import TimeBudget, adamw, load_component, no_sync, save_component
