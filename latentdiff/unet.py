@@ -16,7 +16,6 @@ import torch, torch.nn.functional as F
 from torch import nn
 from diffusers import UNet2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from functools import partial
 from fastai.basics import Callback, DataLoaders, GetAttr, Learner, listify
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.callback.hook import ActivationStats
