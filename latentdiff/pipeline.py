@@ -8,12 +8,13 @@ __all__ = ['STARTED', 'SAMPLER', 'PARTS', 'STAGES', 'FITS', 'CLASSIFY', 'LEAST',
            'settings_of', 'versions', 'View', 'plan', 'seconds_each', 'train_step', 'peak_gb', 'thin', 'curves_of',
            'save_png', 'KIDCurve', 'path_of', 'path_picture', 'labelled', 'to_pil', 'loss_curves', 'kid_curve',
            'picture', 'table', 'stem', 'card', 'cards', 'sections', 'report', 'plain_output', 'one_line_errors',
-           'default_folder', 'run_cli', 'encode_cli', 'train_cli', 'open_run', 'pixels_of', 'write_npz', 'write_pngs',
+           'default_folder', 'run_cli', 'encode_cli', 'train_cli', 'open_run', 'to_hwc', 'write_npz', 'write_pngs',
            'expect', 'sample_cli', 'image_set', 'npz_pixels', 'eval_cli']
 
 # %% ../nbs/80_pipeline.ipynb #c004
-import time
+import time, warnings
 STARTED = time.time() # before torch is imported: the minutes of a command include its own start-up
+warnings.filterwarnings('ignore', message='.torch.jit.script. is deprecated') # fastai asks for it; the reader can do nothing about it
 
 # %% ../nbs/80_pipeline.ipynb #c005
 import base64, importlib, io, json, math, os, platform, shutil, sys, zipfile
@@ -98,6 +99,12 @@ def decode(self:LatentDiffusionPipeline,
 def __call__(self:LatentDiffusionPipeline, n=8, steps=20, sampler=SAMPLER, seed=0, bs=64):
     "Draw `n` images, float32 (n,c,h,w) in [-1,1]; the same seed draws the same images"
     return self.decode(self.latents(n, steps, sampler, seed, bs), bs)
+
+@patch
+def pixels(self:LatentDiffusionPipeline, n=8, steps=20, sampler=SAMPLER, seed=0, bs=64):
+    "The same as uint8 (n,c,h,w), grey as one channel: a quarter of the memory"
+    as_bytes = lambda x: to_uint8(x)[:, :x.shape[1]]
+    return torch.cat([as_bytes(self.decode(z)) for z in self.latents(n, steps, sampler, seed, bs).split(bs)])
 
 # %% ../nbs/80_pipeline.ipynb #c024
 def write_whole(path, data):
@@ -210,7 +217,8 @@ def read(self:Run):
     d = read_json(f, "delete the folder or choose another one with --out.")
     for k,v in self.settings.items():
         if d['settings'].get(k) != v:
-            raise UserError(f"{self.folder} was made with {k} {d['settings'].get(k)}, not {v}: repeat its settings or choose another folder with --out.")
+            raise UserError(f"{self.folder} was made with {k} {d['settings'].get(k)}, not {v}: "
+                            "repeat its settings or choose another folder with --out.")
     return d
 
 def versions():
@@ -310,7 +318,8 @@ def plan(
     "Give the fixed work what it needs and split the rest; `UserError` if less than `least` remains"
     need,total = sum(fixed.values()),sum(shares.values())
     if left - need < least:
-        raise UserError(f"{(left+spent)/60:.1f} minutes are too few: give --minutes {math.ceil((need+least+spent)/5.8)/10} or more, or fewer images with --n.")
+        enough = math.ceil((need+least+spent)/5.8)/10 # 5.8 and not 6: with a little to spare
+        raise UserError(f"{(left+spent)/60:.1f} minutes are too few: give --minutes {enough} or more, or fewer images with --n.")
     return {**fixed, **{k: fixed.get(k, 0) + (left-need)*v/total for k,v in shares.items()}}
 
 # %% ../nbs/80_pipeline.ipynb #c067
@@ -405,8 +414,8 @@ def n_eval(self:Run):
 
 @patch
 def n_real(self:Run):
-    "How many held-out images they are compared with"
-    return min(len(self.images.valid_idxs), 2000)
+    "How many held-out images they are compared with: all, if a tenth of the time is enough for them and as many for the floor"
+    return min(len(self.images.valid_idxs), 2000, int(max(64, self.total()/20/self.rates['score'])))
 
 # %% ../nbs/80_pipeline.ipynb #c079
 @patch
@@ -415,10 +424,10 @@ def fixed(self:Run):
     r,n,real,fake = self.rates,len(self.images),self.n_real(),self.n_eval()
     given,passes = bool(self.settings['autoencoder']),1 + self.flip
     s = dict(data=0 if given else n*r['read'],
-             autoencoder=n*r['encode'] + real*(r['encode'] + r['decode']),
+             autoencoder=n*r['encode'] + real*(r['encode'] + r['decode']) + given*min(n, 4000)*r['read'],
              latents=n*passes*(r['encode'] + given*r['read']),
              features=0 if self.colour else 3*min(n, CLASSIFY)*r['class_step'],
-             samples=(fake + 64)*self.draw(), evaluation=(fake + 2*real)*r['score'] + 2, report=4)
+             samples=(fake + 64)*self.draw(), evaluation=(fake + 2*real)*r['score'] + given*2*real*r['read'] + 2, report=4)
     return {k: 1.25*v for k,v in s.items()}
 
 # %% ../nbs/80_pipeline.ipynb #c081
@@ -572,9 +581,13 @@ class KIDCurve(Callback):
     def look(self, at):
         "Swap the average in, score, swap back"
         self.ema.swap()
-        self.curve.append((at, *self.score(self.model.eval())))
+        self.add(at, self.score(self.model.eval()))
         self.model.train()
         self.ema.swap()
+
+    def add(self, at, score):
+        self.curve.append((at, *score))
+        print(f'KID after {at:.0%} of the training: {score[0]:.4f} ± {score[1]:.4f}', flush=True)
 
 # %% ../nbs/80_pipeline.ipynb #c102
 QUICK = 10 # steps behind the samples of the KID curve
@@ -610,7 +623,7 @@ def do_denoiser(self:Run):
                            cbs=[curve], device=self.device)
     pipe = LatentDiffusionPipeline(ae, net.eval(), process, self.p.size)
     pipe.save(self.folder)
-    if self.n_curve(): curve.curve.append((1., *self.quick_kid(pipe)))
+    if self.n_curve(): curve.add(1., self.quick_kid(pipe))
     return dict(**curves_of(learn), kid_curve=curve.curve, kid_curve_n=self.n_curve())
 
 # %% ../nbs/80_pipeline.ipynb #c107
@@ -621,8 +634,7 @@ def pipeline(self:Run): return LatentDiffusionPipeline.load(self.folder, self.de
 def samples(self:Run):
     "uint8 samples (n,c,h,w), drawn once"
     if not hasattr(self, '_samples'):
-        ims = self.pipeline()(self.n_eval(), self.p.sample_steps, seed=self.settings['seed'])
-        self._samples = to_uint8(ims)[:, :ims.shape[1]].contiguous()
+        self._samples = self.pipeline().pixels(self.n_eval(), self.p.sample_steps, seed=self.settings['seed'])
     return self._samples
 
 @patch
@@ -736,7 +748,8 @@ def picture(path, caption, cls=''):
     "A figure with the picture inside it as base64; small ones are shown three times as large, none wider than 900 points"
     w,data = Image.open(path).width,base64.b64encode(path.read_bytes()).decode()
     width = min(900, w*max(1, min(3, 900//w)))
-    return f'<figure><img class="{cls}" width="{width}" src="data:image/png;base64,{data}" alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>'
+    img = f'<img class="{cls}" width="{width}" src="data:image/png;base64,{data}" alt="{escape(caption)}">'
+    return f'<figure>{img}<figcaption>{escape(caption)}</figcaption></figure>'
 
 def table(d):
     "A dict as an HTML table"
@@ -775,8 +788,10 @@ def sections(folder, settings, m):
     pic = lambda name, *a: picture(folder/f'{name}.png', *a)
     again = ' '.join(f'--{k} {v}' for k,v in settings.items() if v is not None)
     yield 'Samples', pic('samples', f"The first 64 samples, in order, not chosen: {m['sampler']}, {m['steps']} steps.")
-    yield 'From noise to image', pic('path', 'Three samples on their way. Upper rows: the noisy latent, decoded. Lower rows: what the denoiser takes for the clean image at that moment.', 'plot')
-    yield 'Training', pic('losses', f"Losses; and KID of {m['kid_curve_n']} samples ({QUICK} steps) against the held-out images during the training.", 'plot')
+    yield 'From noise to image', pic('path', 'Three samples on their way. Upper rows: the noisy latent, decoded. '
+                                     'Lower rows: what the denoiser takes for the clean image at that moment.', 'plot')
+    yield 'Training', pic('losses', f"Losses; and KID of {m['kid_curve_n']} samples ({QUICK} steps) against the held-out images "
+                          "during the training.", 'plot')
     yield 'What the autoencoder keeps', pic('recon', 'Held-out images in pairs: the image, its reconstruction.')
     yield 'Has it copied?', pic('neighbours', 'Samples, and below each the training images with the nearest latents.', 'plot')
     yield 'Seconds a stage', table(m['seconds'])
@@ -785,7 +800,8 @@ def sections(folder, settings, m):
 
 def report(folder, settings, m):
     "The whole run as one HTML page that needs no other file"
-    head = f"<h1>{escape(stem(settings['data']))}, {settings['size']} px</h1><p class=sub>preset {settings['preset']}, seed {settings['seed']}, on {m['device']}</p>"
+    head = f"<h1>{escape(stem(settings['data']))}, {settings['size']} px</h1>"
+    head += f"<p class=sub>preset {settings['preset']}, seed {settings['seed']}, on {m['device']}</p>"
     body = head + cards(m) + '\n'.join(f'<h2>{k}</h2>{v}' for k,v in sections(folder, settings, m))
     return f'<!doctype html><html lang=en><meta charset=utf-8><title>{escape(folder.name)}</title><style>{STYLE}</style><body>{body}</body></html>'
 
@@ -815,7 +831,7 @@ def plain_output():
     "In a file or a pipe: whole lines at once, and no progress bars"
     if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
         sys.stdout.reconfigure(line_buffering=True)
-        fastprogress.fastprogress.NO_BAR = True
+        fastprogress.fastprogress.NO_BAR,fastprogress.fastprogress.ConsoleProgressBar.fill = True,''
 
 def one_line_errors(f):
     "A `UserError` becomes one line on stderr and exit code 1; Ctrl-C one line and exit code 130"
@@ -884,9 +900,9 @@ def open_run(folder, **kw):
     return Run(folder, d['settings'], **kw)
 
 # %% ../nbs/80_pipeline.ipynb #c147
-def pixels_of(ims):
-    "uint8 (n,h,w,c) of images (n,c,h,w) in [-1,1]; grey stays one channel"
-    return to_uint8(ims)[:, :ims.shape[1]].permute(0, 2, 3, 1).contiguous().numpy()
+def to_hwc(px):
+    "An array (n,h,w,c), as image files have it, of a tensor (n,c,h,w)"
+    return px.permute(0, 2, 3, 1).contiguous().numpy()
 
 def write_npz(path, px):
     "The array in one .npz, complete or not at all"
@@ -911,7 +927,7 @@ def expect(pipe, n, steps, sampler, bs, out, npz):
     per = seconds_each(lambda: pipe(m, 1, sampler, bs=m), m, pipe.device)
     where = ' and '.join(str(o) for o in (out, npz) if o)
     print(f"{n:,} images of {pipe.size} px with {sampler}, {steps} steps, on {pipe.device}, into {where}: "
-          f"at most about {n*per*evaluations(sampler, steps):.0f} s and {peak_gb(pipe.device) + 2*n*3*pipe.size**2*4/1e9:.1f} GB", flush=True)
+          f"at most about {n*per*evaluations(sampler, steps):.0f} s and {peak_gb(pipe.device) + 2*n*3*pipe.size**2/1e9:.1f} GB", flush=True)
 
 @call_parse
 @one_line_errors
@@ -931,7 +947,7 @@ def sample_cli(
     if out and Path(out).exists(): raise UserError(f'{out} exists: choose another folder with --out, or delete it.')
     pipe = LatentDiffusionPipeline.load(run)
     expect(pipe, n, steps, sampler, bs, out, npz)
-    px = pixels_of(pipe(n, steps, sampler, seed, bs))
+    px = to_hwc(pipe.pixels(n, steps, sampler, seed, bs))
     if npz: write_npz(npz, px)
     if out: write_pngs(out, px)
 
@@ -968,7 +984,8 @@ def eval_cli(
     if min(len(a), len(b)) < 8: raise UserError(f"{len(a)} and {len(b)} images are too few to score: give eight or more of each, better a thousand.")
     judge,x = EfficientNetFeatures(),torch.zeros(16, 3, 64, 64, dtype=torch.uint8)
     secs = (len(a)+len(b))*seconds_each(lambda: judge(x), 16, judge.device)
-    print(f'{len(a):,} images against {len(b):,}, features of {judge.name} on {judge.device}: about {secs:.0f} s and {peak_gb():.1f} GB', file=sys.stderr, flush=True)
+    print(f'{len(a):,} images against {len(b):,}, features of {judge.name} on {judge.device}: '
+          f'about {secs:.0f} s and {peak_gb():.1f} GB', file=sys.stderr, flush=True)
     d = json.dumps(evaluate(a, b, judge, seed=seed), indent=1)
     print(d)
     if out: write_whole(out, d)
