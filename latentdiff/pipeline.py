@@ -434,7 +434,12 @@ def fixed(self:Run):
 LEAST = 10 # seconds of training below which a run is not worth starting
 
 @patch
-def total(self:Run): return 60*(self.minutes or self.settings['minutes'] or self.p.minutes)
+def total(self:Run):
+    "Seconds for everything: the minutes given, or those of the preset, of which half a run has the part of its training"
+    given = self.minutes or self.settings['minutes']
+    if given: return 60*given
+    w = dict(autoencoder=self.p.ae_minutes, denoiser=self.p.denoise_minutes)
+    return 60*self.p.minutes*sum(v for k,v in w.items() if k in self.goals)/sum(w.values())
 
 @patch
 def left(self:Run):

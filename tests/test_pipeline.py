@@ -99,6 +99,11 @@ def test_plan_of_a_run_fills_its_minutes(tiny_run):
     assert .95*600 <= sum(secs.values()) <= 600
     assert secs['denoiser'] > secs['autoencoder'] > 60
 
+def test_half_a_run_has_its_part_of_the_minutes(tiny_run):
+    "Without --minutes, encoding and training together take as long as the whole."
+    a, b, both = tiny_run(goals=('data', 'autoencoder', 'latents')), tiny_run(goals=('denoiser',)), tiny_run()
+    assert a.total() + b.total() == pytest.approx(both.total()) == pytest.approx(60*both.p.minutes) and a.total() < b.total()
+
 def test_plan_is_made_again_with_what_is_left(tiny_run):
     "When the autoencoder has taken twice its time, the denoiser pays for it, not the clock."
     r = tiny_run(minutes=10)
