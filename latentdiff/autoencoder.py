@@ -595,7 +595,7 @@ def train_autoencoder(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         learn = fit_within(ae_learner(ae, pixels_train, pixels_valid, seed=seed, **kw), minutes, epochs, lr)
-    ae.fit_scale(pixels_train).eval().requires_grad_(False)
+    ae.to(memory_format=torch.contiguous_format).fit_scale(pixels_train).eval().requires_grad_(False)
     return learn
 
 # %% ../nbs/10_autoencoder.ipynb #c140
@@ -745,7 +745,7 @@ def from_pretrained(cls:PretrainedKL,
     spec # Hub id, or a folder in diffusers' layout
 ):
     "The published model, in eval mode"
-    model = _hub(cls.model_class.from_pretrained, spec, use_safetensors=True)
+    model = _hub(cls.model_class.from_pretrained, spec, use_safetensors=True, low_cpu_mem_usage=False)
     ae = cls({k: v for k, v in model.config.items() if not k.startswith('_')})
     ae.model = model
     return ae.eval().requires_grad_(False)
@@ -868,11 +868,10 @@ def _fits(ae, p, channels):
     return {**have, 'widths': tuple(have['widths'] or ())} == want
 
 def _make(p, imgs, device):
-    x = imgs.pixels(imgs.train_idxs)
-    if p.ae_pretrained: return open_autoencoder(p.ae_pretrained).to(device).fit_scale(x[:4000], bs=p.bs)
+    if p.ae_pretrained: return open_autoencoder(p.ae_pretrained).to(device).fit_scale(imgs.pixels(imgs.train_idxs[:4000]), bs=p.bs)
     torch.manual_seed(0)
     ae = KLAutoencoder(imgs.channels, p.ae_widths, p.ae_patch, 1, p.latent_channels)
-    train_autoencoder(ae, x, imgs.pixels(imgs.valid_idxs), p.ae_minutes, device=device)
+    train_autoencoder(ae, imgs.pixels(imgs.train_idxs), imgs.pixels(imgs.valid_idxs), p.ae_minutes, device=device)
     return ae
 
 # %% ../nbs/10_autoencoder.ipynb #c184

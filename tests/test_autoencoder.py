@@ -1,13 +1,14 @@
 "The autoencoder: shapes, scale, metrics against torchmetrics, the clock, saving and loading, pretrained wrappers."
 import json, os, time
+from dataclasses import replace
 import pytest, torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from fastai.basics import Learner, DataLoaders, to_device
+from fastai.basics import DataLoaders, Learner
 from torch.nn import functional as F
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 from latentdiff import autoencoder as A
 from latentdiff.autoencoder import *
-from latentdiff.data import DeviceLoader, UserError, rooms
+from latentdiff.data import DeviceLoader, UserError, preset, rooms
 
 
 def tiny(c=3, **kw):
@@ -317,6 +318,26 @@ def test_pickled_weights_are_refused(tmp_path):
     m.save_pretrained(tmp_path, safe_serialization=False)
     with pytest.raises(UserError) as e: open_autoencoder(tmp_path)
     assert '\n' not in str(e.value)
+
+# --- for the later lessons
+
+def test_autoencoder_for_makes_loads_and_makes_again(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv('LATENTDIFF_RUNS', str(tmp_path))
+    p = replace(preset('tiny'), n=40, size=16, ae_minutes=.01)
+    a = autoencoder_for(p, device='cpu')
+    assert (tmp_path/'rooms-tiny'/'autoencoder'/'config.json').exists()
+    b = autoencoder_for(p, device='cpu')
+    assert 'loaded' in capsys.readouterr().out.splitlines()[-1] and torch.equal(a.encode(images()), b.encode(images()))
+    c = autoencoder_for(replace(p, latent_channels=2), device='cpu')
+    assert 'other settings' in capsys.readouterr().out and c.latent_channels == 2
+
+def test_autoencoder_for_opens_a_pretrained_one_and_measures_it(tmp_path):
+    torch.manual_seed(0)
+    AutoencoderKL(**KL).save_pretrained(tmp_path/'hub')
+    p = replace(preset('tiny'), n=40, size=16, ae_pretrained=str(tmp_path/'hub'))
+    ae = autoencoder_for(p, tmp_path/'own', device='cpu')
+    assert isinstance(ae, PretrainedKL) and ae.config.latent_std != [1.]*4
+    assert torch.equal(autoencoder_for(p, tmp_path/'own', device='cpu').latent_std, ae.latent_std)
 
 # --- TAEF2
 
