@@ -8,11 +8,12 @@ __all__ = ['SAMPLERS', 'optimal_denoiser', 'levels', 'predict', 'spaced', 'time_
            'denoise_path', 'save_gif', 'slerp', 'interpolate', 'img2img', 'inpaint']
 
 # %% ../nbs/40_sampling.ipynb #c003
-import math, time
+import math, sys, time
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 import torch
+from fastcore.imports import IN_NOTEBOOK
 from fastprogress.fastprogress import progress_bar
 from .data import UserError, default_device, image_grid
 
@@ -101,7 +102,7 @@ def euler(net, process, x, ts, callback=None, generator=None):
         x = y*(a1+s1)
     return x
 
-# %% ../nbs/40_sampling.ipynb #c036
+# %% ../nbs/40_sampling.ipynb #c037
 def ddim(net, process, x, ts, callback=None, generator=None,
          eta=0.): # 0: deterministic, 1: as much fresh noise as DDPM
     "DDIM (2010.02502), eq. 12 and 16, for any alpha and sigma"
@@ -114,7 +115,7 @@ def ddim(net, process, x, ts, callback=None, generator=None,
         if std > 0: x = x + std*noise_like(x, generator)
     return x
 
-# %% ../nbs/40_sampling.ipynb #c040
+# %% ../nbs/40_sampling.ipynb #c041
 def ddpm(net, process, x, ts, callback=None, generator=None):
     "DDPM (2006.11239), algorithm 2, with the posterior of eq. 7 for any alpha and sigma"
     for i, (t, u) in enumerate(pairwise(ts)):
@@ -127,7 +128,7 @@ def ddpm(net, process, x, ts, callback=None, generator=None):
         if u > 0: x = x + s1*math.sqrt(fresh)*noise_like(x, generator)   # eq. 7, variance
     return x
 
-# %% ../nbs/40_sampling.ipynb #c049
+# %% ../nbs/40_sampling.ipynb #c050
 def heun(net, process, x, ts, callback=None, generator=None,
          straight=None): # coordinates: straight line, or x/alpha against sigma/alpha; None: by schedule
     "Heun's method, EDM (2206.00364), algorithm 1: an Euler step, then again with the mean of both slopes"
@@ -145,7 +146,7 @@ def heun(net, process, x, ts, callback=None, generator=None,
         x = c1*y
     return x
 
-# %% ../nbs/40_sampling.ipynb #c053
+# %% ../nbs/40_sampling.ipynb #c054
 def dpmpp_2m(net, process, x, ts, callback=None, generator=None):
     "DPM-Solver++(2M) (2211.01095), algorithm 2; the first and the last step are first order"
     old, h_old = None, None
@@ -159,7 +160,7 @@ def dpmpp_2m(net, process, x, ts, callback=None, generator=None):
         old, h_old = x0, h
     return x
 
-# %% ../nbs/40_sampling.ipynb #c055
+# %% ../nbs/40_sampling.ipynb #c056
 SAMPLERS = dict(ddpm=ddpm, ddim=ddim, euler=euler, heun=heun, dpmpp_2m=dpmpp_2m)
 
 def evaluations(sampler, # name in `SAMPLERS`
@@ -167,7 +168,7 @@ def evaluations(sampler, # name in `SAMPLERS`
     "How often the network is asked: Heun twice a step but once in the last, the others once a step"
     return 2*steps - 1 if sampler == 'heun' else steps
 
-# %% ../nbs/40_sampling.ipynb #c066
+# %% ../nbs/40_sampling.ipynb #c069
 @contextmanager
 def evaluating(net): # a module, or any callable
     "`net` in eval mode (no dropout, running statistics) inside, as it was before outside"
@@ -178,16 +179,17 @@ def evaluating(net): # a module, or any callable
         if training: net.train()
 
 class SlowBar:
-    "A progress bar that shows itself only when the work has taken `wait` seconds"
+    "A progress bar that shows itself when the work has taken `wait` seconds, and never in a log file"
     def __init__(self, total, wait=2.):
-        self.bar, self.wait, self.start, self.done = progress_bar(range(total), total=total, leave=False), wait, time.time(), 0
+        self.wait = wait if IN_NOTEBOOK or sys.stdout.isatty() else math.inf
+        self.bar, self.start, self.done = progress_bar(range(total), total=total, leave=False), time.time(), 0
     def step(self, *_):
         self.done += 1
         if time.time() - self.start < self.wait: return
         if self.bar.last_v is None: self.bar.update(0); self.bar.start_t = self.start
         self.bar.update(self.done)
 
-# %% ../nbs/40_sampling.ipynb #c068
+# %% ../nbs/40_sampling.ipynb #c071
 def sample(net,             # denoiser: `net(x_t, t) -> prediction`
            process,         # its process
            n,               # how many samples
@@ -207,7 +209,7 @@ def sample(net,             # denoiser: `net(x_t, t) -> prediction`
         with evaluating(net), torch.inference_mode(): out.append(step(net, process, x, ts, callback=bar.step, generator=gens))
     return torch.cat([o.cpu() for o in out])
 
-# %% ../nbs/40_sampling.ipynb #c082
+# %% ../nbs/40_sampling.ipynb #c085
 def denoise_path(net, process,
                  x,              # start noise, at the strength of `ts[0]`
                  ts,             # from `time_steps`
@@ -219,7 +221,7 @@ def denoise_path(net, process,
     with evaluating(net): x = SAMPLERS.get(sampler, sampler)(net, process, x, ts, callback=keep, generator=generator)
     return path + [(ts[-1], x, x)]
 
-# %% ../nbs/40_sampling.ipynb #c086
+# %% ../nbs/40_sampling.ipynb #c089
 def save_gif(frames,   # PIL images of one size
              path,     # where to write it
              ms=100,   # milliseconds a frame
@@ -229,7 +231,7 @@ def save_gif(frames,   # PIL images of one size
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=[ms]*(len(frames)-1) + [ms*hold], loop=0)
     return path
 
-# %% ../nbs/40_sampling.ipynb #c108
+# %% ../nbs/40_sampling.ipynb #c111
 def slerp(a, b, # (b, ...) two batches of noise
           w):   # 0 gives `a`, 1 gives `b`
     "Spherical interpolation, sample by sample: between two noises lies a noise of the same length"
@@ -238,14 +240,14 @@ def slerp(a, b, # (b, ...) two batches of noise
     mixed = (((1-w)*theta).sin()*fa + (w*theta).sin()*fb)/theta.sin()
     return torch.where(theta.sin() > 1e-4, mixed, torch.lerp(fa, fb, w)).view_as(a)
 
-# %% ../nbs/40_sampling.ipynb #c110
+# %% ../nbs/40_sampling.ipynb #c113
 def interpolate(a, b,       # (b, ...) two batches of noise
                 k,          # how many, both ends included
                 mix=slerp): # or `torch.lerp`, to see why not
     "(b, k, ...) start noises on the way from `a` to `b`"
     return torch.stack([mix(a, b, float(w)) for w in torch.linspace(0, 1, k)], 1)
 
-# %% ../nbs/40_sampling.ipynb #c114
+# %% ../nbs/40_sampling.ipynb #c117
 def img2img(net, process,
             z,              # (b, ...) standardised latents to start from
             strength=.6,    # time to noise them to: 0 changes nothing, 1 forgets them
@@ -257,7 +259,7 @@ def img2img(net, process,
     a, s = levels(process, ts[0])
     with evaluating(net): return SAMPLERS.get(sampler, sampler)(net, process, a*z + s*noise_like(z, gens), ts, generator=gens)
 
-# %% ../nbs/40_sampling.ipynb #c118
+# %% ../nbs/40_sampling.ipynb #c121
 def inpaint(net, process,
             z,          # (b, ...) standardised latents, known where `mask` is False
             mask,       # bool, broadcast to `z`: True where to draw
