@@ -383,9 +383,11 @@ def features(extractor, # pixels -> features
     if torch.is_tensor(images) and images.ndim == 2: return images
     idxs = torch.arange(len(images)) if idxs is None else torch.as_tensor(idxs)
     get = (lambda i: images[i]) if torch.is_tensor(images) else images.pixels
-    chunks = idxs.split(bs)
-    bar = progress_bar(chunks, leave=False) if len(idxs) > 1000 else chunks
-    return torch.cat([extractor(as_pixels(get(i))).cpu() for i in bar])
+    feats = lambda i: extractor(as_pixels(get(i))).cpu()
+    first, *rest = idxs.split(bs)
+    start, out = time.time(), [feats(first)]
+    slow = (time.time() - start)*len(rest) > 2
+    return torch.cat(out + [feats(i) for i in (progress_bar(rest, leave=False) if slow else rest)])
 
 # %% ../nbs/50_kid_eval.ipynb #c089
 def halves(x, seed=0):
@@ -406,7 +408,7 @@ def evaluate(fake, real,       # images or features, as `features` takes them
     return dict(kid=k, kid_se=se, kid_floor=k0, kid_floor_se=se0, fid=fid(f, r), fid_floor=fid(a, b), n_fake=len(f), n_real=len(r),
                 n_floor=(len(a), len(b)), extractor=extractor.name, device=str(extractor.device), seed=seed, seconds=round(time.time()-start, 1))
 
-# %% ../nbs/50_kid_eval.ipynb #c107
+# %% ../nbs/50_kid_eval.ipynb #c108
 def nearest_neighbours(fake,  # (n,d) features, or images of any one range, which are compared pixel by pixel
                        train, # (m,d) the same of the training set
                        k=1, block=1024):
