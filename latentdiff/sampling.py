@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'optimal_denoiser', 'levels', 'predict', 'spaced', 'time_steps', 'generators', 'noise_like', 'start_noise',
-           'euler', 'ddim', 'ddpm', 'heun', 'dpmpp_2m', 'evaluations', 'evaluating', 'SlowBar', 'sample',
+           'euler', 'ddim', 'ddpm', 'heun', 'dpmpp_2m', 'sampler_of', 'evaluations', 'evaluating', 'SlowBar', 'sample',
            'denoise_path', 'save_gif', 'slerp', 'interpolate', 'img2img', 'inpaint']
 
 # %% ../nbs/40_sampling.ipynb #c003
@@ -163,6 +163,12 @@ def dpmpp_2m(net, process, x, ts, callback=None, generator=None):
 # %% ../nbs/40_sampling.ipynb #c056
 SAMPLERS = dict(ddpm=ddpm, ddim=ddim, euler=euler, heun=heun, dpmpp_2m=dpmpp_2m)
 
+def sampler_of(sampler): # a name in `SAMPLERS`, or a function like them
+    "The sampler's function; raises `UserError` for a name that is not in the table"
+    if callable(sampler): return sampler
+    if sampler not in SAMPLERS: raise UserError(f"sampler is one of {', '.join(SAMPLERS)}, not {sampler!r}")
+    return SAMPLERS[sampler]
+
 def evaluations(sampler, # name in `SAMPLERS`
                 steps):
     "How often the network is asked: Heun twice a step but once in the last, the others once a step"
@@ -178,6 +184,7 @@ def evaluating(net): # a module, or any callable
     finally:
         if training: net.train()
 
+# %% ../nbs/40_sampling.ipynb #c071
 class SlowBar:
     "A progress bar that shows itself when the work has taken `wait` seconds, and never in a log file"
     def __init__(self, total, wait=2.):
@@ -189,7 +196,7 @@ class SlowBar:
         if self.bar.last_v is None: self.bar.update(0); self.bar.start_t = self.start
         self.bar.update(self.done)
 
-# %% ../nbs/40_sampling.ipynb #c071
+# %% ../nbs/40_sampling.ipynb #c073
 def sample(net,             # denoiser: `net(x_t, t) -> prediction`
            process,         # its process
            n,               # how many samples
@@ -200,8 +207,7 @@ def sample(net,             # denoiser: `net(x_t, t) -> prediction`
            bs=256,
            device=None):    # None: the GPU if there is one
     "(n, *shape) float32 standardised latents on the CPU, made from noise"
-    step, ts = SAMPLERS.get(sampler, sampler), time_steps(process, steps)
-    if not callable(step): raise UserError(f"sampler is one of {', '.join(SAMPLERS)}, not {sampler!r}")
+    step, ts = sampler_of(sampler), time_steps(process, steps)
     device, bar, out = device or default_device(), SlowBar(steps*math.ceil(n/bs)), []
     for i in range(0, n, bs):
         gens = generators(seed, min(bs, n-i), i)
@@ -209,7 +215,7 @@ def sample(net,             # denoiser: `net(x_t, t) -> prediction`
         with evaluating(net), torch.inference_mode(): out.append(step(net, process, x, ts, callback=bar.step, generator=gens))
     return torch.cat([o.cpu() for o in out])
 
-# %% ../nbs/40_sampling.ipynb #c085
+# %% ../nbs/40_sampling.ipynb #c087
 def denoise_path(net, process,
                  x,              # start noise, at the strength of `ts[0]`
                  ts,             # from `time_steps`
@@ -218,10 +224,10 @@ def denoise_path(net, process,
     "The way from noise to image: a list of (t, noisy latents, guess of the clean ones), `len(ts)` long"
     path = []
     keep = lambda i, t, x, x0: path.append((t, process.scale_input(x, x.new_full((len(x),), t)), x0))
-    with evaluating(net): x = SAMPLERS.get(sampler, sampler)(net, process, x, ts, callback=keep, generator=generator)
+    with evaluating(net): x = sampler_of(sampler)(net, process, x, ts, callback=keep, generator=generator)
     return path + [(ts[-1], x, x)]
 
-# %% ../nbs/40_sampling.ipynb #c089
+# %% ../nbs/40_sampling.ipynb #c091
 def save_gif(frames,   # PIL images of one size
              path,     # where to write it
              ms=100,   # milliseconds a frame
@@ -231,7 +237,7 @@ def save_gif(frames,   # PIL images of one size
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=[ms]*(len(frames)-1) + [ms*hold], loop=0)
     return path
 
-# %% ../nbs/40_sampling.ipynb #c111
+# %% ../nbs/40_sampling.ipynb #c113
 def slerp(a, b, # (b, ...) two batches of noise
           w):   # 0 gives `a`, 1 gives `b`
     "Spherical interpolation, sample by sample: between two noises lies a noise of the same length"
@@ -240,14 +246,14 @@ def slerp(a, b, # (b, ...) two batches of noise
     mixed = (((1-w)*theta).sin()*fa + (w*theta).sin()*fb)/theta.sin()
     return torch.where(theta.sin() > 1e-4, mixed, torch.lerp(fa, fb, w)).view_as(a)
 
-# %% ../nbs/40_sampling.ipynb #c113
+# %% ../nbs/40_sampling.ipynb #c115
 def interpolate(a, b,       # (b, ...) two batches of noise
                 k,          # how many, both ends included
                 mix=slerp): # or `torch.lerp`, to see why not
     "(b, k, ...) start noises on the way from `a` to `b`"
     return torch.stack([mix(a, b, float(w)) for w in torch.linspace(0, 1, k)], 1)
 
-# %% ../nbs/40_sampling.ipynb #c117
+# %% ../nbs/40_sampling.ipynb #c119
 def img2img(net, process,
             z,              # (b, ...) standardised latents to start from
             strength=.6,    # time to noise them to: 0 changes nothing, 1 forgets them
@@ -257,9 +263,9 @@ def img2img(net, process,
     "Latents like `z`, with everything redrawn that the noise of time `strength` hides"
     ts, gens = time_steps(process, steps, start=strength), generators(seed, len(z))
     a, s = levels(process, ts[0])
-    with evaluating(net): return SAMPLERS.get(sampler, sampler)(net, process, a*z + s*noise_like(z, gens), ts, generator=gens)
+    with evaluating(net): return sampler_of(sampler)(net, process, a*z + s*noise_like(z, gens), ts, generator=gens)
 
-# %% ../nbs/40_sampling.ipynb #c121
+# %% ../nbs/40_sampling.ipynb #c123
 def inpaint(net, process,
             z,          # (b, ...) standardised latents, known where `mask` is False
             mask,       # bool, broadcast to `z`: True where to draw

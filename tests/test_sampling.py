@@ -161,7 +161,8 @@ def test_time_steps(process):
 
 def test_user_errors():
     p = Process()
-    for call in (lambda: time_steps(p, 5, 'even'), lambda: time_steps(p, 0), lambda: time_steps(p, 5, start=0.), lambda: sample(None, p, 1, (2,), sampler='magic')):
+    for call in (lambda: time_steps(p, 5, 'even'), lambda: time_steps(p, 0), lambda: time_steps(p, 5, start=0.), lambda: sample(None, p, 1, (2,), sampler='magic'),
+                 lambda: denoise_path(None, p, POINTS, [1., 0.], 'magic'), lambda: img2img(None, p, POINTS, sampler='magic'), lambda: img2img(None, p, POINTS, 0.)):
         with pytest.raises(ValueError) as e: call()
         assert '\n' not in str(e.value)
 
