@@ -6,7 +6,7 @@
 __all__ = ['WEIGHTS', 'TAEF2_COMMIT', 'TAEF2_MD5', 'WRAPPERS', 'as_images', 'PSNR', 'ssim_map', 'SSIM', 'psnr', 'ssim',
            'patch_pca', 'AEBlock', 'conv_encoder', 'conv_decoder', 'posterior_sample', 'Autoencoder', 'check_size',
            'KLAutoencoder', 'start_linear', 'pca_start', 'kl_loss', 'efficientnet_lite0', 'FeatureLoss', 'AELoss',
-           'channel_stats', 'raw_latents', 'quality', 'TimeBudget', 'DeviceSmoothLoss', 'LossesToHost',
+           'channel_stats', 'fit_bs', 'raw_latents', 'quality', 'TimeBudget', 'DeviceSmoothLoss', 'LossesToHost',
            'DeviceProgress', 'no_sync', 'adamw', 'fit_within', 'Reconstruct', 'ValidMetric', 'ae_learner',
            'train_autoencoder', 'FlatAutoencoder', 'ChannelAttention', 'CABlock', 'CABAutoencoder', 'PretrainedKL',
            'save_component', 'find_class', 'load_weights', 'load_component', 'PretrainedTiny', 'TAEBlock',
@@ -305,6 +305,7 @@ def pca_start(
 ):
     "Set the straight lines to the best linear autoencoder of patches, with latents of variance 1"
     f, k, c = ae.factor, ae.latent_channels, x.shape[1]
+    n = min(n, max(64, 25_000_000//x[0].numel()))  # in float64, large pictures fill the memory
     mean, dirs, std = patch_pca(as_images(x[:n]), f, k)
     ae.line_in.weight.copy_((dirs/std).T.view(k, c, f, f))
     ae.line_in.bias.copy_(-(mean@dirs)/std)
@@ -386,6 +387,13 @@ def channel_stats(
     return mean, (s2/n - mean**2).clamp(min=1e-12).sqrt()
 
 # %% ../nbs/10_autoencoder.ipynb #c089
+def fit_bs(
+    size,  # pixels a side
+    bs=256 # the most
+):
+    "Images to give an autoencoder at once: a 256-pixel one takes sixteen times the memory of a 64-pixel one"
+    return max(1, min(bs, 256*64**2//size**2))
+
 @torch.no_grad()
 def raw_latents(
     ae,    # an `Autoencoder`
@@ -395,7 +403,7 @@ def raw_latents(
     "Yield the raw posterior means of `x`"
     ae.eval()
     dev = next(ae.parameters()).device
-    for b in x.split(bs): yield ae._encode(as_images(b, dev))[0]
+    for b in x.split(fit_bs(x.shape[-1], bs)): yield ae._encode(as_images(b, dev))[0]
 
 # %% ../nbs/10_autoencoder.ipynb #c091
 @patch
@@ -429,7 +437,7 @@ def quality(
     ae.eval()
     dev = next(ae.parameters()).device
     p, s = PSNR(device=dev), SSIM(device=dev)
-    for b in x.split(bs):
+    for b in x.split(fit_bs(x.shape[-1], bs)):
         b = as_images(b, dev)
         y = ae.decode(ae.encode(b))
         p.update(y, b), s.update(y, b)

@@ -9,7 +9,8 @@ __all__ = ['STARTED', 'SAMPLER', 'PARTS', 'STAGES', 'FITS', 'CLASSIFY', 'PASSES'
            'peak_gb', 'thin', 'curves_of', 'save_png', 'KIDCurve', 'path_of', 'path_picture', 'labelled', 'to_pil',
            'loss_curves', 'kid_curve', 'picture', 'table', 'stem', 'card', 'cards', 'sections', 'report',
            'plain_output', 'one_line_errors', 'default_folder', 'run_cli', 'encode_cli', 'train_cli', 'open_run',
-           'to_hwc', 'write_npz', 'write_pngs', 'expect', 'sample_cli', 'image_set', 'npz_pixels', 'eval_cli']
+           'to_hwc', 'write_npz', 'write_pngs', 'expect', 'sample_cli', 'image_set', 'resized', 'npz_pixels',
+           'eval_cli']
 
 # %% ../nbs/80_pipeline.ipynb #c004
 import time, warnings
@@ -22,7 +23,7 @@ from dataclasses import replace
 from functools import wraps
 from html import escape
 from pathlib import Path
-import diffusers, fastai, fastprogress.fastprogress, numpy as np, torch
+import diffusers, fastai, fastprogress.fastprogress, numpy as np, torch, torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastcore.basics import patch
 from fastcore.script import call_parse
@@ -31,9 +32,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 # %% ../nbs/80_pipeline.ipynb #c006
-from .data import UserError, default_device, from_uint8, image_grid, open_images, runs_home, to_uint8
+from .data import DATASETS, UserError, default_device, from_uint8, image_grid, open_images, runs_home, to_uint8
 from .data import preset as find_preset
-from .autoencoder import KLAutoencoder, load_component, open_autoencoder, quality, save_component, train_autoencoder
+from .autoencoder import KLAutoencoder, fit_bs, load_component, open_autoencoder, quality, save_component, train_autoencoder
 from .noisify import Process, encode_latents, open_latents
 from .unet import UNet, train_denoiser
 from .sampling import SAMPLERS, evaluations, sample, start_noise, time_steps
@@ -93,7 +94,7 @@ def decode(self:LatentDiffusionPipeline,
     bs:int=64, # latents at a time
 ):             # float32 (n,c,h,w) in [-1,1], on the CPU
     "Latents to images"
-    return torch.cat([self.autoencoder.decode(b.to(self.device)).clamp(-1, 1).cpu() for b in z.split(bs)])
+    return torch.cat([self.autoencoder.decode(b.to(self.device)).clamp(-1, 1).cpu() for b in z.split(fit_bs(self.size, bs))])
 
 @patch
 def __call__(self:LatentDiffusionPipeline, n=8, steps=20, sampler=SAMPLER, seed=0, bs=64):
@@ -202,7 +203,7 @@ def settings_of(data=None, preset=None, size=None, minutes=None, seed=0, n=None,
     "The settings of a run, with every default filled in, as they are written to run.json"
     above_zero(size=size, minutes=minutes, n=n)
     p = preset_of(dict(preset=preset, data=data, size=size, n=n))
-    data,autoencoder = (str(Path(d).resolve()) if d and Path(d).exists() else d for d in (p.data, autoencoder or p.ae_pretrained))
+    data,autoencoder = (str(Path(d).resolve()) if d and d not in DATASETS and Path(d).exists() else d for d in (p.data, autoencoder or p.ae_pretrained))
     return dict(data=data, preset=p.name, size=p.size, minutes=minutes, seed=seed, n=p.n, autoencoder=autoencoder)
 
 # %% ../nbs/80_pipeline.ipynb #c045
@@ -349,6 +350,8 @@ def new_autoencoder(self:Run):
 def new_denoiser(self:Run, shape):
     "The untrained U-Net of the preset for latents of `shape` (c,h,w)"
     if len(shape)!=3: raise UserError(f"Latents of shape {tuple(shape)} are not pictures and the U-Net needs some: choose another --autoencoder.")
+    times,cell = 2**(len(self.p.widths)-1),self.p.size//shape[1]
+    if shape[1] % times: raise UserError(f"{self.p.size} px gives latents of {shape[1]} a side, which this U-Net cannot halve: give --size in multiples of {times*cell}.")
     torch.manual_seed(self.settings['seed'])
     return UNet(shape[0], widths=self.p.widths, depth=self.p.depth, attn_levels=self.p.attn_levels)
 
@@ -410,6 +413,7 @@ def draw(self:Run, steps=None):
 @patch
 def n_eval(self:Run):
     "How many samples are drawn and scored: what the preset says, if a seventh of the time, and most of what is left, is enough"
+    if self.done('samples'): return self.state['stages']['samples']['n']
     seconds = min(self.total()/7, .7*self.left())
     return int(max(64, min(self.p.n_eval, seconds/(self.draw() + self.rates['score']))))
 
@@ -428,7 +432,7 @@ def fixed(self:Run):
              autoencoder=n*r['encode'] + real*(r['encode'] + r['decode']) + given*min(n, 4000)*r['read'],
              latents=n*passes*(r['encode'] + given*r['read']),
              features=real*(r['score'] + given*r['read']) + (0 if self.colour else PASSES*min(n, CLASSIFY)*r['class_step']),
-             samples=(fake + 64)*self.draw(), evaluation=(fake + real)*r['score'] + given*real*r['read'] + 2, report=4)
+             samples=(fake + 64)*self.draw(), evaluation=2*fake*r['score'] + given*fake*r['read'] + 2, report=4)
     return {k: 1.25*v for k,v in s.items()}
 
 # %% ../nbs/80_pipeline.ipynb #c081
@@ -506,6 +510,9 @@ def do_data(self:Run):
     "Decode the images, if they are to stay in memory"
     if not self.settings['autoencoder']: self.view
     ims = self.images
+    if ims.skipped:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder/'skipped.json', ims.skipped)
     return dict(n=len(ims), n_train=len(ims.train_idxs), n_valid=len(ims.valid_idxs), skipped=len(ims.skipped))
 
 @patch
@@ -552,8 +559,9 @@ def reconstruct(self:Run, ae):
 def do_latents(self:Run):
     "Encode every image, and its mirror image where that is as good"
     ae = self.autoencoder().eval()
-    encode_latents(ae, self.view, self.folder/'latents')
-    if self.flip: encode_latents(ae, View(self.images, self.view.px, flip=True), self.folder/'latents_flipped')
+    bs = fit_bs(self.p.size, 64)
+    encode_latents(ae, self.view, self.folder/'latents', bs)
+    if self.flip: encode_latents(ae, View(self.images, self.view.px, flip=True), self.folder/'latents_flipped', bs)
     z = self.z('train')
     return dict(n=len(z), shape=list(z.shape[1:]), mean=thin(z.mean((0,2,3))), std=thin(z.std((0,2,3))))
 
@@ -564,17 +572,16 @@ def z(self:Run, split):
     return torch.cat([open_latents(self.folder/k).tensor(split, self.device) for k in names])
 
 @patch
-def real_features(self:Run, split):
-    "Features (n,d) of `n_real` images of `split`, computed once"
-    key = f'_{split}_features'
-    if not hasattr(self, key): setattr(self, key, features(self.extractor(), self.pixels(split, self.n_real())))
-    return getattr(self, key)
+def real_features(self:Run):
+    "Features (n,d) of `n_real` held-out images, computed once"
+    if not hasattr(self, '_real'): self._real = features(self.extractor(), self.pixels('valid', self.n_real()))
+    return self._real
 
 @patch
 def do_features(self:Run):
     "Features of the held-out images; before that, the classifier that makes them, if there is to be one"
     facts = {} if self.colour else self.train_judge()
-    self.real_features('valid')
+    self.real_features()
     return facts
 
 @patch
@@ -622,7 +629,7 @@ def n_curve(self:Run):
 def quick_kid(self:Run, pipe):
     "KID and its standard error of a few samples against the held-out images"
     fake = features(self.extractor(), pipe(self.n_curve(), QUICK, seed=self.settings['seed']))
-    return kid(fake, self.real_features('valid'))
+    return kid(fake, self.real_features())
 
 # %% ../nbs/80_pipeline.ipynb #c104
 @patch
@@ -653,8 +660,8 @@ def samples(self:Run):
 @patch
 def do_samples(self:Run):
     "Draw; show the first 64 and the way from noise to image of the first three"
-    ims = from_uint8(self.samples())
-    save_png(image_grid(ims[:64], nrow=8), self.folder/'samples.png')
+    ims = self.samples()
+    save_png(image_grid(from_uint8(ims[:64]), nrow=8), self.folder/'samples.png')
     save_png(path_picture(self.pipeline(), self.p.sample_steps, self.settings['seed']), self.folder/'path.png')
     return dict(n=len(ims), sampler=SAMPLER, steps=self.p.sample_steps)
 
@@ -698,7 +705,8 @@ def to_pil(fig):
 @patch
 def do_evaluation(self:Run):
     "KID and FID against held-out images, with the floor; the samples beside their nearest training images"
-    fake,real,floor = features(self.extractor(), self.samples()),self.real_features('valid'),self.real_features('train')
+    fake,real = features(self.extractor(), self.samples()),self.real_features()
+    floor = features(self.extractor(), self.view.pixels(self.idxs('train')[-len(fake):]))  # the last: a classifier has seen the first
     self.neighbours()
     return evaluate(fake, real, self.extractor(), floor_from=floor, seed=self.settings['seed'])
 
@@ -965,14 +973,18 @@ def sample_cli(
     if out: write_pngs(out, px)
 
 # %% ../nbs/80_pipeline.ipynb #c152
-def image_set(path):
-    "uint8 pixels (n,c,h,w) of an .npz file, or the `Images` in a folder, at the size of the first"
+def image_set(path, size=None):
+    "uint8 pixels (n,c,h,w) of an .npz file, or the `Images` in a folder; `size` None: as they are, in a folder as the first is"
     path = Path(path)
     if not path.exists(): raise UserError(f"There is no {path}: give a folder of images or an .npz file.")
-    if path.suffix=='.npz': return npz_pixels(path)
+    if path.suffix=='.npz': return resized(npz_pixels(path), size)
     if not path.is_dir(): raise UserError(f"{path} is neither a folder nor an .npz file.")
-    first = open_images(path, 64, n=1)
-    return open_images(path, min(Image.open(path/first.names[0]).size))
+    return open_images(path, size or min(Image.open(open_images(path, 64, n=1).paths[0]).size))
+
+def resized(x, size):
+    "uint8 pixels (n,c,h,w) with sides of `size`, antialiased"
+    if size in (None, x.shape[-1]): return x
+    return F.interpolate(x.float(), (size, size), mode='bilinear', antialias=True).round().clamp(0, 255).to(torch.uint8)
 
 def npz_pixels(path):
     "uint8 (n,c,h,w) from an .npz with one uint8 array (n,h,w,c)"
@@ -993,11 +1005,12 @@ def eval_cli(
     seed:int=0,    # of the split in halves that gives the floor
 ):
     "Score one set of images against another: KID with its standard error and floor, and FID"
-    a,b = image_set(generated),image_set(real)
+    sides = [x.shape[-1] if torch.is_tensor(x) else x.size for x in (image_set(generated), image_set(real))]
+    a,b = (image_set(path, min(sides)) for path in (generated, real))  # at one size: else the sharper set looks different for that alone
     if min(len(a), len(b)) < 8: raise UserError(f"{len(a)} and {len(b)} images are too few to score: give eight or more of each, better a thousand.")
     judge,x = EfficientNetFeatures(),torch.zeros(16, 3, 64, 64, dtype=torch.uint8)
     secs = (len(a)+len(b))*seconds_each(lambda: judge(x), 16, judge.device)
-    print(f'{len(a):,} images against {len(b):,}, features of {judge.name} on {judge.device}: '
+    print(f'{len(a):,} images against {len(b):,}, at {min(sides)} px, features of {judge.name} on {judge.device}: '
           f'about {secs:.0f} s and {peak_gb():.1f} GB', file=sys.stderr, flush=True)
     d = json.dumps(evaluate(a, b, judge, seed=seed), indent=1)
     print(d)
