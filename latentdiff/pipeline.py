@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STARTED', 'SAMPLER', 'PARTS', 'STAGES', 'FITS', 'CLASSIFY', 'PASSES', 'LEAST', 'QUICK', 'STYLE',
-           'LatentDiffusionPipeline', 'check_channels', 'write_whole', 'write_json', 'read_json', 'load_part', 'Run',
-           'above_zero', 'preset_of', 'settings_of', 'versions', 'View', 'plan', 'seconds_each', 'train_step',
-           'peak_gb', 'thin', 'curves_of', 'save_png', 'KIDCurve', 'path_of', 'path_picture', 'labelled', 'to_pil',
-           'loss_curves', 'kid_curve', 'picture', 'table', 'stem', 'card', 'cards', 'sections', 'report',
+           'LatentDiffusionPipeline', 'check_channels', 'write_whole', 'new_place', 'write_json', 'read_json',
+           'load_part', 'Run', 'above_zero', 'preset_of', 'settings_of', 'versions', 'View', 'plan', 'seconds_each',
+           'train_step', 'peak_gb', 'thin', 'curves_of', 'save_png', 'KIDCurve', 'path_of', 'path_picture', 'labelled',
+           'to_pil', 'loss_curves', 'kid_curve', 'picture', 'table', 'stem', 'card', 'cards', 'sections', 'report',
            'plain_output', 'one_line_errors', 'default_folder', 'run_cli', 'encode_cli', 'train_cli', 'open_run',
            'to_hwc', 'write_npz', 'write_pngs', 'expect', 'sample_cli', 'image_set', 'resized', 'npz_pixels',
            'eval_cli']
@@ -115,6 +115,13 @@ def write_whole(path, data):
     tmp.write_bytes(data.encode() if isinstance(data, str) else data)
     os.replace(tmp, path)
 
+def new_place(path, option):
+    "`UserError` before the work starts if nothing can be written at `path`, or something is there"
+    path = Path(path)
+    if path.exists(): raise UserError(f'{path} exists: choose another place with {option}, or delete it.')
+    try: path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise UserError(f'{path} cannot be written ({e.strerror}): choose another place with {option}.') from None
+
 def write_json(path, d): write_whole(path, json.dumps(d, indent=1) + '\n')
 
 # %% ../nbs/80_pipeline.ipynb #c026
@@ -192,7 +199,7 @@ class Run:
 def above_zero(**kw):
     "`UserError` for an option that is given and not above 0"
     for k,v in kw.items():
-        if v is not None and v <= 0: raise UserError(f"--{k} is {v}: give a number above 0.")
+        if v is not None and not 0 < v < math.inf: raise UserError(f"--{k} is {v}: give a number above 0.")
 
 def preset_of(s):
     "The `Preset` with the data, size and number of images of the settings `s`"
@@ -202,6 +209,8 @@ def preset_of(s):
 def settings_of(data=None, preset=None, size=None, minutes=None, seed=0, n=None, autoencoder=None):
     "The settings of a run, with every default filled in, as they are written to run.json"
     above_zero(size=size, minutes=minutes, n=n)
+    if data=='': raise UserError('--data is empty: name a data set, a folder, an archive or a URL.')
+    if size and size > 2048: raise UserError(f'--size is {size}: 2048 pixels a side are the most.')
     p = preset_of(dict(preset=preset, data=data, size=size, n=n))
     data,autoencoder = (str(Path(d).resolve()) if d and d not in DATASETS and Path(d).exists() else d for d in (p.data, autoencoder or p.ae_pretrained))
     return dict(data=data, preset=p.name, size=p.size, minutes=minutes, seed=seed, n=p.n, autoencoder=autoencoder)
@@ -217,10 +226,10 @@ def read(self:Run):
         return dict(settings=self.settings, device=str(self.device), versions=versions(), stages={})
     d = read_json(f, "delete the folder or choose another one with --out.")
     for k,v in self.settings.items():
-        if d['settings'].get(k) != v:
+        if k!='minutes' and d['settings'].get(k) != v:
             raise UserError(f"{self.folder} was made with {k} {d['settings'].get(k)}, not {v}: "
                             "repeat its settings or choose another folder with --out.")
-    return d
+    return {**d, 'settings': self.settings}
 
 def versions():
     "The versions that a result depends on"
@@ -839,7 +848,10 @@ def do_report(self:Run):
 @patch
 def go(self:Run):
     "Do what is not done yet: look, measure, say what will happen, then stage after stage"
-    if all(self.done(k) for k in self.goals): return print(f'{self.folder} is finished: nothing to do')
+    if all(self.done(k) for k in self.goals):
+        if self.done('denoiser'): LatentDiffusionPipeline.load(self.folder)  # says which part is missing, if one is
+        return print(f'{self.folder} is finished: nothing to do')
+    if not self.folder.exists(): new_place(self.folder, '--out')
     print(f"latentdiff: opening {self.settings['data']}, timing a few images on {self.device} ...", flush=True)
     self.rates = self.measure()
     self.announce()
@@ -965,7 +977,8 @@ def sample_cli(
     "Draw images from a trained run, as PNGs, as one array, or both"
     above_zero(n=n, steps=steps, bs=bs)
     if not (out or npz): raise UserError('Say where the images should go: --out FOLDER, --npz FILE, or both.')
-    if out and Path(out).exists(): raise UserError(f'{out} exists: choose another folder with --out, or delete it.')
+    for path,option in ((out, '--out'), (npz, '--npz')):
+        if path: new_place(path, option)
     pipe = LatentDiffusionPipeline.load(run)
     expect(pipe, n, steps, sampler, bs, out, npz)
     px = to_hwc(pipe.pixels(n, steps, sampler, seed, bs))
@@ -1005,6 +1018,7 @@ def eval_cli(
     seed:int=0,    # of the split in halves that gives the floor
 ):
     "Score one set of images against another: KID with its standard error and floor, and FID"
+    if out: new_place(out, '--out')
     sides = [x.shape[-1] if torch.is_tensor(x) else x.size for x in (image_set(generated), image_set(real))]
     a,b = (image_set(path, min(sides)) for path in (generated, real))  # at one size: else the sharper set looks different for that alone
     if min(len(a), len(b)) < 8: raise UserError(f"{len(a)} and {len(b)} images are too few to score: give eight or more of each, better a thousand.")

@@ -166,10 +166,10 @@ def bad(tmp_path):
 @pytest.mark.parametrize('data,words', [('nowhere', ['nowhere']), ('empty', ['empty']), ('cut.tgz', ['cut.tgz']), ('climbs.tgz', ['../a.png']),
                                         ('pixel', ['pixel']), ('few', ['hundred'])])
 def test_bad_data(cli, bad, data, words):
-    before = sorted(bad.parent.rglob('*'))
+    before = sorted(bad.rglob('*'))
     for verb in ('run', 'encode'):
         one_line(cli(verb, '--data', bad/data, '--preset', 'tiny', '--out', bad/'out'), *words)
-    assert sorted(bad.parent.rglob('*')) == before
+    assert sorted(bad.rglob('*')) == before
 
 @pytest.mark.parametrize('args,words', [(('--preset', 'huge'), ['huge', 'tiny, cpu, gpu']), (('--minutes', '-1'), ['--minutes']),
                                         (('--minutes', '0.01'), ['too few', '--minutes']), (('--size', '0'), ['--size']),
@@ -223,3 +223,13 @@ def test_bad_calls_of_train_and_eval(cli, drawn, tmp_path):
     one_line(cli('eval', tmp_path/'a.npz', drawn/'pngs'), 'a.npz')
     np.savez(tmp_path/'a.npz', np.zeros((4, 8, 8, 3)))
     one_line(cli('eval', tmp_path/'a.npz', drawn/'pngs'), 'uint8')
+
+@pytest.mark.parametrize('option,where', [('--npz', 'kept.txt'), ('--npz', 'kept.txt/x.npz'), ('--out', 'kept.txt/x')])
+def test_sample_overwrites_nothing(cli, run, tmp_path, option, where):
+    "What stands there stays, and the refusal comes before the drawing."
+    (tmp_path/'kept.txt').write_text('mine')
+    one_line(cli('sample', run.folder, '--n', 2, option, tmp_path/where), where.split('/')[-1], option)
+    assert (tmp_path/'kept.txt').read_text()=='mine' and len(list(tmp_path.iterdir()))==1
+
+def test_minutes_may_change(cli, run):
+    assert 'nothing to do' in cli('run', *run.args, '--minutes', run.minutes + 1, '--out', run.folder).out
