@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STARTED', 'SAMPLER', 'PARTS', 'STAGES', 'FITS', 'CLASSIFY', 'PASSES', 'LEAST', 'QUICK', 'STYLE',
-           'LatentDiffusionPipeline', 'check_channels', 'write_whole', 'new_place', 'write_json', 'read_json',
-           'load_part', 'Run', 'above_zero', 'preset_of', 'settings_of', 'versions', 'View', 'plan', 'seconds_each',
-           'train_step', 'peak_gb', 'thin', 'curves_of', 'save_png', 'KIDCurve', 'path_of', 'path_picture', 'labelled',
-           'to_pil', 'loss_curves', 'kid_curve', 'picture', 'table', 'stem', 'card', 'cards', 'sections', 'report',
+           'LatentDiffusionPipeline', 'check_channels', 'write_whole', 'new_place', 'read_json', 'load_part', 'Run',
+           'above_zero', 'preset_of', 'settings_of', 'versions', 'View', 'plan', 'seconds_each', 'train_step',
+           'peak_gb', 'thin', 'curves_of', 'save_png', 'KIDCurve', 'path_of', 'path_picture', 'labelled', 'to_pil',
+           'loss_curves', 'kid_curve', 'picture', 'table', 'stem', 'card', 'cards', 'sections', 'report',
            'plain_output', 'one_line_errors', 'default_folder', 'run_cli', 'encode_cli', 'train_cli', 'open_run',
            'to_hwc', 'write_npz', 'write_pngs', 'expect', 'sample_cli', 'image_set', 'resized', 'npz_pixels',
            'eval_cli']
@@ -35,7 +35,7 @@ from PIL import Image
 from .data import DATASETS, UserError, default_device, from_uint8, image_grid, open_images, runs_home, to_uint8
 from .data import preset as find_preset
 from .autoencoder import KLAutoencoder, fit_bs, load_component, open_autoencoder, quality, save_component, train_autoencoder
-from .noisify import Process, encode_latents, open_latents
+from .noisify import Process, encode_latents, open_latents, write_json
 from .unet import UNet, train_denoiser
 from .sampling import SAMPLERS, evaluations, sample, start_noise, time_steps
 from .kid_eval import (ClassifierFeatures, EfficientNetFeatures, GreyClassifier, evaluate, features, kid, nearest_neighbours,
@@ -122,8 +122,6 @@ def new_place(path, option):
     try: path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise UserError(f'{path} cannot be written ({e.strerror}): choose another place with {option}.') from None
 
-def write_json(path, d): write_whole(path, json.dumps(d, indent=1) + '\n')
-
 # %% ../nbs/80_pipeline.ipynb #c026
 PARTS = ('autoencoder', 'denoiser', 'process')
 
@@ -135,7 +133,7 @@ def save(self:LatentDiffusionPipeline, folder):
     (folder/'model_index.json').unlink(missing_ok=True)
     for k in PARTS[:2]: save_component(getattr(self, k), folder/k)
     self.process.save(folder/'process')
-    write_json(folder/'model_index.json', self.index())
+    write_json(folder/'model_index.json', self.index(), indent=1)
 
 @patch
 def index(self:LatentDiffusionPipeline):
@@ -238,7 +236,7 @@ def versions():
 @patch
 def write(self:Run):
     self.folder.mkdir(parents=True, exist_ok=True)
-    write_json(self.folder/'run.json', self.state)
+    write_json(self.folder/'run.json', self.state, indent=1)
 
 # %% ../nbs/80_pipeline.ipynb #c047
 @patch
@@ -521,7 +519,7 @@ def do_data(self:Run):
     ims = self.images
     if ims.skipped:
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder/'skipped.json', ims.skipped)
+        write_json(self.folder/'skipped.json', ims.skipped, indent=1)
     return dict(n=len(ims), n_train=len(ims.train_idxs), n_valid=len(ims.valid_idxs), skipped=len(ims.skipped))
 
 @patch
@@ -841,7 +839,7 @@ def do_report(self:Run):
     "losses.png, metrics.json and report.html"
     m = self.metrics()
     save_png(self.losses(), self.folder/'losses.png')
-    write_json(self.folder/'metrics.json', m)
+    write_json(self.folder/'metrics.json', m, indent=1)
     write_whole(self.folder/'report.html', report(self.folder, self.settings, m))
 
 # %% ../nbs/80_pipeline.ipynb #c134

@@ -14,6 +14,8 @@ def settings():
 
 def notebooks(): return sorted(p for p in NBS.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 
+def labs(): return [p for p in notebooks() if p.parent.name == 'labs']
+
 def read(path):
     "The notebook at `path`, the source of each cell as one string."
     nb = json.loads(Path(path).read_text(encoding='utf-8'))

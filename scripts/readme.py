@@ -1,6 +1,6 @@
-"README.md from nbs/index.ipynb; its pictures go to nbs/images. `readme.py --check` writes nothing and fails if they differ."
+"README.md from nbs/index.ipynb; its pictures, and one a lab, go to nbs/images. `readme.py --check` writes nothing and fails if they differ."
 import base64, posixpath, re, sys
-from notebooks import NBS, ROOT, directives, read, shown
+from notebooks import NBS, ROOT, labs, read, shown
 
 LINK = re.compile(r'(\]\(|src=")(?!https?:|#)([^)"\s]+)')
 MARK = '<!-- Made from nbs/index.ipynb by `make readme`: edit that. -->\n'
@@ -19,13 +19,19 @@ def output(out, files):
     text = ''.join(out.get('text', '') or data.get('text/plain', ''))
     return '\n'.join(f'    {l}' for l in text.splitlines())
 
+def lab_picture(path):
+    "The PNG bytes that the cell labelled row-picture of the lab at `path` shows: its picture in the table of labs."
+    cell = next(c for c in read(path)['cells'] if c['source'].startswith('#| label: row-picture'))
+    return base64.b64decode(next(o['data']['image/png'] for o in cell['outputs'] if 'image/png' in o.get('data', {})))
+
 def render(nb):
-    "README.md and its pictures, {path: bytes}, for the notebook `nb`."
+    "README.md and its pictures, {path: bytes}, for the notebook `nb`; with them the pictures of the labs."
     files,parts = {},[MARK]
     for c in shown(nb['cells'], leave_out=('hide', 'eval')):
         if c['source'].startswith('<!-- notebook only -->'): continue
         if c['cell_type'] == 'markdown': parts.append(from_root(c['source']))
         else: parts += code(c, files)
+    files |= {f'nbs/images/{p.stem}.png': lab_picture(p) for p in labs()}
     files['README.md'] = ('\n\n'.join(p.strip('\n') for p in parts if p.strip()) + '\n').encode()
     return files
 

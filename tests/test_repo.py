@@ -7,12 +7,13 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/'scripts'))
 from colab_check import index_answers, pinned, plan
 from docs import build
-from notebooks import NBS, badge, directives, notebooks, read, settings, setup_cell
+from notebooks import NBS, badge, directives, labs, notebooks, read, settings, setup_cell
 from readme import render
 
 CFG = settings()
 NAMES = [str(p.relative_to(NBS)) for p in notebooks()]
 LESSONS = [n for n in NAMES if re.match(r'\d\d_', n)]
+LABS = [str(p.relative_to(NBS)) for p in labs()]
 
 def run(*args, cwd=ROOT): return subprocess.run(args, cwd=cwd, capture_output=True, text=True, check=True).stdout
 
@@ -116,11 +117,30 @@ def test_lesson_is_a_module(name):
     pairs = [(a['source'], b['source']) for a,b in zip(cells, cells[1:]) if defines(a) and defines(b)]
     assert not pairs, pairs[0]
 
-@pytest.mark.parametrize('name', LESSONS)
-def test_lesson_shows_pictures(name):
+@pytest.mark.parametrize('name', LESSONS + LABS)
+def test_notebook_shows_pictures(name):
     "The committed outputs hold pictures, and text that says on what and how fast they were made."
     outs = [o for c in read(NBS/name)['cells'] if c['cell_type'] == 'code' for o in c['outputs']]
     assert sum('image/png' in o.get('data', {}) for o in outs) >= 3
+
+@pytest.mark.parametrize('name', LABS)
+def test_lab_says_how_it_was_run(name):
+    "The committed outputs are of a full preset, with seed, device and time; the lab exports nothing."
+    cells = [c for c in read(NBS/name)['cells'] if c['cell_type'] == 'code']
+    texts = [''.join(o.get('text', '') or o.get('data', {}).get('text/plain', '')) for c in cells for o in c['outputs']]
+    said = ' '.join(texts)
+    assert re.search(r"preset '?(cpu|gpu)", said) and not re.search(r"preset '?tiny", said)
+    assert all(re.search(word, said) for word in (r'\bseed\b', r'\b(cpu|cuda)\b', r'\d (s|min|seconds|minutes)\b'))
+    assert not any('export' in directives(c) for c in cells)
+
+def test_every_lab_has_a_row():
+    "The table of labs names each lab, with a badge and a picture that is small enough for a README."
+    assert len(LABS) == 5
+    readme = (ROOT/'README.md').read_text()
+    rows = [l for l in readme.splitlines() if l.startswith('|')]
+    for n in LABS:
+        assert any(badge(NBS/n, CFG) in r and f'nbs/images/{Path(n).stem}.png' in r and r.count('|') == 6 for r in rows), n
+        assert (NBS/f'images/{Path(n).stem}.png').stat().st_size < 300_000
 
 def test_nothing_names_a_machine():
     "No path of the machine that made the notebooks, the documents or the package is left in them."
@@ -154,7 +174,7 @@ def test_docs_build(tmp_path):
     build(tmp_path, [NBS/'index.ipynb', min((NBS/n for n in LESSONS), key=lambda p: p.stat().st_size)])
     pages = list(tmp_path.rglob('*.html'))
     links = {l for p in pages for l in re.findall(r'href="(?!https?:|#|data:)([^"#]+\.html)', p.read_text())}
-    assert len(pages) == 2 and links == {str(Path(n).with_suffix('.html')) for n in LESSONS}
+    assert len(pages) == 2 and links == {str(Path(n).with_suffix(".html")) for n in LESSONS + LABS}
 
 def test_wheel_holds_modules_and_licence(tmp_path):
     tree = copy_tree(tmp_path/'tree')
