@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'DATASETS', 'FOR_DATA', 'ROOM_FACTORS', 'JITTER', 'PALETTE', 'DAMAGED', 'IMAGE_SUFFIXES', 'UNREADABLE',
-           'IDX_FILES', 'IDX', 'LSUN', 'ARCHIVES', 'UserError', 'default_device', 'data_home', 'runs_home', 'Preset',
-           'preset', 'to_uint8', 'from_uint8', 'image_grid', 'show_images', 'room_factors', 'room_caption', 'rooms',
-           'render_room', 'file_md5', 'download', 'extract', 'to_rgb', 'load_pixels', 'why_unreadable', 'split_of',
-           'Images', 'fit_channels', 'RoomImages', 'read_idx', 'idx_array', 'IdxImages', 'FileImages', 'unpacked',
-           'lsun_folder', 'open_images', 'Picture', 'image_dls', 'DeviceLoader']
+           'IDX_FILES', 'IDX', 'ARCHIVES', 'LSUN', 'BODIES', 'CARS', 'CARS_DEVKIT', 'NORB_TYPES', 'NORB', 'UserError',
+           'default_device', 'data_home', 'runs_home', 'Preset', 'preset', 'to_uint8', 'from_uint8', 'image_grid',
+           'show_images', 'room_factors', 'room_caption', 'rooms', 'render_room', 'file_md5', 'download', 'extract',
+           'to_rgb', 'load_pixels', 'why_unreadable', 'split_of', 'Images', 'fit_channels', 'RoomImages', 'read_idx',
+           'idx_array', 'IdxImages', 'FileImages', 'unpacked', 'lsun_folder', 'body_type', 'cars_folder', 'car_names',
+           'CarImages', 'read_norb', 'write_norb', 'norb_array', 'norb_sets', 'NorbImages', 'open_images', 'Picture',
+           'image_dls', 'DeviceLoader']
 
 # %% ../nbs/00_data.ipynb #c004
-import copy, gzip, hashlib, os, shutil, sys, tarfile, urllib.error, urllib.request, zipfile, zlib
+import copy, csv, gzip, hashlib, math, os, shutil, struct, sys, tarfile, urllib.error, urllib.request, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from http.client import HTTPException
@@ -26,6 +28,7 @@ from fastai.torch_core import TensorImage
 from fastcore.basics import patch
 from fastcore.imports import IN_NOTEBOOK
 from fastprogress.fastprogress import progress_bar
+from scipy.io import loadmat
 
 # %% ../nbs/00_data.ipynb #c007
 class UserError(ValueError):
@@ -73,14 +76,17 @@ PRESETS = {p.name: p for p in (
     Preset('gpu', 'lsun_bedroom', 256, 10_000, 55, (64,128,256), 2, 4, 10, (128,256,512,768), 2, (2,3), 35, 32, 2000, 30,
            'stabilityai/sd-vae-ft-ema'))}
 
-DATASETS = ('rooms', 'fashion_mnist', 'mnist', 'lsun_bedroom')
+DATASETS = ('rooms', 'fashion_mnist', 'mnist', 'lsun_bedroom', 'stanford_cars', 'smallnorb')
 FOR_DATA = {
     ('cpu', 'rooms'): dict(size=64, n=6000, minutes=5, ae_widths=(64,128), ae_minutes=1.2, denoise_minutes=2.2, bs=32, n_eval=500),
     ('cpu', 'lsun_bedroom'): dict(size=64, n=10_000, minutes=90, ae_widths=(64,128), latent_channels=6, ae_minutes=15,
         widths=(96,192), depth=2, denoise_minutes=60, bs=32),
+    ('cpu', 'smallnorb'): dict(size=96, n=10_000, minutes=60, ae_widths=(64,128), ae_minutes=15, denoise_minutes=35, bs=32),
     ('gpu', 'rooms'): dict(size=64, minutes=20, ae_pretrained=None),
     ('gpu', 'fashion_mnist'): dict(size=32, n=None, minutes=20, ae_pretrained=None, ae_widths=(64,), ae_patch=4, widths=(128,256)),
-    ('gpu', 'mnist'): dict(size=32, n=None, minutes=20, ae_pretrained=None, ae_widths=(64,), ae_patch=4, widths=(128,256))}
+    ('gpu', 'mnist'): dict(size=32, n=None, minutes=20, ae_pretrained=None, ae_widths=(64,), ae_patch=4, widths=(128,256)),
+    ('gpu', 'smallnorb'): dict(size=96, n=None, minutes=55, ae_pretrained=None, ae_widths=(64,128), widths=(128,256))}
+for k in ('cpu', 'gpu'): FOR_DATA[k, 'stanford_cars'] = FOR_DATA.get((k, 'lsun_bedroom'), {})
 
 # %% ../nbs/00_data.ipynb #c015
 def preset(
@@ -93,7 +99,7 @@ def preset(
     if name not in PRESETS: raise UserError(f"no preset '{name}': choose one of {', '.join(PRESETS)}")
     p = PRESETS[name]
     if data and str(data) != p.data:
-        kind = str(data) if str(data) in DATASETS else 'lsun_bedroom'
+        kind = 'smallnorb' if str(data).startswith('smallnorb/') else str(data) if str(data) in DATASETS else 'lsun_bedroom'
         p = replace(p, data=str(data), **FOR_DATA.get((name, kind), {}))
     if size: p = replace(p, size=int(size))
     if p.size < 64 or p.ae_pretrained: return p
@@ -606,7 +612,9 @@ class Images(torch.utils.data.Dataset):
         self.kind, self.names, self.size, self.channels, self.skipped = kind, list(names), size, channels, []
         text = '\n'.join([f'{channels}x{size}x{size} v1', *self.names, stamp])
         self.fingerprint = hashlib.md5(text.encode()).hexdigest()
-        valid = torch.tensor([split_of(o) == 'valid' for o in self.names])
+        self._split_by(torch.tensor([split_of(o) == 'valid' for o in self.names]))
+
+    def _split_by(self, valid):
         if valid.all() or not valid.any(): valid = torch.arange(len(valid)) % 10 == 1     # a handful, or all of one name
         self.train_idxs, self.valid_idxs = (~valid).nonzero()[:,0], valid.nonzero()[:,0]
 
@@ -756,6 +764,8 @@ def _load(self:FileImages, path):
     except UNREADABLE as e: raise UserError(f"'{path}' cannot be decoded ({e}): remove it and start again") from None
 
 # %% ../nbs/00_data.ipynb #c158
+ARCHIVES = ('.tgz', '.tar.gz', '.tar', '.zip')
+
 def unpacked(
     archive # path
 ):
@@ -785,19 +795,243 @@ def lsun_folder():
     return unpacked(archive)
 
 # %% ../nbs/00_data.ipynb #c162
-ARCHIVES = ('.tgz', '.tar.gz', '.tar', '.zip')
+BODIES = dict(sedan='Sedan', suv='SUV', coupe='Coupe', convertible='Convertible', hatchback='Hatchback', wagon='Wagon',
+              minivan='Minivan', van='Van', cab='Pickup', supercab='Pickup')
 
+def body_type(
+    name # of a car, such as 'Audi TTS Coupe 2012'
+):
+    "The last word of the name that says how the car is built, or 'Other'"
+    return next((BODIES[w] for w in reversed(name.lower().split()) if w in BODIES), 'Other')
+
+# %% ../nbs/00_data.ipynb #c166
+CARS = dict(url='https://s3.amazonaws.com/fast-ai-imageclas/stanford-cars.tgz',
+            md5='9045d6673c9ced0889f41816f6bf2f9f', size=1_957_803_273)
+CARS_DEVKIT = dict(url='https://github.com/pytorch/vision/files/11644847/car_devkit.tgz', md5='c3b158d763b6e2245038c8ad08e45376')
+
+def cars_folder():
+    "The training photographs of Stanford Cars on disk, unpacked or downloaded if need be"
+    root = home = data_home()/'stanford_cars'
+    if not any(home.rglob('*.jpg')):
+        here = [o for o in home.glob('*') if o.name.lower().endswith(ARCHIVES) and 'devkit' not in o.name]
+        root = unpacked(max(here, key=os.path.getsize) if here else
+            download(CARS['url'], home/'stanford-cars.tgz', CARS['md5'], CARS['size']))
+    return next((d for d in sorted(root.rglob('cars_train')) if d.is_dir()), root)
+
+# %% ../nbs/00_data.ipynb #c168
+def _csv_names(path):
+    "{file name: name of the car} from a table with the columns fname, class_name"
+    try:
+        with path.open(newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
+    except (UnicodeDecodeError, csv.Error) as e: raise UserError(f'{path} is no table of text ({e}): save it as UTF-8 CSV') from None
+    if not rows or {'fname', 'class_name'} - set(rows[0]): raise UserError(f'{path} needs the columns fname,class_name and a row a picture')
+    return {r['fname']: r['class_name'] for r in rows if r['class_name']}
+
+def _devkit_names(path):
+    "The same from the devkit: `path` is its cars_train_annos.mat"
+    try:
+        classes = loadmat(path.with_name('cars_meta.mat'), squeeze_me=True)['class_names']
+        rows = loadmat(path, squeeze_me=True)['annotations']
+        return {str(r['fname']): str(classes[int(r['class']) - 1]) for r in rows}
+    except (OSError, ValueError, TypeError, KeyError, IndexError, NotImplementedError, zlib.error) as e:
+        raise UserError(f'{path.parent} is not the devkit of Stanford Cars ({e}): delete it and run again') from None
+
+# %% ../nbs/00_data.ipynb #c170
+def car_names(
+    folder # where the photographs are
+):
+    "{file name: name of the car}, from a labels.csv or the devkit, found or downloaded; raises `UserError`"
+    home = data_home()/'stanford_cars'
+    places = [o/p for p in ('labels.csv', 'devkit/cars_train_annos.mat') for o in (home, folder, folder.parent)]
+    path = next((o for o in places if o.exists()), None)
+    if path is None:
+        kit = unpacked(download(CARS_DEVKIT['url'], home/'car_devkit.tgz', CARS_DEVKIT['md5']))
+        path = next(kit.rglob('cars_train_annos.mat'), kit/'cars_train_annos.mat')
+    return _csv_names(path) if path.suffix == '.csv' else _devkit_names(path)
+
+# %% ../nbs/00_data.ipynb #c172
+class CarImages(FileImages):
+    "Stanford Cars: the names as `captions`, the body types as `labels`"
+    def __init__(self, size, n=None, channels=None, seed=0):
+        folder = cars_folder()
+        super().__init__(folder, size, n, channels, seed, 'stanford_cars')
+        names = car_names(folder)
+        self.captions = [names.get(PurePosixPath(o).name) for o in self.names]
+        if None in self.captions:
+            raise UserError(f"{self.captions.count(None):,} pictures in '{folder}' have no name, such as "
+                            f"{self.names[self.captions.index(None)]}: complete labels.csv, or remove it to use the devkit")
+        self.classes = [*dict.fromkeys(BODIES.values()), 'Other']
+        self.labels = torch.tensor([self.classes.index(body_type(o)) for o in self.captions])
+
+# %% ../nbs/00_data.ipynb #c178
+NORB_TYPES = {0x1E3D4C51: '<f4', 0x1E3D4C52: 'packed', 0x1E3D4C53: '<f8', 0x1E3D4C54: '<i4', 0x1E3D4C55: 'u1', 0x1E3D4C56: '<i2'}
+
+def _norb_header(f, name):
+    "(dtype, shape, bytes of the header) of an open matrix; raises `UserError`, having allocated nothing"
+    head = f.read(8)
+    magic, ndim = struct.unpack('<Ii', head) if len(head) == 8 else (0, 0)
+    kind = NORB_TYPES.get(magic)
+    if kind is None: raise UserError(f'{name} is no smallNORB matrix (it starts with {head[:4].hex() or "nothing"}): get it again')
+    if kind == 'packed': raise UserError(f'{name} is a packed matrix, a type that is not documented: write it as another type')
+    if not 1 <= ndim <= 8: raise UserError(f'{name} claims {ndim} dimensions: it is damaged, get it again')
+    dims = f.read(4*max(ndim, 3))
+    if len(dims) < 4*max(ndim, 3): raise UserError(f'{name} is cut short in its header: get it again')
+    shape = struct.unpack(f'<{ndim}i', dims[:4*ndim])
+    if min(shape) < 1 or math.prod(shape) > 1 << 36: raise UserError(f'{name} claims the dimensions {shape}: it is damaged, get it again')
+    return np.dtype(kind), shape, 8 + len(dims)
+
+# %% ../nbs/00_data.ipynb #c180
+def read_norb(
+    path # a .mat, or a .mat.gz
+):
+    "The array in it: a read-only memory map, or decompressed into memory; raises `UserError`"
+    path = Path(path)
+    if not path.is_file(): raise UserError(f"no file '{path}'")
+    if path.suffix == '.gz': return _unzip_norb(path)
+    with path.open('rb') as f: dtype, shape, start = _norb_header(f, path.name)
+    have, want = path.stat().st_size, start + math.prod(shape)*dtype.itemsize
+    if have != want: raise UserError(f"{path.name} {'is cut short' if have < want else 'goes on after its end'}: {have:,} bytes instead of {want:,}")
+    return np.memmap(path, dtype, 'r', start, shape)
+
+def _unzip_norb(path):
+    "The array in a .mat.gz, never holding more than its header promises"
+    try:
+        with gzip.open(path) as f:
+            dtype, shape, _ = _norb_header(f, path.name)
+            size = math.prod(shape)*dtype.itemsize
+            if size > 1032*path.stat().st_size: raise UserError(f'{path.name} claims {size:,} bytes, more than it can hold: get it again')
+            out, got = np.empty(shape, dtype), 0
+            to = memoryview(out.reshape(-1).view(np.uint8))
+            while got < size and (k := f.readinto(to[got:got + (1 << 20)])): got += k
+            if got < size: raise UserError(f'{path.name} is cut short: {got:,} bytes of data instead of {size:,}')
+            if f.read(1): raise UserError(f'{path.name} goes on after the {size:,} bytes it promises: get it again')
+            return out
+    except (OSError, EOFError, zlib.error) as e: raise UserError(f'{path.name} is damaged ({e}): get it again') from None
+
+# %% ../nbs/00_data.ipynb #c182
+def write_norb(
+    path, # a .mat, or a .mat.gz to compress
+    array # float32, float64, int32, uint8 or int16, of 1 to 8 dimensions
+):
+    "Write an array in smallNORB's format; raises `UserError` for a type that the format does not have"
+    array, path = np.asarray(array), Path(path)
+    magic = next((m for m, t in NORB_TYPES.items() if t != 'packed' and np.dtype(t) == array.dtype.newbyteorder('<')), None)
+    if magic is None or not 1 <= array.ndim <= 8 or not array.size:
+        raise UserError(f'cannot write {array.dtype} of shape {array.shape}: use float32, float64, int32, uint8 or int16, 1 to 8 dimensions, not empty')
+    dims = [*array.shape] + [1]*(3 - array.ndim)
+    with gzip.open(path, 'wb') if path.suffix == '.gz' else path.open('wb') as f:
+        f.write(struct.pack(f'<Ii{len(dims)}i', magic, array.ndim, *dims))
+        f.write(np.ascontiguousarray(array, NORB_TYPES[magic]).reshape(-1).view(np.uint8))
+
+# %% ../nbs/00_data.ipynb #c186
+NORB = dict(classes=['animal', 'human', 'plane', 'truck', 'car'], cameras=['left', 'right'],
+    sources=['https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/', 'http://www.cs.nyu.edu/~ylclab/data/norb-v1.0-small/'],
+    stems=dict(train='smallnorb-5x46789x9x18x6x2x96x96-training', test='smallnorb-5x01235x9x18x6x2x96x96-testing'),
+    md5=dict(train=dict(dat='66054832f9accfe74a0f4c36a75bc0a2', cat='23c8b86101fbf0904a000b43d3ed2fd9', info='51dee1210a742582ff607dfd94e332e3'),
+             test=dict(dat='e4ad715691ed5a3a5f138751a4ceb071', cat='5aa791cd7e6016cf957ce9bdb93b8603', info='a9454f3864d7fd4bb3ea7fc3eb84924e')))
+
+def norb_array(
+    path,     # a .mat; its .mat.gz will do
+    md5=None, # of the .mat.gz, if that may be downloaded from `NORB['sources']`
+):
+    "A matrix on disk as a memory map: found, unzipped once, or downloaded; raises `UserError`"
+    zipped = path.with_name(path.name + '.gz')
+    if not path.exists():
+        if md5: download(NORB['sources'][0] + zipped.name, zipped, md5, mirrors=[o + zipped.name for o in NORB['sources'][1:]])
+        array = read_norb(zipped)
+        if not os.access(path.parent, os.W_OK): return array
+        part = path.with_name(f'.{path.name}.{os.getpid()}')
+        write_norb(part, array)
+        os.replace(part, path)
+    return read_norb(path)
+
+# %% ../nbs/00_data.ipynb #c188
+def norb_sets(
+    folder=None # with NAME-dat.mat, NAME-cat.mat, NAME-info.mat, each perhaps as .gz; None: the published set, downloaded if need be
+):
+    "{'train': (dat, cat, info), ...}, by what the file names say; raises `UserError`"
+    if folder is None:
+        home = data_home()/'smallnorb'
+        return {s: _norb_checked(home/stem, NORB['md5'][s]) for s, stem in NORB['stems'].items()}
+    stems = sorted({o.name.split('-dat.mat')[0] for o in Path(folder).glob('*-dat.mat*')})
+    if not stems: raise UserError(f"no smallNORB files in '{folder}': it should hold NAME-dat.mat, NAME-cat.mat, NAME-info.mat")
+    side = lambda o: 'train' if o.endswith('training') else 'test' if o.endswith('testing') else o
+    return {side(o): _norb_checked(Path(folder)/o) for o in stems}
+
+def _norb_checked(stem, md5={}):
+    "(dat, cat, info) that fit together"
+    dat, cat, info = (norb_array(stem.with_name(f'{stem.name}-{k}.mat'), md5.get(k)) for k in ('dat', 'cat', 'info'))
+    n, fit = len(dat), dat.ndim == 4 and dat.dtype == np.uint8 and dat.shape[1] == 2 and dat.shape[2] == dat.shape[3]
+    if not fit or cat.shape != (n,) or info.shape != (n, 4) or cat.min() < 0 or cat.max() >= len(NORB['classes']):
+        raise UserError(f'{stem.name}: dat {dat.shape}, cat {cat.shape} and info {info.shape} do not make a set: get them again')
+    return dat, cat, info
+
+# %% ../nbs/00_data.ipynb #c190
+class NorbImages(Images):
+    "smallNORB: grey pictures with `category` (also `labels`), `instance`, `elevation`, `azimuth`, `lighting`, `camera`"
+    def __init__(self, size, n=None, channels=None, seed=0,
+        only=(),    # words: categories, cameras, 'train', 'test'; of each sort that is named, just those
+        folder=None # other files of the format than the published ones
+    ):
+        self.sets = norb_sets(folder)
+        table = self._table(only)
+        names = [f'{list(self.sets)[s]}-{i:05d}-{NORB["cameras"][c]}' for s, i, c in table[:,:3].tolist()]
+        keep = _pick(names, n, seed)
+        self.where, rest = table[keep,:3], torch.from_numpy(table[keep])
+        super().__init__('smallnorb', [names[i] for i in keep], size, channels or 1, self._stamp())
+        self.camera, self.category, self.instance, self.elevation, self.azimuth, self.lighting = rest[:,2:].unbind(1)
+        self.labels, self.classes, self.seconds = self.category, NORB['classes'], 3e-5
+        sides = [o.rsplit('-', 2)[0] for o in self.names]
+        both = {'train', 'test'} <= set(sides)
+        self._split_by(torch.tensor([s == 'test' if both else split_of(o.rsplit('-', 1)[0]) == 'valid' for s, o in zip(sides, self.names)]))
+
+# %% ../nbs/00_data.ipynb #c192
+@patch
+def _table(self:NorbImages, only):
+    "int64 (pictures, 8): set, row, camera, category, instance, elevation, azimuth, lighting, of those that `only` leaves"
+    words = dict(side=list(self.sets), camera=NORB['cameras'], category=NORB['classes'])
+    strange = [o for o in only if not any(o in v for v in words.values())]
+    if strange: raise UserError(f"smallNORB has no '{strange[0]}': choose among {', '.join(o for v in words.values() for o in v)}")
+    rows = []
+    for s, (dat, cat, info) in enumerate(self.sets.values()):
+        pair, camera = (o.ravel() for o in np.mgrid[:len(dat), :2])
+        rows.append(np.column_stack([np.full_like(pair, s), pair, camera, cat[pair], info[pair]]))
+    table = np.concatenate(rows).astype(np.int64)
+    for column, (_, values) in zip((0, 2, 3), words.items()):
+        if chosen := [values.index(o) for o in only if o in values]: table = table[np.isin(table[:,column], chosen)]
+    if not len(table): raise UserError(f"no picture of smallNORB is {' and '.join(only)}")
+    return table
+
+# %% ../nbs/00_data.ipynb #c194
+@patch
+def _stamp(self:NorbImages):
+    h = hashlib.md5(b'smallnorb v1')
+    for dat, cat, info in self.sets.values():
+        for o in (dat[:50], dat[-50:], cat, info): h.update(o.tobytes())
+    return h.hexdigest()
+
+@patch
+def _read(self:NorbImages, idxs):
+    dats = [o[0] for o in self.sets.values()]
+    x = torch.stack([torch.tensor(np.asarray(dats[s][i, c])) for s, i, c in self.where[list(idxs)]])[:,None]
+    if x.shape[-1] != self.size:
+        x = F.interpolate(x.float(), (self.size,)*2, mode='bilinear', antialias=True).round().clamp(0, 255).to(torch.uint8)
+    return fit_channels(x, self.channels)
+
+# %% ../nbs/00_data.ipynb #c200
 def open_images(
-    data,          # 'rooms', 'fashion_mnist', 'mnist', 'lsun_bedroom', a folder, an archive, or the URL of one
+    data,          # one of `DATASETS`, 'smallnorb/plane/left' and the like, a folder, an archive, or the URL of one
     size,          # pixels a side
     n=None,        # at most so many, chosen by hash of the name; None for all
-    channels=None, # 1 or 3; None: 1 for the MNISTs, else 3
+    channels=None, # 1 or 3; None: 1 for the MNISTs and smallNORB, else 3
     seed=0         # other rooms, or another choice of n
 ):
     "Open a data set; raises `UserError` for what is missing, empty, damaged or unsafe"
     data = str(data)
     if data == 'rooms': return RoomImages(size, n, channels, seed)
     if data in IDX: return IdxImages(data, size, n, channels, seed)
+    if data == 'stanford_cars': return CarImages(size, n, channels, seed)
+    if data.split('/')[0] == 'smallnorb': return NorbImages(size, n, channels, seed, data.split('/')[1:])
     if data == 'lsun_bedroom': return FileImages(lsun_folder(), size, n, channels, seed, data)
     path = _at_hand(data)
     try: folder = path if path.is_dir() else unpacked(path)
@@ -806,7 +1040,7 @@ def open_images(
         raise
     return FileImages(folder, size, n, channels, seed, path.name.split('.')[0] or 'images')
 
-# %% ../nbs/00_data.ipynb #c164
+# %% ../nbs/00_data.ipynb #c202
 def _at_hand(data):
     "The path of a folder or archive, downloaded if it is a URL"
     url, archive = data.startswith(('http://', 'https://')), data.split('?')[0].lower().endswith(ARCHIVES)
@@ -819,7 +1053,7 @@ def _at_hand(data):
     if path.exists(): return path
     raise UserError(f"no folder or file '{data}', and no data set of that name (those are {', '.join(DATASETS)})")
 
-# %% ../nbs/00_data.ipynb #c178
+# %% ../nbs/00_data.ipynb #c216
 class Picture(TensorImage):
     "A picture in [-1,1] that can show itself"
     def show(self, ctx=None, title=None, **kwargs):
@@ -830,7 +1064,7 @@ class Picture(TensorImage):
         if title is not None: ax.set_title(title, fontsize=8)
         return ax
 
-# %% ../nbs/00_data.ipynb #c182
+# %% ../nbs/00_data.ipynb #c220
 def image_dls(
     images,     # `Images`
     bs=64,      # batch size
@@ -842,7 +1076,7 @@ def image_dls(
     splits = [images.train_idxs.tolist(), images.valid_idxs.tolist()]
     return Datasets(range(len(images)), tfms, splits=splits).dataloaders(bs=bs, num_workers=0, device=device or default_device())
 
-# %% ../nbs/00_data.ipynb #c185
+# %% ../nbs/00_data.ipynb #c223
 class DeviceLoader(DataLoader):
     "Batches of tensors that live on the device: no Python a sample, no copy, no wait for the device"
     def __init__(self,
@@ -860,7 +1094,7 @@ class DeviceLoader(DataLoader):
         super().__init__(torch.utils.data.TensorDataset(x, *ys), bs=min(bs, len(x)), shuffle=shuffle, drop_last=shuffle)
         self.to(device or default_device())
 
-# %% ../nbs/00_data.ipynb #c187
+# %% ../nbs/00_data.ipynb #c225
 @patch
 def to(self:DeviceLoader, device):
     "Move the tensors, and start the random numbers afresh there"
@@ -887,7 +1121,7 @@ def _gather(self:DeviceLoader, idxs):
         x = torch.where(coin, x.flip(-1), x)
     return (x if self.transform is None else self.transform(x), *ys)
 
-# %% ../nbs/00_data.ipynb #c189
+# %% ../nbs/00_data.ipynb #c227
 @patch
 def one_batch(self:DeviceLoader): return next(iter(self))
 
