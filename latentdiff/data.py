@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'DATASETS', 'FOR_DATA', 'ROOM_FACTORS', 'JITTER', 'PALETTE', 'DAMAGED', 'IMAGE_SUFFIXES', 'UNREADABLE',
-           'IDX_FILES', 'IDX', 'ARCHIVES', 'LSUN', 'BODIES', 'CARS', 'CARS_DEVKIT', 'NORB_TYPES', 'NORB', 'UserError',
-           'default_device', 'data_home', 'runs_home', 'Preset', 'preset', 'to_uint8', 'from_uint8', 'image_grid',
-           'show_images', 'room_factors', 'room_caption', 'rooms', 'render_room', 'file_md5', 'download', 'extract',
-           'to_rgb', 'load_pixels', 'why_unreadable', 'split_of', 'Images', 'fit_channels', 'RoomImages', 'read_idx',
-           'idx_array', 'IdxImages', 'FileImages', 'unpacked', 'lsun_folder', 'body_type', 'cars_folder', 'car_names',
-           'CarImages', 'read_norb', 'write_norb', 'norb_array', 'norb_sets', 'NorbImages', 'open_images', 'Picture',
-           'image_dls', 'DeviceLoader']
+           'IDX_FILES', 'IDX', 'ARCHIVES', 'LSUN', 'BODIES', 'CARS', 'CARS_DEVKIT', 'NORB_TYPES', 'NORB', 'MAX_BYTES',
+           'MAX_PIXELS', 'SHARD_IMAGES', 'UserError', 'default_device', 'data_home', 'runs_home', 'Preset', 'preset',
+           'to_uint8', 'from_uint8', 'image_grid', 'show_images', 'room_factors', 'room_caption', 'rooms',
+           'render_room', 'file_md5', 'download', 'extract', 'to_rgb', 'load_pixels', 'why_unreadable', 'split_of',
+           'Images', 'fit_channels', 'RoomImages', 'read_idx', 'idx_array', 'IdxImages', 'FileImages', 'unpacked',
+           'lsun_folder', 'body_type', 'cars_folder', 'car_names', 'CarImages', 'read_norb', 'write_norb', 'norb_array',
+           'norb_sets', 'NorbImages', 'write_shards', 'shard_names', 'shard_samples', 'Shards', 'ShardImages',
+           'open_images', 'Picture', 'image_dls', 'DeviceLoader']
 
 # %% ../nbs/00_data.ipynb #c004
-import copy, csv, gzip, hashlib, math, os, shutil, struct, sys, tarfile, urllib.error, urllib.request, zipfile, zlib
+import copy, csv, gzip, hashlib, io, itertools, json, math, os, random, re, shutil, struct, sys, tarfile, urllib.error, urllib.request, zipfile, zlib
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from http.client import HTTPException
@@ -1019,15 +1021,224 @@ def _read(self:NorbImages, idxs):
     return fit_channels(x, self.channels)
 
 # %% ../nbs/00_data.ipynb #c200
+def _add_file(tar, name, data):
+    m = tarfile.TarInfo(name)
+    m.size = len(data)
+    tar.addfile(m, io.BytesIO(data))
+
+def _encoded(image, suffix):
+    "The bytes of an image file, from a PIL image or uint8 (c,h,w)"
+    if torch.is_tensor(image): image = Image.fromarray(fit_channels(image[None], 3)[0].permute(1, 2, 0).numpy())
+    to = io.BytesIO()
+    image.save(to, 'jpeg' if suffix == 'jpg' else suffix, **(dict(quality=95) if suffix == 'jpg' else {}))
+    return to.getvalue()
+
+# %% ../nbs/00_data.ipynb #c202
+def write_shards(
+    folder,         # 00000.tar, 00001.tar, ... go here; made if need be
+    samples,        # (image, caption) or (image, caption, dict) each; image: PIL, or uint8 (c,h,w)
+    per_shard=1000, # samples a shard, at most 10,000
+    suffix='jpg'    # 'jpg', or 'png' to lose nothing
+):
+    "Write captioned pictures as WebDataset shards; returns their paths"
+    folder, paths = Path(folder), []
+    _make_folder(folder)
+    samples = iter(samples)
+    while batch := list(itertools.islice(samples, per_shard)):
+        paths.append(folder/f'{len(paths):05d}.tar')
+        with tarfile.open(paths[-1], 'w') as tar:
+            for i, (image, caption, *more) in enumerate(batch):
+                key, meta = f'{len(paths) - 1:05d}{i:04d}', dict(*more, caption=caption, key=f'{len(paths) - 1:05d}{i:04d}')
+                for s, data in ((suffix, _encoded(image, suffix)), ('txt', caption.encode()), ('json', json.dumps(meta).encode())):
+                    _add_file(tar, f'{key}.{s}', data)
+    return paths
+
+# %% ../nbs/00_data.ipynb #c205
+def shard_names(
+    spec # a path or URL; {000..017} stands for a range, {a,b} for a choice
+):
+    "The shards that a pattern stands for, in order; raises `UserError` if none or more than a million"
+    parts = []
+    for o in re.split(r'(\{[^{}]*\})', spec):
+        m = re.fullmatch(r'\{(\d{1,9})\.\.(\d{1,9})\}', o)
+        if m: parts.append((range(int(m[1]), int(m[2]) + 1), f'0{len(m[1])}d'))
+        else: parts.append((o[1:-1].split(',') if o[:1] == '{' and ',' in o else [o], ''))
+    count = math.prod(len(o) for o, _ in parts)
+    if not 1 <= count <= 1_000_000: raise UserError(f"'{spec}' stands for {count:,} shards: write {{0000..0009}}, first number first, and fewer than a million")
+    return [''.join(o) for o in itertools.product(*([format(v, f) for v in o] for o, f in parts))]
+
+# %% ../nbs/00_data.ipynb #c208
+MAX_BYTES, MAX_PIXELS = 1 << 26, 1 << 26      # of one file in a shard; of one picture
+
+class _Member(tarfile.TarInfo):
+    "A tar member that tells damage from the end, and does not believe in headers of megabytes"
+    @classmethod
+    def fromtarfile(cls, tar):
+        try: return super().fromtarfile(tar)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError, tarfile.EmptyHeaderError) as e:
+            raise tarfile.ReadError(f'{e} at byte {tar.offset:,}') from None
+
+    def _proc_member(self, tar):
+        if self.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE) and self.size > 1 << 20:
+            raise tarfile.ReadError(f'a header of {self.size:,} bytes')
+        return super()._proc_member(tar)
+
+# %% ../nbs/00_data.ipynb #c210
+def _open_shard(shard):
+    if shard.startswith(('http://', 'https://')):
+        return urllib.request.urlopen(urllib.request.Request(shard, headers={'User-Agent': 'latentdiff'}), timeout=30)
+    return open(Path(shard).expanduser(), 'rb')
+
+def _shard_files(
+    shard, # path or URL
+    skip   # called with (name, why) for what is left out
+):
+    "Yield (name, bytes) of the files in a shard, in order, storing nothing"
+    mode = 'r|gz' if shard.split('?')[0].endswith(('.gz', '.tgz')) else 'r|'
+    try: stream = _open_shard(shard)
+    except (OSError, HTTPException, ValueError) as e: return skip(f'{shard} ({e})', 'shard cannot be opened')
+    try:
+        with stream, tarfile.open(fileobj=stream, mode=mode, tarinfo=_Member) as tar:
+            while (m := tar.next()) is not None:
+                tar.members = []
+                if not m.isreg() or m.issparse(): continue
+                if m.size > MAX_BYTES: skip(m.name, 'file too large')
+                else: yield m.name, tar.extractfile(m).read()
+    except (OSError, HTTPException, *DAMAGED) as e: skip(f'{shard} ({e})', 'shard damaged or cut short')
+
+# %% ../nbs/00_data.ipynb #c212
+SHARD_IMAGES = ('jpg', 'jpeg', 'png', 'webp')
+
+def shard_samples(
+    shard,                    # path or URL of a tar
+    skip=lambda name, why: 0  # called for what is left out
+):
+    "Yield (key, {suffix: bytes}) of a WebDataset shard: files next to each other with one name up to the first dot"
+    key, parts = None, {}
+    for name, data in _shard_files(shard, skip):
+        folder, slash, base = name.rpartition('/')
+        stem, dot, suffix = base.partition('.')
+        if not stem or not dot: continue
+        if folder + slash + stem != key:
+            if key is not None: yield key, parts
+            key, parts = folder + slash + stem, {}
+        if suffix.lower() in (*SHARD_IMAGES, 'txt', 'json'): parts.setdefault(suffix.lower(), data)
+    if key is not None: yield key, parts
+
+# %% ../nbs/00_data.ipynb #c215
+class _Skip(Exception): "Why a sample cannot be used"
+
+def _shard_pixels(raw, size, channels):
+    "uint8 (channels,size,size) from the bytes of an image file; raises `_Skip`"
+    try:
+        with Image.open(io.BytesIO(raw), formats=('JPEG', 'PNG', 'WEBP')) as im: w, h = im.size
+        if w*h > MAX_PIXELS or max(w, h) > 32*min(w, h): raise _Skip('too many pixels, or too long and thin')
+        if min(w, h) < 8: raise _Skip('too few pixels')
+        return load_pixels(io.BytesIO(raw), size, channels)
+    except Image.DecompressionBombError: raise _Skip('too many pixels, or too long and thin') from None
+    except UNREADABLE: raise _Skip('broken image') from None
+
+# %% ../nbs/00_data.ipynb #c217
+def _sample(parts, size, channels):
+    "(pixels, caption, dict) from the files of a sample; raises `_Skip`"
+    raw = next((parts[k] for k in SHARD_IMAGES if k in parts), None)
+    if raw is None: raise _Skip('no image')
+    try: meta = json.loads(parts.get('json', b'{}'))
+    except (ValueError, RecursionError): raise _Skip('metadata is not JSON') from None
+    if not isinstance(meta, dict): raise _Skip('metadata is not JSON')
+    try:
+        caption = parts['txt'].decode() if 'txt' in parts else meta.get('caption')
+        if not isinstance(caption, str) or not caption.strip(): raise _Skip('no caption')
+        caption.encode()
+    except UnicodeError: raise _Skip('caption is not UTF-8') from None
+    return _shard_pixels(raw, size, channels), caption.strip(), meta
+
+# %% ../nbs/00_data.ipynb #c219
+def _buffered(samples, buffer, rng):
+    "The same samples, shuffled through a buffer of so many"
+    kept = []
+    for o in samples:
+        if len(kept) < buffer: kept.append(o); continue
+        i = rng.randrange(len(kept) + 1)                # the newcomer may go straight through
+        if i < len(kept): kept[i], o = o, kept[i]
+        yield o
+    rng.shuffle(kept)
+    yield from kept
+
+# %% ../nbs/00_data.ipynb #c222
+class Shards:
+    "Iterate over (uint8 pixels (c,size,size), caption, dict) of WebDataset shards. `skipped` counts what was left out, by reason"
+    def __init__(self,
+        spec,       # path or URL with {000..017}, or a list of such
+        size,       # pixels a side
+        n=None,     # stop after so many samples
+        shuffle=0,  # samples in the buffer; 0: in the order of the shards
+        seed=0,     # of the shuffling
+        channels=3  # 3, or 1 for grey
+    ):
+        self.size, self.n, self.shuffle, self.seed, self.channels = size, n, shuffle, seed, channels
+        self.shards = [o for s in ([spec] if isinstance(spec, (str, Path)) else spec) for o in shard_names(str(s))]
+        self.skipped, self.log = Counter(), deque(maxlen=10_000)
+        for o in self.shards:
+            if '://' in o[:12] and not o.startswith(('http://', 'https://')) or o.startswith('pipe:'):
+                raise UserError(f"'{o}' is neither a path nor http(s): download the shards, or use the https address of the same store")
+        if not any('://' in o or Path(o).expanduser().is_file() for o in self.shards):
+            raise UserError(f"no shard '{self.shards[0]}'" + (f' nor any other of {len(self.shards):,}' if len(self.shards) > 1 else '') + ': check the path')
+
+# %% ../nbs/00_data.ipynb #c224
+@patch
+def skip(self:Shards, name, why):
+    "Count and note what is left out"
+    self.skipped[why] += 1
+    self.log.append((name, why))
+
+@patch
+def _files(self:Shards, rng):
+    "Yield (name, {suffix: bytes}), shard after shard"
+    for o in (rng.sample(self.shards, len(self.shards)) if self.shuffle else self.shards):
+        stem = PurePosixPath(o.split('?')[0]).name.split('.')[0]
+        for key, parts in shard_samples(o, self.skip): yield f'{stem}/{key}'.encode('utf-8', 'replace').decode(), parts
+
+@patch
+def __iter__(self:Shards):
+    self.skipped, self.log, rng, done = Counter(), deque(maxlen=10_000), random.Random(self.seed), 0
+    for name, parts in _buffered(self._files(rng), self.shuffle, rng):
+        if done == self.n: return
+        try: pixels, caption, meta = _sample(parts, self.size, self.channels)
+        except _Skip as e: self.skip(name, str(e)); continue
+        done += 1
+        yield pixels, caption, {**meta, '__key__': name}
+
+# %% ../nbs/00_data.ipynb #c231
+class ShardImages(Images):
+    "The first `n` usable samples of WebDataset shards, in memory, with captions; raises `UserError` if there are none"
+    def __init__(self, spec, size, n=None, channels=None, seed=0):
+        n, channels = n or 10_000, channels or 3
+        shards = Shards(spec, size, n, 1000 if seed else 0, seed, channels)
+        raw, self.captions, self.meta = torch.empty(n, channels, size, size, dtype=torch.uint8), [], []
+        for x, caption, meta in _bar(shards, n, n*.003, f'reading up to {n:,} samples from {len(shards.shards):,} shards'):
+            raw[len(self.meta)] = x
+            self.captions.append(caption)
+            self.meta.append(meta)
+        why = ', '.join(f'{k:,} {o}' for o, k in shards.skipped.most_common()) or 'the shards are empty'
+        if not self.meta: raise UserError(f"no usable sample in '{spec}' ({why}): a sample is a picture, a .txt caption, and perhaps a .json")
+        self.raw, self.seconds = raw[:len(self.meta)], 1e-6
+        super().__init__('shards', [o['__key__'] for o in self.meta], size, channels, hashlib.md5(self.raw.numpy()).hexdigest())
+        self.skipped, self.reasons = list(shards.log), shards.skipped
+
+    def _read(self, idxs): return self.raw[torch.as_tensor(idxs)]
+
+# %% ../nbs/00_data.ipynb #c234
 def open_images(
-    data,          # one of `DATASETS`, 'smallnorb/plane/left' and the like, a folder, an archive, or the URL of one
+    data,          # one of `DATASETS`, 'smallnorb/plane/left' and the like, a folder, an archive, the URL of one, or shards 'x/{000..003}.tar'
     size,          # pixels a side
-    n=None,        # at most so many, chosen by hash of the name; None for all
+    n=None,        # at most so many, chosen by hash of the name (shards: the first ones); None for all
     channels=None, # 1 or 3; None: 1 for the MNISTs and smallNORB, else 3
     seed=0         # other rooms, or another choice of n
 ):
     "Open a data set; raises `UserError` for what is missing, empty, damaged or unsafe"
     data = str(data)
+    if '{' in data and data.split('?')[0].endswith('.tar'): return ShardImages(data, size, n, channels, seed)
     if data == 'rooms': return RoomImages(size, n, channels, seed)
     if data in IDX: return IdxImages(data, size, n, channels, seed)
     if data == 'stanford_cars': return CarImages(size, n, channels, seed)
@@ -1040,7 +1251,7 @@ def open_images(
         raise
     return FileImages(folder, size, n, channels, seed, path.name.split('.')[0] or 'images')
 
-# %% ../nbs/00_data.ipynb #c202
+# %% ../nbs/00_data.ipynb #c236
 def _at_hand(data):
     "The path of a folder or archive, downloaded if it is a URL"
     url, archive = data.startswith(('http://', 'https://')), data.split('?')[0].lower().endswith(ARCHIVES)
@@ -1053,7 +1264,7 @@ def _at_hand(data):
     if path.exists(): return path
     raise UserError(f"no folder or file '{data}', and no data set of that name (those are {', '.join(DATASETS)})")
 
-# %% ../nbs/00_data.ipynb #c216
+# %% ../nbs/00_data.ipynb #c250
 class Picture(TensorImage):
     "A picture in [-1,1] that can show itself"
     def show(self, ctx=None, title=None, **kwargs):
@@ -1064,7 +1275,7 @@ class Picture(TensorImage):
         if title is not None: ax.set_title(title, fontsize=8)
         return ax
 
-# %% ../nbs/00_data.ipynb #c220
+# %% ../nbs/00_data.ipynb #c254
 def image_dls(
     images,     # `Images`
     bs=64,      # batch size
@@ -1076,7 +1287,7 @@ def image_dls(
     splits = [images.train_idxs.tolist(), images.valid_idxs.tolist()]
     return Datasets(range(len(images)), tfms, splits=splits).dataloaders(bs=bs, num_workers=0, device=device or default_device())
 
-# %% ../nbs/00_data.ipynb #c223
+# %% ../nbs/00_data.ipynb #c257
 class DeviceLoader(DataLoader):
     "Batches of tensors that live on the device: no Python a sample, no copy, no wait for the device"
     def __init__(self,
@@ -1094,7 +1305,7 @@ class DeviceLoader(DataLoader):
         super().__init__(torch.utils.data.TensorDataset(x, *ys), bs=min(bs, len(x)), shuffle=shuffle, drop_last=shuffle)
         self.to(device or default_device())
 
-# %% ../nbs/00_data.ipynb #c225
+# %% ../nbs/00_data.ipynb #c259
 @patch
 def to(self:DeviceLoader, device):
     "Move the tensors, and start the random numbers afresh there"
@@ -1121,7 +1332,7 @@ def _gather(self:DeviceLoader, idxs):
         x = torch.where(coin, x.flip(-1), x)
     return (x if self.transform is None else self.transform(x), *ys)
 
-# %% ../nbs/00_data.ipynb #c227
+# %% ../nbs/00_data.ipynb #c261
 @patch
 def one_batch(self:DeviceLoader): return next(iter(self))
 
