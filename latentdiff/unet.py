@@ -336,11 +336,12 @@ def mixed_precision(device): # torch.device
 def seconds_per_step(
     net, # denoiser
     z, # (b, c, h, w) one batch of latents, on the device of `net`
+    *cond, # the condition of the batch, if there is one
 ): # float
     "Forward and backward of one training step, the best of three after a warm-up; the weights stay as they are."
     def step():
         start = time.perf_counter()
-        F.mse_loss(net(z, z.new_full((len(z),), .5)), z).backward()
+        F.mse_loss(net(z, z.new_full((len(z),), .5), *cond), z).backward()
         if z.is_cuda: torch.cuda.synchronize()
         return time.perf_counter() - start
     secs = [step() for _ in range(4)]
@@ -355,7 +356,7 @@ def expectation(
     epochs, # passes to train, or None
 ): # str, one line
     "What a training will do and how long it takes, from a measured step."
-    secs = seconds_per_step(net, train.one_batch()[0])
+    secs = seconds_per_step(net, *train.one_batch())
     steps = epochs*len(train) if epochs else int(60*minutes/secs)
     return (f'Training {type(net).__name__} ({sum(p.numel() for p in net.parameters())/1e6:.2f}M parameters) on {train.device}: '
             f'about {minutes or steps*secs/60:.2g} min for {steps:,} steps of {train.bs} latents, '
@@ -365,8 +366,8 @@ def expectation(
 def train_denoiser(
     net, # denoiser: net(x_t, t) -> prediction
     process, # Process: schedule, target and distribution of t
-    z_train, # (n, c, h, w) latents, each channel mean 0 and std 1
-    z_valid, # (m, c, h, w) latents held out; the first 1,000 are used
+    z_train, # (n, c, h, w) latents, each channel mean 0 and std 1; or a tuple: latents and their conditions, n rows each
+    z_valid, # (m, c, h, w) latents held out, or such a tuple; the first 1,000 are used
     minutes=None, # train this long; give this or `epochs`
     epochs=None, # passes over the latents; repeatable to the bit on one machine
     bs=128, # batch size
@@ -378,10 +379,11 @@ def train_denoiser(
 ): # Learner: the model holds the averaged weights, `learn.recorder` the losses
     "Train `net` to undo `process`. Raises UserError if neither or both of minutes and epochs are given, or there are no latents."
     if (minutes is None) == (epochs is None): raise UserError('say how long to train: minutes=... or epochs=..., one of the two')
+    (z_train,*y_train),(z_valid,*y_valid) = (o if isinstance(o, tuple) else (o,) for o in (z_train, z_valid))
     if not len(z_train) or not len(z_valid): raise UserError('there are no latents to train on or to hold out: encode more images first')
     device = torch.device(device or default_device())
-    train = DeviceLoader(z_train, bs=min(bs, len(z_train)), shuffle=True, flip=flip, seed=seed, device=device)
-    valid = DeviceLoader(z_valid[:1000], bs=2*bs, device=device)
+    train = DeviceLoader(z_train, *y_train, bs=min(bs, len(z_train)), shuffle=True, flip=flip, seed=seed, device=device)
+    valid = DeviceLoader(*(o[:1000] for o in (z_valid, *y_valid)), bs=2*bs, device=device)
     rounds = 10 if minutes else largest_divisor(epochs, 10)
     net = net.to(device, memory_format=torch.channels_last)
     print(expectation(net, train, minutes, epochs), flush=True)
