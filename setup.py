@@ -45,6 +45,7 @@ setup(
     python_requires = f">={cfg['min_python']}",
     packages = [cfg['lib_path']],
     install_requires = words('requirements'),
-    extras_require = {'eval': words('eval_requirements'), 'dev': words('dev_requirements')},
+    extras_require = {'eval': words('eval_requirements'), 'text': words('text_requirements'),
+                      'dev': words('dev_requirements') + words('text_requirements')},
     entry_points = {'console_scripts': words('console_scripts')},
 )

