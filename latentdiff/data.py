@@ -833,8 +833,9 @@ def _devkit_names(path):
     "The same from the devkit: `path` is its cars_train_annos.mat"
     try:
         classes = loadmat(path.with_name('cars_meta.mat'), squeeze_me=True)['class_names']
-        rows = loadmat(path, squeeze_me=True)['annotations']
-        return {str(r['fname']): str(classes[int(r['class']) - 1]) for r in rows}
+        classes = dict(enumerate(np.atleast_1d(classes), 1))
+        rows = np.atleast_1d(loadmat(path, squeeze_me=True)['annotations'])
+        return {str(r['fname']): str(classes[int(r['class'])]) for r in rows}
     except (OSError, ValueError, TypeError, KeyError, IndexError, NotImplementedError, zlib.error) as e:
         raise UserError(f'{path.parent} is not the devkit of Stanford Cars ({e}): delete it and run again') from None
 
@@ -1079,9 +1080,14 @@ class _Member(tarfile.TarInfo):
             raise tarfile.ReadError(f'{e} at byte {tar.offset:,}') from None
 
     def _proc_member(self, tar):
-        if self.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE) and self.size > 1 << 20:
-            raise tarfile.ReadError(f'a header of {self.size:,} bytes')
+        file = self.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE)
+        if self.size < 0 or self.size > 1 << 20 and not file: raise tarfile.ReadError(f'a header that claims {self.size:,} bytes')
         return super()._proc_member(tar)
+
+def _step(tar):
+    "Read on to just before the next header; unlike `tarfile`, notice when there is nothing left to read"
+    while (left := tar.offset - 1 - tar.fileobj.tell()) > 0:
+        if not tar.fileobj.read(min(left, 1 << 16)): raise tarfile.ReadError(f'the file ends {left:,} bytes too early')
 
 # %% ../nbs/00_data.ipynb #c210
 def _open_shard(shard):
@@ -1101,9 +1107,10 @@ def _shard_files(
         with stream, tarfile.open(fileobj=stream, mode=mode, tarinfo=_Member) as tar:
             while (m := tar.next()) is not None:
                 tar.members = []
-                if not m.isreg() or m.issparse(): continue
-                if m.size > MAX_BYTES: skip(m.name, 'file too large')
-                else: yield m.name, tar.extractfile(m).read()
+                plain = m.isreg() and not m.issparse()
+                if plain and m.size > MAX_BYTES: skip(m.name, 'file too large')
+                elif plain: yield m.name, tar.extractfile(m).read()
+                _step(tar)
     except (OSError, HTTPException, *DAMAGED) as e: skip(f'{shard} ({e})', 'shard damaged or cut short')
 
 # %% ../nbs/00_data.ipynb #c212
