@@ -149,7 +149,7 @@ class ClassConditioner(nn.Module, ConfigMixin):
         self.embedding = nn.Embedding(len(classes), dim)
 
     def number(self, label): # a class's name or number
-        classes = self.config.classes
+        classes = list(self.config.classes)
         if label in classes: return classes.index(label)
         if isinstance(label, int) and 0 <= label < len(classes): return label
         raise UserError(f"no class {label!r}: give 0 to {len(classes)-1} or one of {', '.join(map(str, classes))}")

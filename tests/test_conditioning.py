@@ -1,0 +1,368 @@
+"Cross-attention against diffusers on copied weights; masks, dropping and guidance against closed forms; text against the models it wraps."
+import json
+import pytest, torch
+from torch import nn
+from diffusers.models.attention_processor import Attention
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+import latentdiff.conditioning
+from latentdiff.autoencoder import load_component, save_component
+from latentdiff.conditioning import (ClassConditioner, Conditioned, ConditionalUNet, CrossAttention, StyleConditioner, TextConditioner,
+                                     attention_maps, conditional, guide, load_conditioned, save_conditioned, text_encoder)
+from latentdiff.data import UserError, from_uint8
+from latentdiff.noisify import Process
+from latentdiff.sampling import euler, optimal_denoiser, sample, start_noise, time_steps
+from latentdiff.unet import SelfAttention, UNet, train_denoiser
+
+FLOW = Process('flow', 'velocity', 'logit_normal')
+SHAPE = dict(in_channels=2, widths=(16,32), depth=1, attn_levels=(0,1), head_dim=16)
+
+def randomise(net, seed=0):
+    "Give every weight of `net` a value, so that nothing hides behind a zero."
+    g = torch.Generator().manual_seed(seed)
+    for p in net.parameters(): p.data = torch.randn(p.shape, generator=g)*(.1 if p.ndim > 1 else .5)
+    return net
+
+def noise(*shape, seed=1): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+def lengths(*ns): return torch.arange(max(ns)) < torch.tensor(ns)[:, None]
+
+@torch.no_grad()
+def gap(a, b): return (a - b).abs().max().item()
+
+def one_line(error): return error.match(r'\A[^\n]+\Z')
+
+# --- cross-attention ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('c,heads,dim', [(32,1,20), (64,4,7), (48,3,48)])
+@pytest.mark.parametrize('masked', [False, True])
+def test_cross_attention_is_diffusers(c, heads, dim, masked):
+    ours = randomise(CrossAttention(c, dim, heads))
+    theirs = Attention(c, cross_attention_dim=dim, heads=heads, dim_head=c//heads, bias=True, norm_num_groups=ours.group_norm.num_groups,
+                       eps=1e-5, residual_connection=True)
+    theirs.load_state_dict(ours.state_dict())
+    x,tokens,mask = noise(3, c, 4, 6), noise(3, 5, dim, seed=2), lengths(5, 3, 1) if masked else None
+    bias = torch.zeros(3, 1, 5).masked_fill(~mask[:, None], -1e4) if masked else None
+    assert gap(ours(x, tokens, mask), theirs(x, tokens, attention_mask=bias)) < 1e-5
+    assert gap(ours(x, tokens, mask), x) > .1                           # and it does something
+    if masked: assert gap(ours(x, tokens, mask), ours(x, tokens)) > .01
+
+def test_weights_are_those_of_forward():
+    "The shown softmax, applied to the values by hand, gives what `forward` gives; masked tokens have weight 0."
+    m,x,tokens,mask = randomise(CrossAttention(32, 20, 2)), noise(3, 32, 4, 6), noise(3, 5, 20, seed=2), lengths(5, 3, 1)
+    w = m.weights(x, tokens, mask)
+    assert w.shape == (3, 2, 24, 5) and gap(w.sum(-1), torch.ones(3, 2, 24)) < 1e-5
+    assert w.masked_select(~mask[:, None, None]).abs().max() == 0
+    out = (w @ m.to_v(tokens).unflatten(2, (2, 16)).transpose(1, 2)).transpose(1, 2).flatten(2)
+    assert gap(x + m.to_out[0](out).transpose(1, 2).reshape(x.shape), m(x, tokens, mask)) < 1e-5
+
+def test_cross_attention_refuses_uneven_heads():
+    with pytest.raises(ValueError, match='32 channels'): CrossAttention(32, 8, 3)
+
+# --- the net --------------------------------------------------------------------------------------------------------
+
+def test_starts_as_the_unet_of_its_seed():
+    "Same seed, same weights: what is new in ConditionalUNet starts silent and takes no random numbers from the rest."
+    torch.manual_seed(5); unet = UNet(**SHAPE)
+    torch.manual_seed(5); net = ConditionalUNet(**SHAPE, dim=12)
+    again = conditional(unet, 12)
+    shared = [k for k in net.state_dict() if not k.startswith(('null', 'norm.')) and '.cross.' not in k]
+    assert len(shared) == len(unet.state_dict()) and all(gap(net.state_dict()[k], again.state_dict()[k]) == 0 for k in shared)
+
+def test_takes_over_a_trained_unet():
+    unet = randomise(UNet(**SHAPE))
+    net,x,t = conditional(unet, 12), noise(3, 2, 8, 8), torch.tensor([.1, .5, .9])
+    assert gap(net(x, t), unet(x, t)) < 1e-5 and gap(net(x, t, noise(3, 4, 12, seed=3)), unet(x, t)) < 1e-5
+    assert unet(x, t).abs().max() > .1
+    sizes = [sum(isinstance(m, cls) for m in net.modules()) for cls in (SelfAttention, CrossAttention)]
+    assert sizes[0] == sizes[1] == sum(isinstance(m, SelfAttention) for m in unet.modules())
+
+def test_listens_once_trained():
+    net,x,t = randomise(ConditionalUNet(**SHAPE, dim=12)), noise(3, 2, 8, 8), torch.full((3,), .5)
+    assert gap(net(x, t, noise(3, 4, 12, seed=3)), net(x, t, noise(3, 4, 12, seed=4))) > .01
+
+def test_padded_tokens_change_nothing():
+    net,x,t,tokens = randomise(ConditionalUNet(**SHAPE, dim=12)), noise(3, 2, 8, 8), torch.full((3,), .5), noise(3, 4, 12, seed=3)
+    mask = lengths(4, 2, 1)
+    padded = torch.cat([torch.where(mask[..., None], tokens, 1e3), noise(3, 6, 12)], 1)
+    wide = torch.cat([mask, torch.zeros(3, 6, dtype=torch.bool)], 1)
+    assert gap(net(x, t, tokens, mask), net(x, t, padded, wide)) < 1e-5
+    assert gap(net(x, t, tokens, mask)[1:2], net(x[1:2], t[1:2], tokens[1:2, :2])) < 1e-5   # as if they were not there
+    assert gap(net(x, t, tokens, mask), net(x, t, tokens)) > .01
+
+def test_a_row_without_tokens_is_unconditional():
+    net,x,t = randomise(ConditionalUNet(**SHAPE, dim=12)), noise(2, 2, 8, 8), torch.full((2,), .5)
+    out = net(x, t, noise(2, 4, 12, seed=3), lengths(4, 0))
+    assert gap(out[1], net(x, t)[1]) < 1e-5 and gap(out[0], net(x, t)[0]) > .01
+
+@pytest.mark.parametrize('shape', [(2,12), (2,4,11), (3,4,12)])
+def test_tokens_of_the_wrong_shape(shape):
+    net = ConditionalUNet(**SHAPE, dim=12)
+    with pytest.raises(UserError, match='tokens \\(2, n, 12\\)') as e: net(noise(2, 2, 8, 8), torch.rand(2), torch.zeros(shape))
+    one_line(e)
+
+def test_saved_and_loaded(tmp_path):
+    net,x,t,tokens = randomise(ConditionalUNet(**SHAPE, dim=12)), noise(2, 2, 8, 8), torch.rand(2), noise(2, 4, 12)
+    save_component(net, tmp_path/'net')
+    assert gap(load_component(tmp_path/'net')(x, t, tokens), net(x, t, tokens)) == 0
+    assert json.loads((tmp_path/'net/config.json').read_text())['dim'] == 12
+
+def test_attention_maps():
+    "One map for each cross-attention, at its resolution, over the null token and the others; they sum to 1."
+    net,x,t = randomise(ConditionalUNet(**SHAPE, dim=12)), noise(2, 2, 8, 8), torch.rand(2)
+    maps = attention_maps(net, x, t, noise(2, 4, 12), lengths(4, 2))
+    assert [tuple(m.shape) for m in maps] == [(2,5,s,s) for s in (8,4,4,4,4,8,8)]
+    assert all(gap(m.sum(1), torch.ones(2, *m.shape[2:])) < 1e-5 and m[1, 3:].abs().max() == 0 for m in maps)
+    assert not any(m._forward_pre_hooks for m in net.modules())
+
+# --- conditioners ---------------------------------------------------------------------------------------------------
+
+def test_class_tokens():
+    c = ClassConditioner(['cat', 'dog', 'cow'], 8)
+    tokens,mask = c(torch.tensor([2, 0]))
+    assert tokens.shape == (2, 1, 8) and mask.all() and torch.equal(tokens[:, 0], c.embedding.weight[[2, 0]])
+    assert torch.equal(c(['cow', 'cat'])[0], tokens) and torch.equal(c([2, 0])[0], tokens)
+
+@pytest.mark.parametrize('bad', [['bird'], [3], [-1], torch.tensor([0, 3]), [None]])
+def test_unknown_class(bad):
+    with pytest.raises(UserError, match='give 0 to 2 or one of cat, dog, cow') as e: ClassConditioner(['cat', 'dog', 'cow'], 8)(bad)
+    one_line(e)
+
+def test_style_forgets_where():
+    "The same thing on the same ground, moved: the same tokens. Another colour: other tokens."
+    style,(a,b,c) = randomise(StyleConditioner(3, 16)), torch.full((3, 3, 64, 64), .2)
+    patch = noise(3, 8, 8)
+    a[:, 20:28, 20:28], b[:, 32:40, 28:36], c[:, 20:28, 20:28] = patch, patch, -patch
+    tokens = style(torch.stack([a, b, c]))[0]
+    assert tokens.shape == (3, 3, 16) and gap(tokens[0], tokens[1]) < 1e-4 and gap(tokens[0], tokens[2]) > 1e-3
+
+def test_style_takes_both_kinds_of_image():
+    style,pixels = StyleConditioner(1, 16), torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert gap(style(pixels)[0], style(from_uint8(pixels))[0]) == 0
+    with pytest.raises(UserError, match=r'\(b, 1, h, w\)') as e: style(torch.zeros(2, 3, 16, 16))
+    one_line(e)
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def clip_folder(tmp_path_factory):
+    "A CLIP with random weights, both halves, saved as the Hub's are."
+    folder = tmp_path_factory.mktemp('clip')
+    words = ['red', 'bed', 'rug', 'a']
+    pieces = [c for w in words for c in w] + [w[:k] for w in words for k in range(2, len(w))]
+    vocab = list(dict.fromkeys([*pieces, *(f'{c}</w>' for w in words for c in w), *(f'{w}</w>' for w in words), '<|startoftext|>', '<|endoftext|>']))
+    merges = ['r e', 're d</w>', 'b e', 'be d</w>', 'r u', 'ru g</w>']
+    (folder/'vocab.json').write_text(json.dumps({o: i for i,o in enumerate(vocab)}))
+    (folder/'merges.txt').write_text('\n'.join(['#version: 0.2', *merges]))
+    tokenizer = CLIPTokenizer.from_pretrained(folder) if not hasattr(CLIPTokenizer, 'vocab_files_names') else CLIPTokenizer(str(folder/'vocab.json'), str(folder/'merges.txt'))
+    torch.manual_seed(0)
+    small = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    ends = dict(bos_token_id=vocab.index('<|startoftext|>'), eos_token_id=vocab.index('<|endoftext|>'))
+    config = CLIPConfig(text_config=dict(**small, **ends, vocab_size=len(vocab), max_position_embeddings=16), vision_config=dict(**small, image_size=8, patch_size=4), projection_dim=8)
+    CLIPModel(config).eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+def test_clip_text_from_a_folder(clip_folder):
+    "The text half of a CLIP, as saved: its own answer to each caption alone, whatever stands beside it in the batch."
+    text,clip = TextConditioner(str(clip_folder), max_tokens=16), CLIPModel.from_pretrained(clip_folder).eval()
+    tokens,mask = text(['a red bed', 'a rug'])
+    assert text.dim == 24 and [len(text.words(o)) for o in ('a red bed', 'a rug')] == mask.sum(1).tolist() == [5, 4]
+    for caption,tok,m in zip(['a red bed', 'a rug'], tokens, mask):
+        alone = clip.text_model(**text_encoder(str(clip_folder))[0]([caption], return_tensors='pt')).last_hidden_state[0]
+        assert gap(tok[m], alone) < 5e-3 and alone.abs().max() > .5    # the table is float16
+    assert isinstance(text_encoder(str(clip_folder))[1], CLIPTextModel)
+
+def test_minilm_is_the_sentence_transformer():
+    "The mean of its tokens, normalised, is the embedding that sentence-transformers computes with the same weights."
+    from sentence_transformers import SentenceTransformer
+    captions = ['a bedroom with a red bed', 'night', 'a bedroom with a blue bed on the left, a window by day and an unlit lamp']
+    text = TextConditioner()
+    tokens,mask = text(captions)
+    mean = (tokens*mask[..., None]).sum(1)/mask.sum(1, keepdim=True)
+    theirs = SentenceTransformer(str(latentdiff.conditioning.minilm_folder()), device='cpu').encode(captions, convert_to_tensor=True)
+    assert gap(mean/mean.norm(dim=1, keepdim=True), theirs) < 1e-3 and tokens.shape[2] == text.dim == 384
+
+def test_each_caption_is_encoded_once(monkeypatch):
+    text,seen,encode = TextConditioner(), [], TextConditioner.encode
+    monkeypatch.setattr(TextConditioner, 'encode', lambda self, captions: (seen.extend(captions), encode(self, captions))[1])
+    rows = text.rows(['a bed', 'a rug', 'a bed']*5)
+    assert seen == ['a bed', 'a rug'] and rows.tolist() == [0, 1, 0]*5
+    before = text(rows[:2])
+    more = text.rows(['a rug', 'a bedroom with a red bed on the left and a picture'])
+    assert seen[2:] == ['a bedroom with a red bed on the left and a picture'] and more.tolist() == [1, 2]
+    after = text(rows[:2])
+    n = before[0].shape[1]
+    assert after[0].shape[1] > n and gap(after[0][:, :n], before[0]) == 0 and not after[1][:, n:].any() and torch.equal(after[1][:, :n], before[1])
+    assert text.table.dtype == torch.float16 and len(text.table) == 3
+
+def test_many_new_captions_in_batches(monkeypatch):
+    "More captions than one batch of the encoder: each gets its own row."
+    monkeypatch.setattr(TextConditioner, 'encode', lambda self, cs: (torch.tensor([[[float(c)]*2]*(int(c) % 3 + 1) + [[0.]*2]*(2 - int(c) % 3) for c in cs]), torch.ones(len(cs), 3, dtype=torch.bool)))
+    text = TextConditioner()
+    assert torch.equal(text([str(i) for i in range(600)])[0][:, 0, 0], torch.arange(600.))
+
+def test_an_empty_caption_says_nothing():
+    assert TextConditioner()(['', 'a bed', ' '])[1].any(1).tolist() == [False, True, False]
+
+@pytest.mark.parametrize('bad', [[None], ['a bed', 3], [], [['a bed']]])
+def test_what_is_no_caption(bad):
+    with pytest.raises(UserError, match='captions are a list of strings') as e: TextConditioner().rows(bad)
+    one_line(e)
+
+def test_a_caption_too_long_is_cut():
+    assert TextConditioner(max_tokens=8)(['bed '*50])[0].shape[1] == 8
+
+@pytest.mark.parametrize('model', ['no-such/model', 'nowhere'])
+def test_text_encoder_that_is_not_there(model):
+    with pytest.raises(UserError, match=f"cannot load the text encoder {model}.*use 'minilm'") as e: TextConditioner(model).rows(['a'])
+    one_line(e)
+
+def test_without_the_text_extra(monkeypatch):
+    monkeypatch.setattr(latentdiff.conditioning, 'find_spec', lambda name: None)
+    text_encoder.cache_clear()
+    with pytest.raises(UserError, match=r'latentdiff\[text\]') as e: TextConditioner().rows(['a'])
+    one_line(e)
+
+# --- dropping -------------------------------------------------------------------------------------------------------
+
+class Echo(nn.Module):
+    "A net that answers with the mask it was given; its one weight keeps optimisers content."
+    def __init__(self): super().__init__(); self.seen,self.w = [], nn.Parameter(torch.zeros(()))
+    def forward(self, x, t, tokens=None, mask=None): self.seen.append(mask); return x + self.w
+
+def within(share, p, n): return abs(share - p) < 4*(p*(1 - p)/n)**.5
+
+def test_dropping_has_its_rate_and_its_seed():
+    n,x,labels = 20_000, torch.zeros(20_000, 1), torch.zeros(20_000, dtype=torch.long)
+    def kept(**kw):
+        model = Conditioned(Echo(), ClassConditioner('ab', 4), **kw)
+        model(x, x[:, 0], labels); return model.net.seen[0][:, 0]
+    assert within(1 - kept(drop=.1).float().mean(), .1, n) and within(1 - kept(drop=.4).float().mean(), .4, n)
+    assert torch.equal(kept(), kept()) and not torch.equal(kept(), kept(seed=1)) and kept(drop=0.).all()
+
+def test_two_conditions_are_dropped_alone_and_together():
+    n = 20_000
+    model = Conditioned(Echo(), ClassConditioner('ab', 4), ClassConditioner('ab', 4), drop=.2)
+    model(torch.zeros(n, 1), torch.zeros(n), *[torch.zeros(n, dtype=torch.long)]*2)
+    first,second = model.net.seen[0].unbind(1)
+    assert all(within(o.float().mean(), .8**2, n) for o in (first, second))
+    assert within((~first & ~second).float().mean(), .2 + .8*.2**2, n) and within((first & second).float().mean(), .8**3, n)
+
+def test_nothing_is_dropped_outside_training():
+    model = Conditioned(Echo(), ClassConditioner('ab', 4), drop=1.).eval()
+    model(torch.zeros(9, 1), torch.zeros(9), torch.zeros(9, dtype=torch.long))
+    assert model.net.seen[0].all()
+    model.train(); model(torch.zeros(9, 1), torch.zeros(9), torch.zeros(9, dtype=torch.long))
+    assert not model.net.seen[1].any()
+
+def test_conditions_left_out():
+    model = Conditioned(randomise(ConditionalUNet(**SHAPE, dim=12)), ClassConditioner('ab', 12), ClassConditioner('cd', 12)).eval()
+    x,t = noise(2, 2, 8, 8), torch.rand(2)
+    assert gap(model(x, t, None, ['c', 'd']), model.net(x, t, *model.conditioners[1](['c', 'd']))) < 1e-5
+    assert gap(model(x, t), model.net(x, t)) == 0
+    for conds in [(['a', 'b'],), (None, None)]:
+        with pytest.raises(UserError) as e: model(x, t, *conds)
+        one_line(e)
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+def test_gradient_reaches_all_parameters():
+    model = Conditioned(randomise(ConditionalUNet(**SHAPE, dim=16)), ClassConditioner('abc', 16), StyleConditioner(1, 16), drop=0.)
+    model(noise(4, 2, 8, 8), torch.rand(4), torch.tensor([0, 1, 2, 0]), noise(4, 1, 32, 32)).square().sum().backward()
+    assert [n for n,p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+def test_training_learns_the_condition():
+    "Latents that are +1 or -1 all over, by label: the samples have the sign that was asked for, without a label both."
+    torch.manual_seed(0)
+    labels = torch.arange(128) % 2
+    z = (labels*2. - 1).view(-1, 1, 1, 1) + .1*noise(128, 1, 4, 4)
+    model = Conditioned(ConditionalUNet(1, widths=(16,), depth=1, attn_levels=(0,), dim=8), ClassConditioner(['minus', 'plus'], 8))
+    train_denoiser(model, FLOW, (z, labels), (z, labels), epochs=60, bs=64, lr=1e-2, device='cpu')
+    signs = lambda cond, scale: sample(guide(model, cond, scale), FLOW, 40, (1, 4, 4), steps=8, bs=40, device='cpu').mean((1, 2, 3)).sign()
+    asked = ['minus', 'plus']*20
+    assert (signs(asked, 1.5) == torch.tensor([-1., 1.]*20)).float().mean() > .95
+    assert .2 < (signs(asked, 0.) == torch.tensor([-1., 1.]*20)).float().mean() < .8
+
+def test_training_without_conditions_is_as_before():
+    "A tuple of latents alone trains to the same bits as the latents."
+    z,nets = noise(64, 2, 8, 8), []
+    for data in (z, (z,)):
+        torch.manual_seed(0); nets.append(UNet(**SHAPE))
+        train_denoiser(nets[-1], FLOW, data, data, epochs=1, bs=16, device='cpu')
+    assert all(torch.equal(a, b) for a,b in zip(*(n.parameters() for n in nets)))
+
+# --- guidance -------------------------------------------------------------------------------------------------------
+
+MEANS = torch.tensor([[-2., 0.], [2., 1.]])
+both_net,one_nets = optimal_denoiser(FLOW, MEANS, .5), [optimal_denoiser(FLOW, m[None], .5) for m in MEANS]
+
+def toy(x, t, tokens, mask):
+    "The optimal conditional denoiser of two Gaussians: a token says which; without a token, the mixture."
+    toy.calls.append(len(x))
+    k = tokens[:, 0, 0].long()
+    out = torch.where(k[:, None] == 0, one_nets[0](x, t), one_nets[1](x, t))
+    return torch.where(mask.any(1)[:, None], out, both_net(x, t))
+toy.calls = []
+
+WHICH = torch.tensor([0., 1., 1., 0.]).view(4, 1, 1)
+
+@pytest.mark.parametrize('scale', [0., 1., 2.5, -1.])
+def test_guidance_is_a_line(scale):
+    "Through the unconditional answer at 0 and the conditional at 1, in one call of twice the batch."
+    x,t = noise(4, 2), torch.tensor([.1, .4, .7, .99])
+    cond,without = toy(x, t, WHICH, torch.ones(4, 1, dtype=torch.bool)), both_net(x, t)
+    toy.calls.clear()
+    assert gap(guide(toy, WHICH, scale)(x, t), without + scale*(cond - without)) < 1e-5 and toy.calls == [8]
+    assert gap(cond, without) > .1
+
+@pytest.mark.parametrize('scale', [0., 1., 3.])
+def test_negative_takes_the_place_of_unconditional(scale):
+    x,t = noise(4, 2), torch.tensor([.1, .4, .7, .9])
+    ones = torch.ones(4, 1, dtype=torch.bool)
+    pos,neg = toy(x, t, WHICH, ones), toy(x, t, 1 - WHICH, ones)
+    assert gap(guide(toy, WHICH, scale, negative=1 - WHICH)(x, t), neg + scale*(pos - neg)) < 1e-5
+    zero = torch.zeros(1, 1, 1)                                          # one negative for all
+    neg = toy(x, t, zero.expand(4, 1, 1), ones)
+    assert gap(guide(toy, WHICH, scale, negative=zero)(x, t), neg + scale*(pos - neg)) < 1e-5
+
+def test_guided_samples_of_two_gaussians():
+    "At scale 1 the samples are the chosen Gaussian; at 0 they are both; above 1 they move away from the other one."
+    n = 2000
+    which,x = torch.ones(n, 1, 1), start_noise(FLOW, (n, 2))
+    draw = lambda scale: euler(guide(toy, which, scale), FLOW, x, time_steps(FLOW, 100))
+    one = draw(1.)
+    assert gap(one.mean(0), MEANS[1]) < .06 and gap(one.std(0), torch.full((2,), .5)) < .05
+    assert within((draw(0.)[:, 0] > 0).float().mean(), .5, n)
+    assert draw(4.)[:, 0].mean() > one[:, 0].mean() + .1
+
+def test_negative_with_more_tokens_than_the_condition():
+    "Lists of different lengths are padded: each side is as if it were alone."
+    net,x,t = randomise(ConditionalUNet(**SHAPE, dim=12)), noise(2, 2, 8, 8), torch.rand(2)
+    pos,neg = noise(2, 3, 12, seed=3), noise(1, 7, 12, seed=4)
+    a,b = net(x, t, pos), net(x, t, neg.expand(2, -1, -1))
+    for p,n,want in ((pos, neg, b + 2.*(a - b)), (neg.expand(2, -1, -1), pos, a + 2.*(b - a))):
+        assert gap(guide(net, p, 2., negative=n)(x, t), want) < 1e-5
+
+def test_guide_wants_one_condition_an_image():
+    for call in (lambda: guide(toy, WHICH)(noise(3, 2), torch.rand(3)), lambda: guide(toy, WHICH, negative=WHICH[:2])):
+        with pytest.raises(UserError, match='give one') as e: call()
+        one_line(e)
+
+def test_a_negative_caption_of_nothing_is_no_negative():
+    text = TextConditioner()
+    model = Conditioned(randomise(ConditionalUNet(**SHAPE, dim=text.dim)), text)
+    x,t = noise(2, 2, 8, 8), torch.rand(2)
+    a,b,c = (guide(model, ['a red bed', 'a rug'], 3., negative=o)(x, t) for o in (None, '', 'a lamp'))
+    assert gap(a, b) < 1e-4 and gap(a, c) > .01
+
+# --- all together ---------------------------------------------------------------------------------------------------
+
+def test_all_three_saved_and_loaded(tmp_path):
+    "Class, style and text in one model: what is loaded samples the same images; the language model itself is not copied."
+    parts = ClassConditioner(['a', 'b'], 384), StyleConditioner(1, 384), TextConditioner()
+    model = Conditioned(randomise(ConditionalUNet(**SHAPE, dim=384)), *map(randomise, parts))
+    cond = ['a', 'b'], noise(2, 1, 32, 32), ['a red bed', 'a rug']
+    save_conditioned(model, FLOW, tmp_path)
+    again,process = load_conditioned(tmp_path)
+    draw = lambda m: sample(guide(m, cond, 2.), FLOW, 2, (2, 8, 8), steps=3, bs=2, device='cpu')
+    assert process == FLOW and gap(draw(model), draw(again)) < 1e-5
+    assert sum(f.stat().st_size for f in (tmp_path/'conditioner_2').iterdir()) < 1000
