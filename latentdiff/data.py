@@ -866,7 +866,7 @@ class CarImages(FileImages):
         self.classes = [*dict.fromkeys(BODIES.values()), 'Other']
         self.labels = torch.tensor([self.classes.index(body_type(o)) for o in self.captions])
 
-# %% ../nbs/00_data.ipynb #c178
+# %% ../nbs/00_data.ipynb #c180
 NORB_TYPES = {0x1E3D4C51: '<f4', 0x1E3D4C52: 'packed', 0x1E3D4C53: '<f8', 0x1E3D4C54: '<i4', 0x1E3D4C55: 'u1', 0x1E3D4C56: '<i2'}
 
 def _norb_header(f, name):
@@ -883,7 +883,7 @@ def _norb_header(f, name):
     if min(shape) < 1 or math.prod(shape) > 1 << 36: raise UserError(f'{name} claims the dimensions {shape}: it is damaged, get it again')
     return np.dtype(kind), shape, 8 + len(dims)
 
-# %% ../nbs/00_data.ipynb #c180
+# %% ../nbs/00_data.ipynb #c182
 def read_norb(
     path # a .mat, or a .mat.gz
 ):
@@ -911,7 +911,7 @@ def _unzip_norb(path):
             return out
     except (OSError, EOFError, zlib.error) as e: raise UserError(f'{path.name} is damaged ({e}): get it again') from None
 
-# %% ../nbs/00_data.ipynb #c182
+# %% ../nbs/00_data.ipynb #c184
 def write_norb(
     path, # a .mat, or a .mat.gz to compress
     array # float32, float64, int32, uint8 or int16, of 1 to 8 dimensions
@@ -920,13 +920,14 @@ def write_norb(
     array, path = np.asarray(array), Path(path)
     magic = next((m for m, t in NORB_TYPES.items() if t != 'packed' and np.dtype(t) == array.dtype.newbyteorder('<')), None)
     if magic is None or not 1 <= array.ndim <= 8 or not array.size:
-        raise UserError(f'cannot write {array.dtype} of shape {array.shape}: use float32, float64, int32, uint8 or int16, 1 to 8 dimensions, not empty')
+        raise UserError(f'cannot write {array.dtype} of shape {array.shape}: '
+                        'use float32, float64, int32, uint8 or int16, 1 to 8 dimensions, not empty')
     dims = [*array.shape] + [1]*(3 - array.ndim)
     with gzip.open(path, 'wb') if path.suffix == '.gz' else path.open('wb') as f:
         f.write(struct.pack(f'<Ii{len(dims)}i', magic, array.ndim, *dims))
         f.write(np.ascontiguousarray(array, NORB_TYPES[magic]).reshape(-1).view(np.uint8))
 
-# %% ../nbs/00_data.ipynb #c186
+# %% ../nbs/00_data.ipynb #c188
 NORB = dict(classes=['animal', 'human', 'plane', 'truck', 'car'], cameras=['left', 'right'],
     sources=['https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/', 'http://www.cs.nyu.edu/~ylclab/data/norb-v1.0-small/'],
     stems=dict(train='smallnorb-5x46789x9x18x6x2x96x96-training', test='smallnorb-5x01235x9x18x6x2x96x96-testing'),
@@ -948,7 +949,7 @@ def norb_array(
         os.replace(part, path)
     return read_norb(path)
 
-# %% ../nbs/00_data.ipynb #c188
+# %% ../nbs/00_data.ipynb #c190
 def norb_sets(
     folder=None # with NAME-dat.mat, NAME-cat.mat, NAME-info.mat, each perhaps as .gz; None: the published set, downloaded if need be
 ):
@@ -969,7 +970,7 @@ def _norb_checked(stem, md5={}):
         raise UserError(f'{stem.name}: dat {dat.shape}, cat {cat.shape} and info {info.shape} do not make a set: get them again')
     return dat, cat, info
 
-# %% ../nbs/00_data.ipynb #c190
+# %% ../nbs/00_data.ipynb #c192
 class NorbImages(Images):
     "smallNORB: grey pictures with `category` (also `labels`), `instance`, `elevation`, `azimuth`, `lighting`, `camera`"
     def __init__(self, size, n=None, channels=None, seed=0,
@@ -988,7 +989,7 @@ class NorbImages(Images):
         both = {'train', 'test'} <= set(sides)
         self._split_by(torch.tensor([s == 'test' if both else split_of(o.rsplit('-', 1)[0]) == 'valid' for s, o in zip(sides, self.names)]))
 
-# %% ../nbs/00_data.ipynb #c192
+# %% ../nbs/00_data.ipynb #c194
 @patch
 def _table(self:NorbImages, only):
     "int64 (pictures, 8): set, row, camera, category, instance, elevation, azimuth, lighting, of those that `only` leaves"
@@ -1005,7 +1006,7 @@ def _table(self:NorbImages, only):
     if not len(table): raise UserError(f"no picture of smallNORB is {' and '.join(only)}")
     return table
 
-# %% ../nbs/00_data.ipynb #c194
+# %% ../nbs/00_data.ipynb #c196
 @patch
 def _stamp(self:NorbImages):
     h = hashlib.md5(b'smallnorb v1')
@@ -1021,7 +1022,7 @@ def _read(self:NorbImages, idxs):
         x = F.interpolate(x.float(), (self.size,)*2, mode='bilinear', antialias=True).round().clamp(0, 255).to(torch.uint8)
     return fit_channels(x, self.channels)
 
-# %% ../nbs/00_data.ipynb #c200
+# %% ../nbs/00_data.ipynb #c202
 def _add_file(tar, name, data):
     m = tarfile.TarInfo(name)
     m.size = len(data)
@@ -1034,7 +1035,7 @@ def _encoded(image, suffix):
     image.save(to, 'jpeg' if suffix == 'jpg' else suffix, **(dict(quality=95) if suffix == 'jpg' else {}))
     return to.getvalue()
 
-# %% ../nbs/00_data.ipynb #c202
+# %% ../nbs/00_data.ipynb #c204
 def write_shards(
     folder,         # 00000.tar, 00001.tar, ... go here; made if need be
     samples,        # (image, caption) or (image, caption, dict) each; image: PIL, or uint8 (c,h,w)
@@ -1054,7 +1055,7 @@ def write_shards(
                     _add_file(tar, f'{key}.{s}', data)
     return paths
 
-# %% ../nbs/00_data.ipynb #c205
+# %% ../nbs/00_data.ipynb #c209
 def shard_names(
     spec # a path or URL; {000..017} stands for a range, {a,b} for a choice
 ):
@@ -1065,10 +1066,11 @@ def shard_names(
         if m: parts.append((range(int(m[1]), int(m[2]) + 1), f'0{len(m[1])}d'))
         else: parts.append((o[1:-1].split(',') if o[:1] == '{' and ',' in o else [o], ''))
     count = math.prod(len(o) for o, _ in parts)
-    if not 1 <= count <= 1_000_000: raise UserError(f"'{spec}' stands for {count:,} shards: write {{0000..0009}}, first number first, and fewer than a million")
+    if not 1 <= count <= 1_000_000:
+        raise UserError(f"'{spec}' stands for {count:,} shards: write {{0000..0009}}, first number first, fewer than a million")
     return [''.join(o) for o in itertools.product(*([format(v, f) for v in o] for o, f in parts))]
 
-# %% ../nbs/00_data.ipynb #c208
+# %% ../nbs/00_data.ipynb #c212
 MAX_BYTES, MAX_PIXELS = 1 << 26, 1 << 26      # of one file in a shard; of one picture
 
 class _Member(tarfile.TarInfo):
@@ -1089,7 +1091,7 @@ def _step(tar):
     while (left := tar.offset - 1 - tar.fileobj.tell()) > 0:
         if not tar.fileobj.read(min(left, 1 << 16)): raise tarfile.ReadError(f'the file ends {left:,} bytes too early')
 
-# %% ../nbs/00_data.ipynb #c210
+# %% ../nbs/00_data.ipynb #c214
 def _open_shard(shard):
     if shard.startswith(('http://', 'https://')):
         return urllib.request.urlopen(urllib.request.Request(shard, headers={'User-Agent': 'latentdiff'}), timeout=30)
@@ -1113,7 +1115,7 @@ def _shard_files(
                 _step(tar)
     except (OSError, HTTPException, *DAMAGED) as e: skip(f'{shard} ({e})', 'shard damaged or cut short')
 
-# %% ../nbs/00_data.ipynb #c212
+# %% ../nbs/00_data.ipynb #c216
 SHARD_IMAGES = ('jpg', 'jpeg', 'png', 'webp')
 
 def shard_samples(
@@ -1132,7 +1134,7 @@ def shard_samples(
         if suffix.lower() in (*SHARD_IMAGES, 'txt', 'json'): parts.setdefault(suffix.lower(), data)
     if key is not None: yield key, parts
 
-# %% ../nbs/00_data.ipynb #c215
+# %% ../nbs/00_data.ipynb #c221
 class _Skip(Exception): "Why a sample cannot be used"
 
 def _shard_pixels(raw, size, channels):
@@ -1145,7 +1147,7 @@ def _shard_pixels(raw, size, channels):
     except Image.DecompressionBombError: raise _Skip('too many pixels, or too long and thin') from None
     except UNREADABLE: raise _Skip('broken image') from None
 
-# %% ../nbs/00_data.ipynb #c217
+# %% ../nbs/00_data.ipynb #c223
 def _sample(parts, size, channels):
     "(pixels, caption, dict) from the files of a sample; raises `_Skip`"
     raw = next((parts[k] for k in SHARD_IMAGES if k in parts), None)
@@ -1160,7 +1162,7 @@ def _sample(parts, size, channels):
     except UnicodeError: raise _Skip('caption is not UTF-8') from None
     return _shard_pixels(raw, size, channels), caption.strip(), meta
 
-# %% ../nbs/00_data.ipynb #c219
+# %% ../nbs/00_data.ipynb #c225
 def _buffered(samples, buffer, rng):
     "The same samples, shuffled through a buffer of so many"
     kept = []
@@ -1172,7 +1174,7 @@ def _buffered(samples, buffer, rng):
     rng.shuffle(kept)
     yield from kept
 
-# %% ../nbs/00_data.ipynb #c222
+# %% ../nbs/00_data.ipynb #c228
 class Shards:
     "Iterate over (uint8 pixels (c,size,size), caption, dict) of WebDataset shards. `skipped` counts what was left out, by reason"
     def __init__(self,
@@ -1190,9 +1192,9 @@ class Shards:
             if '://' in o[:12] and not o.startswith(('http://', 'https://')) or o.startswith('pipe:'):
                 raise UserError(f"'{o}' is neither a path nor http(s): download the shards, or use the https address of the same store")
         if not any('://' in o or Path(o).expanduser().is_file() for o in self.shards):
-            raise UserError(f"no shard '{self.shards[0]}'" + (f' nor any other of {len(self.shards):,}' if len(self.shards) > 1 else '') + ': check the path')
+            raise UserError(f"no shard '{self.shards[0]}' (the first of {len(self.shards):,}): check the path")
 
-# %% ../nbs/00_data.ipynb #c224
+# %% ../nbs/00_data.ipynb #c230
 @patch
 def skip(self:Shards, name, why):
     "Count and note what is left out"
@@ -1216,7 +1218,7 @@ def __iter__(self:Shards):
         done += 1
         yield pixels, caption, {**meta, '__key__': name}
 
-# %% ../nbs/00_data.ipynb #c231
+# %% ../nbs/00_data.ipynb #c237
 class ShardImages(Images):
     "The first `n` usable samples of WebDataset shards, in memory, with captions; raises `UserError` if there are none"
     def __init__(self, spec, size, n=None, channels=None, seed=0):
@@ -1235,7 +1237,7 @@ class ShardImages(Images):
 
     def _read(self, idxs): return self.raw[torch.as_tensor(idxs)]
 
-# %% ../nbs/00_data.ipynb #c234
+# %% ../nbs/00_data.ipynb #c240
 def open_images(
     data,          # one of `DATASETS`, 'smallnorb/plane/left' and the like, a folder, an archive, the URL of one, or shards 'x/{000..003}.tar'
     size,          # pixels a side
@@ -1258,7 +1260,7 @@ def open_images(
         raise
     return FileImages(folder, size, n, channels, seed, path.name.split('.')[0] or 'images')
 
-# %% ../nbs/00_data.ipynb #c236
+# %% ../nbs/00_data.ipynb #c242
 def _at_hand(data):
     "The path of a folder or archive, downloaded if it is a URL"
     url, archive = data.startswith(('http://', 'https://')), data.split('?')[0].lower().endswith(ARCHIVES)
@@ -1271,7 +1273,7 @@ def _at_hand(data):
     if path.exists(): return path
     raise UserError(f"no folder or file '{data}', and no data set of that name (those are {', '.join(DATASETS)})")
 
-# %% ../nbs/00_data.ipynb #c250
+# %% ../nbs/00_data.ipynb #c256
 class Picture(TensorImage):
     "A picture in [-1,1] that can show itself"
     def show(self, ctx=None, title=None, **kwargs):
@@ -1282,7 +1284,7 @@ class Picture(TensorImage):
         if title is not None: ax.set_title(title, fontsize=8)
         return ax
 
-# %% ../nbs/00_data.ipynb #c254
+# %% ../nbs/00_data.ipynb #c260
 def image_dls(
     images,     # `Images`
     bs=64,      # batch size
@@ -1294,7 +1296,7 @@ def image_dls(
     splits = [images.train_idxs.tolist(), images.valid_idxs.tolist()]
     return Datasets(range(len(images)), tfms, splits=splits).dataloaders(bs=bs, num_workers=0, device=device or default_device())
 
-# %% ../nbs/00_data.ipynb #c257
+# %% ../nbs/00_data.ipynb #c263
 class DeviceLoader(DataLoader):
     "Batches of tensors that live on the device: no Python a sample, no copy, no wait for the device"
     def __init__(self,
@@ -1312,7 +1314,7 @@ class DeviceLoader(DataLoader):
         super().__init__(torch.utils.data.TensorDataset(x, *ys), bs=min(bs, len(x)), shuffle=shuffle, drop_last=shuffle)
         self.to(device or default_device())
 
-# %% ../nbs/00_data.ipynb #c259
+# %% ../nbs/00_data.ipynb #c265
 @patch
 def to(self:DeviceLoader, device):
     "Move the tensors, and start the random numbers afresh there"
@@ -1339,7 +1341,7 @@ def _gather(self:DeviceLoader, idxs):
         x = torch.where(coin, x.flip(-1), x)
     return (x if self.transform is None else self.transform(x), *ys)
 
-# %% ../nbs/00_data.ipynb #c261
+# %% ../nbs/00_data.ipynb #c267
 @patch
 def one_batch(self:DeviceLoader): return next(iter(self))
 
