@@ -6,7 +6,7 @@
 __all__ = ['check_input', 'TimedNorm', 'TimedBlock', 'ResNetDenoiser', 'ConvStack', 'SegNet', 'as_sequence', 'Places', 'CNN1d',
            'UNet1d', 'MLPBlock', 'MLPDenoiser', 'sincos_places', 'DiTBlock', 'DiT', 'count', 'step_seconds']
 
-# %% ../nbs/35_denoisers.ipynb #c003
+# %% ../nbs/35_denoisers.ipynb #c004
 import torch, torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,7 +15,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from .data import UserError
 from .unet import Downsample, SelfAttention, TimeMLP, largest_divisor, seconds_per_step, zero_init
 
-# %% ../nbs/35_denoisers.ipynb #c005
+# %% ../nbs/35_denoisers.ipynb #c021
 def check_input(
     net, # a denoiser whose config has `in_channels`
     x, # (b, c, n) or (b, c, h, w) noisy latent
@@ -29,7 +29,7 @@ def check_input(
     if any(n % multiple for n in x.shape[2:]):
         raise UserError(f'{name} needs sides that are multiples of {multiple}, not {tuple(x.shape[2:])}: pad or resize')
 
-# %% ../nbs/35_denoisers.ipynb #c007
+# %% ../nbs/35_denoisers.ipynb #c023
 class TimedNorm(nn.Module):
     "GroupNorm, scaled and shifted by the noise level ('Diffusion models beat GANs', section 3); without `temb` a plain GroupNorm."
     def __init__(self,
@@ -49,7 +49,7 @@ class TimedNorm(nn.Module):
         scale,shift = self.proj(F.silu(emb)).view(len(x), -1, *[1]*(x.ndim - 2)).chunk(2, dim=1)
         return x*(1 + scale) + shift
 
-# %% ../nbs/35_denoisers.ipynb #c009
+# %% ../nbs/35_denoisers.ipynb #c025
 class TimedBlock(nn.Module):
     "The residual block of the U-Net in one or two dimensions, with or without the time."
     def __init__(self,
@@ -72,7 +72,7 @@ class TimedBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         return self.shortcut(x) + self.conv2(F.silu(self.norm2(h, emb)))
 
-# %% ../nbs/35_denoisers.ipynb #c011
+# %% ../nbs/35_denoisers.ipynb #c028
 class ResNetDenoiser(nn.Module, ConfigMixin):
     "A ResNet encoder ('Deep residual learning', He et al. 2015) and one transposed convolution for each of its halvings; no skips."
     config_name = 'config.json'
@@ -108,7 +108,7 @@ class ResNetDenoiser(nn.Module, ConfigMixin):
         for norm,up in zip(self.norms, self.ups): h = up(F.silu(norm(h, emb)))
         return h
 
-# %% ../nbs/35_denoisers.ipynb #c013
+# %% ../nbs/35_denoisers.ipynb #c034
 class ConvStack(nn.Module):
     "`depth` times convolution, norm (told the time) and ReLU: SegNet's building block."
     def __init__(self,
@@ -125,7 +125,7 @@ class ConvStack(nn.Module):
         for conv,norm in zip(self.convs, self.norms): x = F.relu(norm(conv(x), emb))
         return x
 
-# %% ../nbs/35_denoisers.ipynb #c015
+# %% ../nbs/35_denoisers.ipynb #c036
 class SegNet(nn.Module, ConfigMixin):
     "SegNet (Badrinarayanan et al. 2015, section 3): the decoder gets the places of the maxima from the encoder's pooling, and nothing else."
     config_name = 'config.json'
@@ -157,14 +157,14 @@ class SegNet(nn.Module, ConfigMixin):
         for stack in self.dec: h = stack(F.max_unpool2d(h, places.pop(), 2), emb)
         return self.conv_out(h)
 
-# %% ../nbs/35_denoisers.ipynb #c017
+# %% ../nbs/35_denoisers.ipynb #c038
 def as_sequence(
     x, # (b, d), (b, c, n) or (b, c, h, w)
 ): # (b, 1, d), (b, c, n) or (b, c, h*w)
     "The latent as a sequence: a flat one gets one channel, the rows of an image follow one another."
     return x[:, None] if x.ndim == 2 else x.flatten(2)
 
-# %% ../nbs/35_denoisers.ipynb #c019
+# %% ../nbs/35_denoisers.ipynb #c041
 class Places(nn.Module):
     "Add a learned vector to each place of a sequence, so that the convolutions can tell them apart; without `length` do nothing."
     def __init__(self,
@@ -180,7 +180,7 @@ class Places(nn.Module):
             raise UserError(f'this network knows {self.where.shape[1]} places, not {x.shape[2]}: make one with length={x.shape[2]}')
         return x + self.where
 
-# %% ../nbs/35_denoisers.ipynb #c021
+# %% ../nbs/35_denoisers.ipynb #c043
 class CNN1d(nn.Module, ConfigMixin):
     "A 1-D CNN: residual blocks of one width at the full length."
     config_name = 'config.json'
@@ -212,7 +212,7 @@ class CNN1d(nn.Module, ConfigMixin):
         for block in self.blocks: h = block(h, emb)
         return self.conv_out(F.silu(self.norm_out(h))).reshape(x.shape)
 
-# %% ../nbs/35_denoisers.ipynb #c023
+# %% ../nbs/35_denoisers.ipynb #c045
 class UNet1d(nn.Module, ConfigMixin):
     "The U-Net's 1-D sibling: residual blocks, skips, half and twice the length, attention at the shortest."
     config_name = 'config.json'
@@ -262,7 +262,7 @@ class UNet1d(nn.Module, ConfigMixin):
             if up: h = up(F.interpolate(h, scale_factor=2., mode='nearest'))
         return h
 
-# %% ../nbs/35_denoisers.ipynb #c025
+# %% ../nbs/35_denoisers.ipynb #c048
 class MLPBlock(nn.Module):
     "x + linear(act(linear(norm(x)))), the norm scaled and shifted by the noise level."
     def __init__(self,
@@ -277,7 +277,7 @@ class MLPBlock(nn.Module):
         scale,shift = self.ada(F.silu(emb)).chunk(2, dim=1)
         return x + self.linear2(F.silu(self.linear1(self.norm(x)*(1 + scale) + shift)))
 
-# %% ../nbs/35_denoisers.ipynb #c027
+# %% ../nbs/35_denoisers.ipynb #c050
 class MLPDenoiser(nn.Module, ConfigMixin):
     "A residual MLP for flat latents: every number sees every other, and no two are neighbours."
     config_name = 'config.json'
@@ -304,7 +304,7 @@ class MLPDenoiser(nn.Module, ConfigMixin):
         for block in self.blocks: h = block(h, emb)
         return self.linear_out(self.norm_out(h))
 
-# %% ../nbs/35_denoisers.ipynb #c029
+# %% ../nbs/35_denoisers.ipynb #c052
 def sincos_places(
     h, w, # tokens down and across
     dim, # length of each vector, a multiple of 4
@@ -316,7 +316,7 @@ def sincos_places(
     wave = lambda n: torch.cat([(a := torch.arange(n)[:, None]*speed).sin(), a.cos()], dim=1)
     return torch.cat([wave(w).repeat(h, 1), wave(h).repeat_interleave(w, 0)], dim=1).float().to(device)
 
-# %% ../nbs/35_denoisers.ipynb #c031
+# %% ../nbs/35_denoisers.ipynb #c055
 class DiTBlock(nn.Module):
     "Transformer block with adaLN-Zero: the noise level shifts, scales and gates both branches (DiT, Peebles & Xie 2023, section 3.2)."
     def __init__(self,
@@ -342,7 +342,7 @@ class DiTBlock(nn.Module):
         x = x + gate1*self.attend(self.norm(x)*(1 + scale1) + shift1)
         return x + gate2*self.mlp(self.norm(x)*(1 + scale2) + shift2)
 
-# %% ../nbs/35_denoisers.ipynb #c033
+# %% ../nbs/35_denoisers.ipynb #c057
 class DiT(nn.Module, ConfigMixin):
     "A small diffusion transformer with adaLN-Zero ('Scalable diffusion models with transformers', Peebles & Xie 2023, section 3)."
     config_name = 'config.json'
@@ -380,7 +380,7 @@ class DiT(nn.Module, ConfigMixin):
         p = self.config.patch
         return tokens.unflatten(2, (p, p, -1)).unflatten(1, tuple(grid)).permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
-# %% ../nbs/35_denoisers.ipynb #c035
+# %% ../nbs/35_denoisers.ipynb #c060
 def count(
     net, # denoiser
     shape, # of one latent: (c, h, w), (c, n) or (d,)
@@ -391,7 +391,7 @@ def count(
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), flops: net(torch.zeros(1, *shape, device=device), torch.zeros(1, device=device))
     return sum(w.numel() for w in net.parameters()), flops.get_total_flops()//2
 
-# %% ../nbs/35_denoisers.ipynb #c037
+# %% ../nbs/35_denoisers.ipynb #c063
 def step_seconds(
     nets, # dict: name -> denoiser
     z, # (b, ...) one batch of latents, on the networks' device
