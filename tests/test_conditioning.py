@@ -6,8 +6,8 @@ from diffusers.models.attention_processor import Attention
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 import latentdiff.conditioning
 from latentdiff.autoencoder import load_component, save_component
-from latentdiff.conditioning import (ClassConditioner, Conditioned, ConditionalUNet, CrossAttention, StyleConditioner, TextConditioner,
-                                     attention_maps, conditional, guide, load_conditioned, save_conditioned, text_encoder)
+from latentdiff.conditioning import (ClassConditioner, Conditioned, ConditionalUNet, CrossAttention, FactorReader, StyleConditioner, TextConditioner,
+                                     attention_maps, conditional, guide, load_conditioned, save_conditioned, text_encoder, train_reader)
 from latentdiff.data import UserError, from_uint8
 from latentdiff.noisify import Process
 from latentdiff.sampling import euler, optimal_denoiser, sample, start_noise, time_steps
@@ -353,6 +353,24 @@ def test_a_negative_caption_of_nothing_is_no_negative():
     x,t = noise(2, 2, 8, 8), torch.rand(2)
     a,b,c = (guide(model, ['a red bed', 'a rug'], 3., negative=o)(x, t) for o in (None, '', 'a lamp'))
     assert gap(a, b) < 1e-4 and gap(a, c) > .01
+
+# --- the judge ------------------------------------------------------------------------------------------------------
+
+def test_the_judge_reads_what_is_there():
+    "Two factors, grey level and which half is bright: learned from pixels alone, read from both kinds of image, the same from the same seed."
+    g = torch.Generator().manual_seed(0)
+    codes = torch.stack([torch.randint(3, (400,), generator=g), torch.randint(2, (400,), generator=g)], 1)
+    pixels = (40 + 60*codes[:, 0].view(-1, 1, 1, 1) + torch.randint(10, (400, 1, 16, 16), generator=g)).to(torch.uint8)
+    for half in (0, 1): pixels[codes[:, 1] == half, :, :, 8*half:8*half + 8] += 60
+    judges = [train_reader(pixels[:300], codes[:300], epochs=20, seed=s) for s in (0, 0, 1)]
+    assert judges[0].sizes == [3, 2] and (judges[0].read(pixels[300:]) == codes[300:]).float().mean() > .95
+    assert torch.equal(judges[0].read(pixels), judges[0].read(from_uint8(pixels)))
+    weights = [j.head.weight for j in judges]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+def test_the_judge_splits_its_answer_by_factor():
+    scores = FactorReader([3, 2, 5])(torch.zeros(4, 3, 32, 32))
+    assert [tuple(s.shape) for s in scores] == [(4, 3), (4, 2), (4, 5)]
 
 # --- all together ---------------------------------------------------------------------------------------------------
 
