@@ -174,7 +174,7 @@ def test_docs_build(tmp_path):
     build(tmp_path, [NBS/'index.ipynb', min((NBS/n for n in LESSONS), key=lambda p: p.stat().st_size)])
     pages = list(tmp_path.rglob('*.html'))
     links = {l for p in pages for l in re.findall(r'href="(?!https?:|#|data:)([^"#]+\.html)', p.read_text())}
-    assert len(pages) == 2 and links == {str(Path(n).with_suffix(".html")) for n in LESSONS + LABS}
+    assert len(pages) == 2 and links == {str(Path(n).with_suffix('.html')) for n in LESSONS + LABS}
 
 def test_wheel_holds_modules_and_licence(tmp_path):
     tree = copy_tree(tmp_path/'tree')
