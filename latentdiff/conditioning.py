@@ -8,7 +8,7 @@ __all__ = ['Told', 'CrossAttention', 'ToldStep', 'ToldTime', 'ConditionalUNet', 
            'attention_maps', 'StyleConditioner', 'save_conditioned', 'load_conditioned']
 
 # %% ../nbs/60_conditioning.ipynb #c005
-import re
+import re, shutil
 from collections import namedtuple
 from functools import lru_cache
 from importlib.util import find_spec
@@ -418,6 +418,8 @@ def save_conditioned(
     "Net, conditioners and process, side by side."
     save_component(model.net, Path(folder)/'denoiser')
     for i,c in enumerate(model.conditioners): save_component(c, Path(folder)/f'conditioner_{i}')
+    for old in [*Path(folder).glob('conditioner_*')]: # of a model with more conditioners, saved here before
+        if int(old.name.split('_')[1]) >= len(model.conditioners): shutil.rmtree(old)
     process.save(Path(folder)/'process')
 
 def load_conditioned(
@@ -425,5 +427,5 @@ def load_conditioned(
 ): # (Conditioned in eval mode, Process)
     "What was saved there. Language models are not copied: they are loaded by name."
     folder = Path(folder)
-    parts = sorted(folder.glob('conditioner_*'))
+    parts = sorted(folder.glob('conditioner_*'), key=lambda o: int(o.name.split('_')[1]))
     return Conditioned(load_component(folder/'denoiser'), *map(load_component, parts)).eval(), Process.load(folder/'process')

@@ -384,3 +384,12 @@ def test_all_three_saved_and_loaded(tmp_path):
     draw = lambda m: sample(guide(m, cond, 2.), FLOW, 2, (2, 8, 8), steps=3, bs=2, device='cpu')
     assert process == FLOW and gap(draw(model), draw(again)) < 1e-5
     assert sum(f.stat().st_size for f in (tmp_path/'conditioner_2').iterdir()) < 1000
+
+def test_saving_forgets_an_earlier_model_with_more_conditioners(tmp_path):
+    "What is loaded is what was saved last, in its order, also past ten."
+    net = ConditionalUNet(dim=8, **SHAPE)
+    many = [ClassConditioner([f'class {i}'], 8) for i in range(11)]
+    save_conditioned(Conditioned(net, *many), FLOW, tmp_path)
+    assert [list(c.config.classes) for c in load_conditioned(tmp_path)[0].conditioners] == [[f'class {i}'] for i in range(11)]
+    save_conditioned(Conditioned(net, many[3]), FLOW, tmp_path)
+    assert [list(c.config.classes) for c in load_conditioned(tmp_path)[0].conditioners] == [['class 3']]
