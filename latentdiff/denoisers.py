@@ -11,6 +11,7 @@ import torch, torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from fastcore.basics import patch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from .data import UserError
 from .unet import Downsample, SelfAttention, TimeMLP, largest_divisor, seconds_per_step, zero_init
@@ -249,20 +250,24 @@ class UNet1d(nn.Module, ConfigMixin):
         h = self.up(self.mid2(self.attn(self.mid1(h, emb)), emb), skips, emb)
         return self.conv_out(F.silu(self.norm_out(h))).reshape(x.shape)
 
-    def down(self, h, emb): # (b, c, n), (b, temb) -> the same at the shortest length, and the list of skips
-        skips = []
-        for blocks,down in zip(self.enc, [*self.downs, nn.Identity()]):
-            for block in blocks: skips.append(h := block(h, emb))
-            h = down(h)
-        return h, skips
+# %% ../nbs/35_denoisers.ipynb #c047
+@patch
+def down(self:UNet1d, h, emb): # (b, c, n), (b, temb) -> the same at the shortest length, and the list of skips
+    skips = []
+    for blocks,down in zip(self.enc, [*self.downs, nn.Identity()]):
+        for block in blocks: skips.append(h := block(h, emb))
+        h = down(h)
+    return h, skips
 
-    def up(self, h, skips, emb): # what `down` returns -> (b, widths[0], n)
-        for blocks,up in zip(self.dec, [*self.ups, None]):
-            for block in blocks: h = block(torch.cat([h, skips.pop()], dim=1), emb)
-            if up: h = up(F.interpolate(h, scale_factor=2., mode='nearest'))
-        return h
+# %% ../nbs/35_denoisers.ipynb #c049
+@patch
+def up(self:UNet1d, h, skips, emb): # what `down` returns -> (b, widths[0], n)
+    for blocks,up in zip(self.dec, [*self.ups, None]):
+        for block in blocks: h = block(torch.cat([h, skips.pop()], dim=1), emb)
+        if up: h = up(F.interpolate(h, scale_factor=2., mode='nearest'))
+    return h
 
-# %% ../nbs/35_denoisers.ipynb #c048
+# %% ../nbs/35_denoisers.ipynb #c052
 class MLPBlock(nn.Module):
     "x + linear(act(linear(norm(x)))), the norm scaled and shifted by the noise level."
     def __init__(self,
@@ -277,7 +282,7 @@ class MLPBlock(nn.Module):
         scale,shift = self.ada(F.silu(emb)).chunk(2, dim=1)
         return x + self.linear2(F.silu(self.linear1(self.norm(x)*(1 + scale) + shift)))
 
-# %% ../nbs/35_denoisers.ipynb #c050
+# %% ../nbs/35_denoisers.ipynb #c054
 class MLPDenoiser(nn.Module, ConfigMixin):
     "A residual MLP for flat latents: every number sees every other, and no two are neighbours."
     config_name = 'config.json'
@@ -304,7 +309,7 @@ class MLPDenoiser(nn.Module, ConfigMixin):
         for block in self.blocks: h = block(h, emb)
         return self.linear_out(self.norm_out(h))
 
-# %% ../nbs/35_denoisers.ipynb #c052
+# %% ../nbs/35_denoisers.ipynb #c056
 def sincos_places(
     h, w, # tokens down and across
     dim, # length of each vector, a multiple of 4
@@ -316,7 +321,7 @@ def sincos_places(
     wave = lambda n: torch.cat([(a := torch.arange(n)[:, None]*speed).sin(), a.cos()], dim=1)
     return torch.cat([wave(w).repeat(h, 1), wave(h).repeat_interleave(w, 0)], dim=1).float().to(device)
 
-# %% ../nbs/35_denoisers.ipynb #c055
+# %% ../nbs/35_denoisers.ipynb #c059
 class DiTBlock(nn.Module):
     "Transformer block with adaLN-Zero: the noise level shifts, scales and gates both branches (DiT, Peebles & Xie 2023, section 3.2)."
     def __init__(self,
@@ -342,7 +347,7 @@ class DiTBlock(nn.Module):
         x = x + gate1*self.attend(self.norm(x)*(1 + scale1) + shift1)
         return x + gate2*self.mlp(self.norm(x)*(1 + scale2) + shift2)
 
-# %% ../nbs/35_denoisers.ipynb #c057
+# %% ../nbs/35_denoisers.ipynb #c061
 class DiT(nn.Module, ConfigMixin):
     "A small diffusion transformer with adaLN-Zero ('Scalable diffusion models with transformers', Peebles & Xie 2023, section 3)."
     config_name = 'config.json'
@@ -380,7 +385,7 @@ class DiT(nn.Module, ConfigMixin):
         p = self.config.patch
         return tokens.unflatten(2, (p, p, -1)).unflatten(1, tuple(grid)).permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
-# %% ../nbs/35_denoisers.ipynb #c060
+# %% ../nbs/35_denoisers.ipynb #c064
 def count(
     net, # denoiser
     shape, # of one latent: (c, h, w), (c, n) or (d,)
@@ -391,7 +396,7 @@ def count(
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), flops: net(torch.zeros(1, *shape, device=device), torch.zeros(1, device=device))
     return sum(w.numel() for w in net.parameters()), flops.get_total_flops()//2
 
-# %% ../nbs/35_denoisers.ipynb #c063
+# %% ../nbs/35_denoisers.ipynb #c067
 def step_seconds(
     nets, # dict: name -> denoiser
     z, # (b, ...) one batch of latents, on the networks' device
