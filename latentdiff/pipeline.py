@@ -12,12 +12,12 @@ __all__ = ['STARTED', 'SAMPLER', 'PARTS', 'STAGES', 'FITS', 'CLASSIFY', 'PASSES'
            'to_hwc', 'write_npz', 'write_pngs', 'expect', 'sample_cli', 'image_set', 'resized', 'npz_pixels',
            'eval_cli']
 
-# %% ../nbs/80_pipeline.ipynb #c004
+# %% ../nbs/80_pipeline.ipynb #c005
 import time, warnings
 STARTED = time.time() # before torch is imported: the minutes of a command include its own start-up
 warnings.filterwarnings('ignore', message='.torch.jit.script. is deprecated') # fastai asks for it; the reader can do nothing about it
 
-# %% ../nbs/80_pipeline.ipynb #c005
+# %% ../nbs/80_pipeline.ipynb #c006
 import base64, importlib, io, json, math, os, platform, shutil, sys, zipfile
 from dataclasses import replace
 from functools import wraps
@@ -31,7 +31,7 @@ from fastprogress.fastprogress import progress_bar
 from matplotlib.figure import Figure
 from PIL import Image
 
-# %% ../nbs/80_pipeline.ipynb #c006
+# %% ../nbs/80_pipeline.ipynb #c007
 from .data import DATASETS, UserError, default_device, from_uint8, image_grid, open_images, runs_home, to_uint8
 from .data import preset as find_preset
 from .autoencoder import KLAutoencoder, fit_bs, load_component, open_autoencoder, quality, save_component, train_autoencoder
@@ -41,7 +41,7 @@ from .sampling import SAMPLERS, evaluations, sample, start_noise, time_steps
 from .kid_eval import (ClassifierFeatures, EfficientNetFeatures, GreyClassifier, evaluate, features, kid, nearest_neighbours,
                                  train_classifier)
 
-# %% ../nbs/80_pipeline.ipynb #c012
+# %% ../nbs/80_pipeline.ipynb #c013
 class LatentDiffusionPipeline:
     "An autoencoder, a denoiser and a noise process that fit each other: all it takes to draw images"
     def __init__(self,
@@ -61,7 +61,7 @@ def check_channels(denoiser, channels):
         if c not in (None, channels):
             raise UserError(f"The denoiser has {k} {c} but the autoencoder makes {channels} latent channels: take both from the same run.")
 
-# %% ../nbs/80_pipeline.ipynb #c016
+# %% ../nbs/80_pipeline.ipynb #c017
 SAMPLER = 'dpmpp_2m'
 
 @patch
@@ -76,7 +76,7 @@ def latents(self:LatentDiffusionPipeline,
     if sampler not in SAMPLERS: raise UserError(f"There is no sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}.")
     return sample(self.denoiser, self.process, n, self.latent_shape, steps=steps, sampler=sampler, seed=seed, bs=bs, device=self.device)
 
-# %% ../nbs/80_pipeline.ipynb #c018
+# %% ../nbs/80_pipeline.ipynb #c019
 @patch(as_prop=True)
 def device(self:LatentDiffusionPipeline): return next(self.denoiser.parameters()).device
 
@@ -86,7 +86,7 @@ def to(self:LatentDiffusionPipeline, device):
     self.autoencoder.to(device), self.denoiser.to(device)
     return self
 
-# %% ../nbs/80_pipeline.ipynb #c020
+# %% ../nbs/80_pipeline.ipynb #c021
 @patch
 @torch.no_grad()
 def decode(self:LatentDiffusionPipeline,
@@ -107,7 +107,7 @@ def pixels(self:LatentDiffusionPipeline, n=8, steps=20, sampler=SAMPLER, seed=0,
     as_bytes = lambda x: to_uint8(x)[:, :x.shape[1]]
     return torch.cat([as_bytes(self.decode(z)) for z in self.latents(n, steps, sampler, seed, bs).split(bs)])
 
-# %% ../nbs/80_pipeline.ipynb #c024
+# %% ../nbs/80_pipeline.ipynb #c025
 def write_whole(path, data):
     "Write text or bytes to `path` in one step: a reader sees the old file or the new one, never half of it"
     path = Path(path)
@@ -122,7 +122,7 @@ def new_place(path, option):
     try: path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise UserError(f'{path} cannot be written ({e.strerror}): choose another place with {option}.') from None
 
-# %% ../nbs/80_pipeline.ipynb #c026
+# %% ../nbs/80_pipeline.ipynb #c027
 PARTS = ('autoencoder', 'denoiser', 'process')
 
 @patch
@@ -141,14 +141,14 @@ def index(self:LatentDiffusionPipeline):
     parts = {k: [type(getattr(self,k)).__module__, type(getattr(self,k)).__name__] for k in PARTS}
     return {'_class_name': 'LatentDiffusionPipeline', '_diffusers_version': diffusers.__version__, 'size': self.size, **parts}
 
-# %% ../nbs/80_pipeline.ipynb #c029
+# %% ../nbs/80_pipeline.ipynb #c031
 def read_json(path, hint):
     "The object in the JSON file at `path`; `UserError` ending in `hint` if there is none"
     try: return json.loads(Path(path).read_text())
     except FileNotFoundError: raise UserError(f"{path} is missing: {hint}") from None
     except (NotADirectoryError, UnicodeDecodeError, json.JSONDecodeError): raise UserError(f"{path} cannot be read: {hint}") from None
 
-# %% ../nbs/80_pipeline.ipynb #c031
+# %% ../nbs/80_pipeline.ipynb #c033
 def load_part(folder, library, name):
     "The module or process in `folder`, which must be a `name` of `library`"
     if library.split('.')[0] not in ('latentdiff', 'diffusers'):
@@ -161,7 +161,7 @@ def load_part(folder, library, name):
     except (TypeError, RuntimeError, KeyError) as e:
         raise UserError(f"{folder} does not fit its own config.json ({str(e).splitlines()[0]}): take the whole run folder again.") from e
 
-# %% ../nbs/80_pipeline.ipynb #c033
+# %% ../nbs/80_pipeline.ipynb #c035
 @patch(cls_method=True)
 def load(cls:LatentDiffusionPipeline,
     folder,      # where `save` put it
@@ -176,7 +176,7 @@ def load(cls:LatentDiffusionPipeline,
     parts = [load_part(folder/k, *d[k]) for k in PARTS]
     return cls(*parts, d['size']).to(device or default_device())
 
-# %% ../nbs/80_pipeline.ipynb #c039
+# %% ../nbs/80_pipeline.ipynb #c042
 STAGES = ('data', 'autoencoder', 'latents', 'features', 'denoiser', 'samples', 'evaluation', 'report')
 
 class Run:
@@ -193,7 +193,7 @@ class Run:
         self.state = self.read()
         self.used = 0 if minutes else sum(v['seconds'] for v in self.state['stages'].values())
 
-# %% ../nbs/80_pipeline.ipynb #c041
+# %% ../nbs/80_pipeline.ipynb #c044
 def above_zero(**kw):
     "`UserError` for an option that is given and not above 0"
     for k,v in kw.items():
@@ -213,7 +213,7 @@ def settings_of(data=None, preset=None, size=None, minutes=None, seed=0, n=None,
     data,autoencoder = (str(Path(d).resolve()) if d and d not in DATASETS and Path(d).exists() else d for d in (p.data, autoencoder or p.ae_pretrained))
     return dict(data=data, preset=p.name, size=p.size, minutes=minutes, seed=seed, n=p.n, autoencoder=autoencoder)
 
-# %% ../nbs/80_pipeline.ipynb #c045
+# %% ../nbs/80_pipeline.ipynb #c048
 @patch
 def read(self:Run):
     "The state in run.json, or a fresh one; `UserError` if the folder belongs to something else"
@@ -238,7 +238,7 @@ def write(self:Run):
     self.folder.mkdir(parents=True, exist_ok=True)
     write_json(self.folder/'run.json', self.state, indent=1)
 
-# %% ../nbs/80_pipeline.ipynb #c047
+# %% ../nbs/80_pipeline.ipynb #c050
 @patch
 def done(self:Run, stage): return stage in self.state['stages']
 
@@ -252,7 +252,7 @@ def stage(self:Run, name):
     self.state['stages'][name] = {**facts, 'seconds': round(time.time()-start, 1)}
     self.write()
 
-# %% ../nbs/80_pipeline.ipynb #c050
+# %% ../nbs/80_pipeline.ipynb #c054
 @patch(as_prop=True)
 def images(self:Run):
     "The data, opened once"
@@ -262,7 +262,7 @@ def images(self:Run):
         if few < 8: raise UserError(f"{self.settings['data']} has {len(self._images)} images, which leaves {few} to test on: give a hundred or more.")
     return self._images
 
-# %% ../nbs/80_pipeline.ipynb #c055
+# %% ../nbs/80_pipeline.ipynb #c060
 class View:
     "`images`, already decoded if `px` is given, and mirrored if `flip`; otherwise like the images themselves"
     def __init__(self, images, px=None, flip=False):
@@ -280,7 +280,7 @@ class View:
         if self.px is None: return self.mirror(self.images.pixels(idxs, workers=workers))
         return self.mirror(self.px if idxs is None else self.px[idxs])
 
-# %% ../nbs/80_pipeline.ipynb #c058
+# %% ../nbs/80_pipeline.ipynb #c064
 FITS = 1.5e9  # bytes of decoded pixels that may stay in memory
 
 @patch(as_prop=True)
@@ -304,7 +304,7 @@ def pixels(self:Run, split, most=None):
     "uint8 pixels (n,c,h,w) of the rows that `idxs` gives"
     return self.view.pixels(self.idxs(split, most))
 
-# %% ../nbs/80_pipeline.ipynb #c060
+# %% ../nbs/80_pipeline.ipynb #c066
 @patch(as_prop=True)
 def flip(self:Run):
     "Whether a mirrored picture is as good as the picture: yes for colour scenes, no for digits and garments"
@@ -315,7 +315,7 @@ def colour(self:Run):
     "Whether EfficientNet judges the images: it does unless they are grey and have labels to train a classifier on"
     return self.images.channels==3 or self.images.labels is None
 
-# %% ../nbs/80_pipeline.ipynb #c062
+# %% ../nbs/80_pipeline.ipynb #c068
 def plan(
     left,    # seconds there are
     fixed,   # dict of seconds for the work whose amount is given
@@ -330,7 +330,7 @@ def plan(
         raise UserError(f"{(left+spent)/60:.1f} minutes are too few: give --minutes {enough} or more, or fewer images with --n.")
     return {**fixed, **{k: fixed.get(k, 0) + (left-need)*v/total for k,v in shares.items()}}
 
-# %% ../nbs/80_pipeline.ipynb #c067
+# %% ../nbs/80_pipeline.ipynb #c073
 def seconds_each(f, n, device):
     "Seconds per item of `f()`, which works on `n` items: timed at the second call, as the first one warms up"
     for _ in range(2):
@@ -345,7 +345,7 @@ def train_step(net, *args):
     (out[0] if isinstance(out, tuple) else out).square().mean().backward()
     net.zero_grad()
 
-# %% ../nbs/80_pipeline.ipynb #c069
+# %% ../nbs/80_pipeline.ipynb #c075
 @patch
 def new_autoencoder(self:Run):
     "The untrained autoencoder of the preset"
@@ -370,7 +370,7 @@ def autoencoder(self:Run):
     else: ae = self.new_autoencoder()
     return ae.to(self.device)
 
-# %% ../nbs/80_pipeline.ipynb #c072
+# %% ../nbs/80_pipeline.ipynb #c079
 CLASSIFY,PASSES = 8_000,3 # labelled images that train the classifier, and how often: half a minute on two cores
 
 @patch
@@ -386,7 +386,7 @@ def classifier(self:Run):
     "The classifier of this run, trained if its stage is done"
     return load_component(self.folder/'classifier') if self.done('features') else GreyClassifier(len(self.images.classes))
 
-# %% ../nbs/80_pipeline.ipynb #c074
+# %% ../nbs/80_pipeline.ipynb #c081
 @patch
 def jobs(self:Run,
     n=64,    # images a batch
@@ -411,7 +411,7 @@ def measure(self:Run):
         with torch.set_grad_enabled('step' in k): rates[k] = seconds_each(f, n, self.device)
     return rates
 
-# %% ../nbs/80_pipeline.ipynb #c077
+# %% ../nbs/80_pipeline.ipynb #c086
 @patch
 def draw(self:Run, steps=None):
     "Seconds to draw one image"
@@ -429,7 +429,7 @@ def n_real(self:Run):
     "How many held-out images they are compared with: all, if a tenth of the time is enough for them and as many for the floor"
     return min(len(self.images.valid_idxs), 2000, int(max(64, self.total()/20/self.rates['score'])))
 
-# %% ../nbs/80_pipeline.ipynb #c079
+# %% ../nbs/80_pipeline.ipynb #c088
 @patch
 def fixed(self:Run):
     "Seconds of the work whose amount is known, stage by stage, with a quarter to spare"
@@ -442,7 +442,7 @@ def fixed(self:Run):
              samples=(fake + 64)*self.draw(), evaluation=2*fake*r['score'] + given*fake*r['read'] + 2, report=4)
     return {k: 1.25*v for k,v in s.items()}
 
-# %% ../nbs/80_pipeline.ipynb #c081
+# %% ../nbs/80_pipeline.ipynb #c090
 LEAST = 10 # seconds of training below which a run is not worth starting
 
 @patch
@@ -473,7 +473,7 @@ def plan(self:Run,
     d = plan(left, fixed, shares, LEAST, self.total()-left)
     return {k: d[k] for k in todo}
 
-# %% ../nbs/80_pipeline.ipynb #c085
+# %% ../nbs/80_pipeline.ipynb #c095
 def peak_gb(device='cpu'):
     "Most memory this process has used so far, GB (of the GPU, if that is the device)"
     if torch.device(device).type=='cuda': return torch.cuda.max_memory_allocated()/1e9
@@ -487,7 +487,7 @@ def memory(self:Run):
     pixels = min(FITS, len(self.images)*self.images.channels*self.p.size**2)
     return 1.2*peak_gb(self.device) + 2*pixels/1e9
 
-# %% ../nbs/80_pipeline.ipynb #c087
+# %% ../nbs/80_pipeline.ipynb #c097
 @patch
 def what(self:Run, stage):
     "One line about `stage`, empty if there is nothing to do in it"
@@ -511,7 +511,7 @@ def announce(self:Run):
         if self.what(k): print(f'  {k:12} {v:6.0f} s  {self.what(k)}')
     sys.stdout.flush()
 
-# %% ../nbs/80_pipeline.ipynb #c090
+# %% ../nbs/80_pipeline.ipynb #c102
 @patch
 def do_data(self:Run):
     "Decode the images, if they are to stay in memory"
@@ -535,7 +535,7 @@ def do_autoencoder(self:Run):
     save_component(ae, self.folder/'autoencoder')
     return {**facts, **self.reconstruct(ae)}
 
-# %% ../nbs/80_pipeline.ipynb #c092
+# %% ../nbs/80_pipeline.ipynb #c104
 def thin(v, n=200):
     "At most `n` of the numbers `v`, evenly spaced, as floats"
     return [round(float(v[i]), 5) for i in np.unique(np.linspace(0, len(v)-1, n).astype(int))]
@@ -544,7 +544,7 @@ def curves_of(learn):
     "Training loss (smoothed, evenly spaced over the training) and validation loss of each round"
     return dict(train_loss=thin(learn.recorder.losses), valid_loss=[round(float(v[1]), 5) for v in learn.recorder.values])
 
-# %% ../nbs/80_pipeline.ipynb #c094
+# %% ../nbs/80_pipeline.ipynb #c106
 def save_png(im, path):
     "Write a PIL image in one step"
     f = io.BytesIO()
@@ -561,7 +561,7 @@ def reconstruct(self:Run, ae):
     save_png(image_grid(pairs.flatten(0, 1), nrow=8), self.folder/'recon.png')
     return quality(ae, px)
 
-# %% ../nbs/80_pipeline.ipynb #c097
+# %% ../nbs/80_pipeline.ipynb #c110
 @patch
 def do_latents(self:Run):
     "Encode every image, and its mirror image where that is as good"
@@ -600,7 +600,7 @@ def train_judge(self:Run):
     self._extractor = ClassifierFeatures(learn.model, device=self.device)
     return dict(accuracy=float(learn.recorder.values[-1][-1]), n=len(x))
 
-# %% ../nbs/80_pipeline.ipynb #c100
+# %% ../nbs/80_pipeline.ipynb #c114
 class KIDCurve(Callback):
     "Score the averaged weights at some points of the training; it goes on as if nothing had happened"
     run_valid = False
@@ -623,7 +623,7 @@ class KIDCurve(Callback):
         self.curve.append((at, *score))
         print(f'KID after {at:.0%} of the training: {score[0]:.4f} ± {score[1]:.4f}', flush=True)
 
-# %% ../nbs/80_pipeline.ipynb #c102
+# %% ../nbs/80_pipeline.ipynb #c116
 QUICK = 10 # steps behind the samples of the KID curve
 
 @patch
@@ -638,7 +638,7 @@ def quick_kid(self:Run, pipe):
     fake = features(self.extractor(), pipe(self.n_curve(), QUICK, seed=self.settings['seed']))
     return kid(fake, self.real_features())
 
-# %% ../nbs/80_pipeline.ipynb #c104
+# %% ../nbs/80_pipeline.ipynb #c118
 @patch
 def do_denoiser(self:Run):
     "Train the denoiser on the latents and put the pipeline together"
@@ -653,7 +653,7 @@ def do_denoiser(self:Run):
     if self.n_curve(): curve.add(1., self.quick_kid(pipe))
     return dict(**curves_of(learn), kid_curve=curve.curve, kid_curve_n=self.n_curve())
 
-# %% ../nbs/80_pipeline.ipynb #c107
+# %% ../nbs/80_pipeline.ipynb #c122
 @patch
 def pipeline(self:Run): return LatentDiffusionPipeline.load(self.folder, self.device)
 
@@ -672,7 +672,7 @@ def do_samples(self:Run):
     save_png(path_picture(self.pipeline(), self.p.sample_steps, self.settings['seed']), self.folder/'path.png')
     return dict(n=len(ims), sampler=SAMPLER, steps=self.p.sample_steps)
 
-# %% ../nbs/80_pipeline.ipynb #c109
+# %% ../nbs/80_pipeline.ipynb #c124
 @torch.no_grad()
 def path_of(pipe, n, steps, seed, sampler=SAMPLER):
     "(t, x_t, x0-hat) before each step for `n` seeds, latents; and the end, (0, x, x)"
@@ -688,7 +688,7 @@ def path_picture(pipe, steps, seed, n=3, cols=8):
     rows = torch.stack([x, x0], 1).flatten(0, 2)
     return labelled(image_grid(rows, nrow=cols), [f't = {p[0]:.2f}' for p in path], ['$x_t$', '$\\hat x_0$']*n)
 
-# %% ../nbs/80_pipeline.ipynb #c111
+# %% ../nbs/80_pipeline.ipynb #c126
 def labelled(im, cols, rows):
     "A PIL grid with a label over each column and beside each row"
     w,h,left,top = 1.05*len(cols),1.05*len(rows),.8,.3*any(cols)
@@ -708,7 +708,7 @@ def to_pil(fig):
     fig.savefig(f, format='png')
     return Image.open(f).convert('RGB')
 
-# %% ../nbs/80_pipeline.ipynb #c115
+# %% ../nbs/80_pipeline.ipynb #c132
 @patch
 def do_evaluation(self:Run):
     "KID and FID against held-out images, with the floor; the samples beside their nearest training images"
@@ -717,7 +717,7 @@ def do_evaluation(self:Run):
     self.neighbours()
     return evaluate(fake, real, self.extractor(), floor_from=floor, seed=self.settings['seed'])
 
-# %% ../nbs/80_pipeline.ipynb #c117
+# %% ../nbs/80_pipeline.ipynb #c134
 @patch
 def neighbours(self:Run, n=8, k=3):
     "neighbours.png: `n` samples, and under each the `k` training images whose latents are nearest"
@@ -729,7 +729,7 @@ def neighbours(self:Run, n=8, k=3):
     im = image_grid(from_uint8(torch.cat([fake, px])), nrow=n)
     save_png(labelled(im, ['']*n, ['sample', *(f'nearest {j+1}' for j in range(k))]), self.folder/'neighbours.png')
 
-# %% ../nbs/80_pipeline.ipynb #c120
+# %% ../nbs/80_pipeline.ipynb #c138
 @patch
 def metrics(self:Run):
     "Everything that was measured, in one dict"
@@ -739,7 +739,7 @@ def metrics(self:Run):
                 kid_curve=s['denoiser']['kid_curve'], kid_curve_n=s['denoiser']['kid_curve_n'],
                 seconds={k: v['seconds'] for k,v in s.items()}, peak_gb=round(peak_gb(self.device), 2))
 
-# %% ../nbs/80_pipeline.ipynb #c122
+# %% ../nbs/80_pipeline.ipynb #c140
 def loss_curves(ax, name, d):
     "Training and validation loss of one network over the share of its time"
     ax.set(title=f'{name}: loss', xlabel='share of training time')
@@ -771,7 +771,7 @@ def losses(self:Run):
     kid_curve(axs[2], s['denoiser']['kid_curve'], s['evaluation'])
     return to_pil(fig)
 
-# %% ../nbs/80_pipeline.ipynb #c125
+# %% ../nbs/80_pipeline.ipynb #c144
 def picture(path, caption, cls=''):
     "A figure with the picture inside it as base64; small ones are shown three times as large, none wider than 900 points"
     w,data = Image.open(path).width,base64.b64encode(path.read_bytes()).decode()
@@ -783,7 +783,7 @@ def table(d):
     "A dict as an HTML table"
     return '<table>' + ''.join(f'<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>' for k,v in d.items()) + '</table>'
 
-# %% ../nbs/80_pipeline.ipynb #c127
+# %% ../nbs/80_pipeline.ipynb #c146
 def stem(data):
     "A short name for `data`: a data set's own, or that of the folder or archive"
     return Path(data.rstrip('/')).name.split('.')[0]
@@ -800,7 +800,7 @@ def cards(m):
         card(f"{m['ssim']:.3f}", 'SSIM of the same'),
         card(f"{sum(m['seconds'].values())/60:.1f} min", f"in all, on {m['device']}"))) + '</div>'
 
-# %% ../nbs/80_pipeline.ipynb #c129
+# %% ../nbs/80_pipeline.ipynb #c148
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:#222;background:#fafaf8;max-width:60rem;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.6rem;margin-bottom:0} h2{font-size:1.15rem;margin-top:2.2rem} .sub{color:#666;margin-top:.2rem}
@@ -833,7 +833,7 @@ def report(folder, settings, m):
     body = head + cards(m) + '\n'.join(f'<h2>{k}</h2>{v}' for k,v in sections(folder, settings, m))
     return f'<!doctype html><html lang=en><meta charset=utf-8><title>{escape(folder.name)}</title><style>{STYLE}</style><body>{body}</body></html>'
 
-# %% ../nbs/80_pipeline.ipynb #c131
+# %% ../nbs/80_pipeline.ipynb #c150
 @patch
 def do_report(self:Run):
     "losses.png, metrics.json and report.html"
@@ -842,7 +842,7 @@ def do_report(self:Run):
     write_json(self.folder/'metrics.json', m, indent=1)
     write_whole(self.folder/'report.html', report(self.folder, self.settings, m))
 
-# %% ../nbs/80_pipeline.ipynb #c134
+# %% ../nbs/80_pipeline.ipynb #c155
 @patch
 def go(self:Run):
     "Do what is not done yet: look, measure, say what will happen, then stage after stage"
@@ -857,7 +857,7 @@ def go(self:Run):
     for k in self.goals: self.stage(k)
     print(f'done in {(time.time()-self.since)/60:.1f} min, {peak_gb(self.device):.1f} GB at most: {self.folder}')
 
-# %% ../nbs/80_pipeline.ipynb #c138
+# %% ../nbs/80_pipeline.ipynb #c159
 def plain_output():
     "In a file or a pipe: whole lines at once, and no progress bars"
     if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
@@ -876,7 +876,7 @@ def one_line_errors(f):
             raise SystemExit(130) from None
     return _f
 
-# %% ../nbs/80_pipeline.ipynb #c140
+# %% ../nbs/80_pipeline.ipynb #c161
 def default_folder(s): return runs_home()/f"{stem(s['data'])}-{s['preset']}-{s['size']}px-seed{s['seed']}"
 
 @call_parse
@@ -895,7 +895,7 @@ def run_cli(
     s = settings_of(data, preset, size, minutes, seed, n, autoencoder)
     Run(out or default_folder(s), s, since=STARTED).go()
 
-# %% ../nbs/80_pipeline.ipynb #c145
+# %% ../nbs/80_pipeline.ipynb #c167
 @call_parse
 @one_line_errors
 def encode_cli(
@@ -930,7 +930,7 @@ def open_run(folder, **kw):
     d = read_json(Path(folder)/'run.json', 'this is not a run folder; make one with latentdiff-run or latentdiff-encode.')
     return Run(folder, d['settings'], **kw)
 
-# %% ../nbs/80_pipeline.ipynb #c147
+# %% ../nbs/80_pipeline.ipynb #c169
 def to_hwc(px):
     "An array (n,h,w,c), as image files have it, of a tensor (n,c,h,w)"
     return px.permute(0, 2, 3, 1).contiguous().numpy()
@@ -951,7 +951,7 @@ def write_pngs(folder, px):
         tmp.rename(folder)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../nbs/80_pipeline.ipynb #c150
+# %% ../nbs/80_pipeline.ipynb #c173
 def expect(pipe, n, steps, sampler, bs, out, npz):
     "Time a small batch and say what drawing `n` images will take and where they go"
     m = min(n, bs, 4)
@@ -983,7 +983,7 @@ def sample_cli(
     if npz: write_npz(npz, px)
     if out: write_pngs(out, px)
 
-# %% ../nbs/80_pipeline.ipynb #c152
+# %% ../nbs/80_pipeline.ipynb #c175
 def image_set(path, size=None):
     "uint8 pixels (n,c,h,w) of an .npz file, or the `Images` in a folder; `size` None: as they are, in a folder as the first is"
     path = Path(path)
@@ -1006,7 +1006,7 @@ def npz_pixels(path):
         raise UserError(f"{path} holds {a.dtype} {a.shape}: one uint8 array (n,h,w,c) with 1 or 3 channels is needed.")
     return torch.from_numpy(a).permute(0, 3, 1, 2)
 
-# %% ../nbs/80_pipeline.ipynb #c154
+# %% ../nbs/80_pipeline.ipynb #c177
 @call_parse
 @one_line_errors
 def eval_cli(
