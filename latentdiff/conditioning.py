@@ -18,6 +18,7 @@ from torch import nn
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from fastai.basics import DataLoaders, Learner
 import fastai.callback.schedule # gives Learner its fit_one_cycle
+from fastcore.basics import patch
 from .autoencoder import as_images, load_component, save_component
 from .data import DeviceLoader, UserError
 from .noisify import Process
@@ -334,35 +335,40 @@ class TextConditioner(nn.Module, ConfigMixin):
         tokens = encoder(**batch).last_hidden_state.float()
         return tokens, batch['attention_mask'].bool() & torch.tensor([bool(o.strip()) for o in captions])[:, None]
 
-    def _add(self, captions):
-        "Encode captions that are new, and append them to the table"
-        for i in range(0, len(captions), 256):
-            tokens,used = (o.to(self.table.device) for o in self.encode(captions[i:i+256]))
-            n = max(tokens.shape[1], self.table.shape[1])
-            old = self.table if len(self.table) else self.table.new_zeros(0, 1, tokens.shape[2])
-            self.table = torch.cat([F.pad(o, (0, 0, 0, n - o.shape[1])) for o in (old, tokens.half())])
-            self.used = torch.cat([F.pad(o, (0, n - o.shape[1])) for o in (self.used, used)])
-        self.places |= {o: len(self.places) + i for i,o in enumerate(captions)}
+# %% ../nbs/60_conditioning.ipynb #c071
+@patch
+def _add(self:TextConditioner, captions):
+    "Encode captions that are new, and append them to the table"
+    for i in range(0, len(captions), 256):
+        tokens,used = (o.to(self.table.device) for o in self.encode(captions[i:i+256]))
+        n = max(tokens.shape[1], self.table.shape[1])
+        old = self.table if len(self.table) else self.table.new_zeros(0, 1, tokens.shape[2])
+        self.table = torch.cat([F.pad(o, (0, 0, 0, n - o.shape[1])) for o in (old, tokens.half())])
+        self.used = torch.cat([F.pad(o, (0, n - o.shape[1])) for o in (self.used, used)])
+    self.places |= {o: len(self.places) + i for i,o in enumerate(captions)}
 
-    def rows(self,
-        captions, # list of str; an empty one says nothing
-    ): # (b,) int64: their rows in the table, to train with
-        "Encode what is new. Raises UserError for what is no caption."
-        captions = [captions] if isinstance(captions, str) else list(captions)
-        bad = [o for o in captions if not isinstance(o, str)]
-        if bad or not captions: raise UserError(f'captions are a list of strings; this has {repr(bad[0])[:60] if bad else "none"}')
-        new = [o for o in dict.fromkeys(captions) if o not in self.places]
-        if new: self._add(new)
-        return torch.tensor([self.places[o] for o in captions])
+@patch
+def rows(self:TextConditioner,
+    captions, # list of str; an empty one says nothing
+): # (b,) int64: their rows in the table, to train with
+    "Encode what is new. Raises UserError for what is no caption."
+    captions = [captions] if isinstance(captions, str) else list(captions)
+    bad = [o for o in captions if not isinstance(o, str)]
+    if bad or not captions: raise UserError(f'captions are a list of strings; this has {repr(bad[0])[:60] if bad else "none"}')
+    new = [o for o in dict.fromkeys(captions) if o not in self.places]
+    if new: self._add(new)
+    return torch.tensor([self.places[o] for o in captions])
 
-    def forward(self,
-        captions, # list of str, or rows from `rows`
-    ): # tokens (b, n, dim), mask (b, n) bool
-        rows = captions if torch.is_tensor(captions) else self.rows(captions)
-        rows = rows.to(self.table.device)
-        return self.table[rows].float(), self.used[rows]
+# %% ../nbs/60_conditioning.ipynb #c073
+@patch
+def forward(self:TextConditioner,
+    captions, # list of str, or rows from `rows`
+): # tokens (b, n, dim), mask (b, n) bool
+    rows = captions if torch.is_tensor(captions) else self.rows(captions)
+    rows = rows.to(self.table.device)
+    return self.table[rows].float(), self.used[rows]
 
-# %% ../nbs/60_conditioning.ipynb #c087
+# %% ../nbs/60_conditioning.ipynb #c091
 @torch.no_grad()
 def attention_maps(
     net, # ConditionalUNet
@@ -380,7 +386,7 @@ def attention_maps(
         for h in hooks: h.remove()
     return maps
 
-# %% ../nbs/60_conditioning.ipynb #c105
+# %% ../nbs/60_conditioning.ipynb #c109
 class StyleConditioner(nn.Module, ConfigMixin):
     "One image -> tokens of its style: mean and spread of feature maps, which forget where things are (Huang & Belongie 2017, section 3)."
     config_name = 'config.json'
@@ -409,7 +415,7 @@ class StyleConditioner(nn.Module, ConfigMixin):
         tokens = torch.stack(tokens, 1)
         return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
-# %% ../nbs/60_conditioning.ipynb #c113
+# %% ../nbs/60_conditioning.ipynb #c117
 def save_conditioned(
     model, # Conditioned
     process, # Process it was trained for

@@ -458,6 +458,7 @@ def left(self:Run):
     "Seconds left: the minutes of the run less what earlier and this command have used"
     return self.total() - self.used - (time.time()-self.since)
 
+# %% ../nbs/80_pipeline.ipynb #c092
 @patch
 def plan(self:Run,
     strict=False, # raise `UserError` if the time is too short, rather than train for `LEAST` seconds
@@ -473,7 +474,7 @@ def plan(self:Run,
     d = plan(left, fixed, shares, LEAST, self.total()-left)
     return {k: d[k] for k in todo}
 
-# %% ../nbs/80_pipeline.ipynb #c095
+# %% ../nbs/80_pipeline.ipynb #c097
 def peak_gb(device='cpu'):
     "Most memory this process has used so far, GB (of the GPU, if that is the device)"
     if torch.device(device).type=='cuda': return torch.cuda.max_memory_allocated()/1e9
@@ -487,7 +488,7 @@ def memory(self:Run):
     pixels = min(FITS, len(self.images)*self.images.channels*self.p.size**2)
     return 1.2*peak_gb(self.device) + 2*pixels/1e9
 
-# %% ../nbs/80_pipeline.ipynb #c097
+# %% ../nbs/80_pipeline.ipynb #c099
 @patch
 def what(self:Run, stage):
     "One line about `stage`, empty if there is nothing to do in it"
@@ -511,7 +512,7 @@ def announce(self:Run):
         if self.what(k): print(f'  {k:12} {v:6.0f} s  {self.what(k)}')
     sys.stdout.flush()
 
-# %% ../nbs/80_pipeline.ipynb #c102
+# %% ../nbs/80_pipeline.ipynb #c104
 @patch
 def do_data(self:Run):
     "Decode the images, if they are to stay in memory"
@@ -535,7 +536,7 @@ def do_autoencoder(self:Run):
     save_component(ae, self.folder/'autoencoder')
     return {**facts, **self.reconstruct(ae)}
 
-# %% ../nbs/80_pipeline.ipynb #c104
+# %% ../nbs/80_pipeline.ipynb #c106
 def thin(v, n=200):
     "At most `n` of the numbers `v`, evenly spaced, as floats"
     return [round(float(v[i]), 5) for i in np.unique(np.linspace(0, len(v)-1, n).astype(int))]
@@ -544,7 +545,7 @@ def curves_of(learn):
     "Training loss (smoothed, evenly spaced over the training) and validation loss of each round"
     return dict(train_loss=thin(learn.recorder.losses), valid_loss=[round(float(v[1]), 5) for v in learn.recorder.values])
 
-# %% ../nbs/80_pipeline.ipynb #c106
+# %% ../nbs/80_pipeline.ipynb #c108
 def save_png(im, path):
     "Write a PIL image in one step"
     f = io.BytesIO()
@@ -561,7 +562,7 @@ def reconstruct(self:Run, ae):
     save_png(image_grid(pairs.flatten(0, 1), nrow=8), self.folder/'recon.png')
     return quality(ae, px)
 
-# %% ../nbs/80_pipeline.ipynb #c110
+# %% ../nbs/80_pipeline.ipynb #c112
 @patch
 def do_latents(self:Run):
     "Encode every image, and its mirror image where that is as good"
@@ -578,6 +579,7 @@ def z(self:Run, split):
     names = ['latents', 'latents_flipped'] if split=='train' and self.flip else ['latents']
     return torch.cat([open_latents(self.folder/k).tensor(split, self.device) for k in names])
 
+# %% ../nbs/80_pipeline.ipynb #c114
 @patch
 def real_features(self:Run):
     "Features (n,d) of `n_real` held-out images, computed once"
@@ -600,7 +602,7 @@ def train_judge(self:Run):
     self._extractor = ClassifierFeatures(learn.model, device=self.device)
     return dict(accuracy=float(learn.recorder.values[-1][-1]), n=len(x))
 
-# %% ../nbs/80_pipeline.ipynb #c114
+# %% ../nbs/80_pipeline.ipynb #c118
 class KIDCurve(Callback):
     "Score the averaged weights at some points of the training; it goes on as if nothing had happened"
     run_valid = False
@@ -623,7 +625,7 @@ class KIDCurve(Callback):
         self.curve.append((at, *score))
         print(f'KID after {at:.0%} of the training: {score[0]:.4f} ± {score[1]:.4f}', flush=True)
 
-# %% ../nbs/80_pipeline.ipynb #c116
+# %% ../nbs/80_pipeline.ipynb #c120
 QUICK = 10 # steps behind the samples of the KID curve
 
 @patch
@@ -638,7 +640,7 @@ def quick_kid(self:Run, pipe):
     fake = features(self.extractor(), pipe(self.n_curve(), QUICK, seed=self.settings['seed']))
     return kid(fake, self.real_features())
 
-# %% ../nbs/80_pipeline.ipynb #c118
+# %% ../nbs/80_pipeline.ipynb #c122
 @patch
 def do_denoiser(self:Run):
     "Train the denoiser on the latents and put the pipeline together"
@@ -653,7 +655,7 @@ def do_denoiser(self:Run):
     if self.n_curve(): curve.add(1., self.quick_kid(pipe))
     return dict(**curves_of(learn), kid_curve=curve.curve, kid_curve_n=self.n_curve())
 
-# %% ../nbs/80_pipeline.ipynb #c122
+# %% ../nbs/80_pipeline.ipynb #c126
 @patch
 def pipeline(self:Run): return LatentDiffusionPipeline.load(self.folder, self.device)
 
@@ -672,7 +674,7 @@ def do_samples(self:Run):
     save_png(path_picture(self.pipeline(), self.p.sample_steps, self.settings['seed']), self.folder/'path.png')
     return dict(n=len(ims), sampler=SAMPLER, steps=self.p.sample_steps)
 
-# %% ../nbs/80_pipeline.ipynb #c124
+# %% ../nbs/80_pipeline.ipynb #c128
 @torch.no_grad()
 def path_of(pipe, n, steps, seed, sampler=SAMPLER):
     "(t, x_t, x0-hat) before each step for `n` seeds, latents; and the end, (0, x, x)"
@@ -688,7 +690,7 @@ def path_picture(pipe, steps, seed, n=3, cols=8):
     rows = torch.stack([x, x0], 1).flatten(0, 2)
     return labelled(image_grid(rows, nrow=cols), [f't = {p[0]:.2f}' for p in path], ['$x_t$', '$\\hat x_0$']*n)
 
-# %% ../nbs/80_pipeline.ipynb #c126
+# %% ../nbs/80_pipeline.ipynb #c130
 def labelled(im, cols, rows):
     "A PIL grid with a label over each column and beside each row"
     w,h,left,top = 1.05*len(cols),1.05*len(rows),.8,.3*any(cols)
@@ -708,7 +710,7 @@ def to_pil(fig):
     fig.savefig(f, format='png')
     return Image.open(f).convert('RGB')
 
-# %% ../nbs/80_pipeline.ipynb #c132
+# %% ../nbs/80_pipeline.ipynb #c136
 @patch
 def do_evaluation(self:Run):
     "KID and FID against held-out images, with the floor; the samples beside their nearest training images"
@@ -717,7 +719,7 @@ def do_evaluation(self:Run):
     self.neighbours()
     return evaluate(fake, real, self.extractor(), floor_from=floor, seed=self.settings['seed'])
 
-# %% ../nbs/80_pipeline.ipynb #c134
+# %% ../nbs/80_pipeline.ipynb #c138
 @patch
 def neighbours(self:Run, n=8, k=3):
     "neighbours.png: `n` samples, and under each the `k` training images whose latents are nearest"
@@ -729,7 +731,7 @@ def neighbours(self:Run, n=8, k=3):
     im = image_grid(from_uint8(torch.cat([fake, px])), nrow=n)
     save_png(labelled(im, ['']*n, ['sample', *(f'nearest {j+1}' for j in range(k))]), self.folder/'neighbours.png')
 
-# %% ../nbs/80_pipeline.ipynb #c138
+# %% ../nbs/80_pipeline.ipynb #c142
 @patch
 def metrics(self:Run):
     "Everything that was measured, in one dict"
@@ -739,7 +741,7 @@ def metrics(self:Run):
                 kid_curve=s['denoiser']['kid_curve'], kid_curve_n=s['denoiser']['kid_curve_n'],
                 seconds={k: v['seconds'] for k,v in s.items()}, peak_gb=round(peak_gb(self.device), 2))
 
-# %% ../nbs/80_pipeline.ipynb #c140
+# %% ../nbs/80_pipeline.ipynb #c144
 def loss_curves(ax, name, d):
     "Training and validation loss of one network over the share of its time"
     ax.set(title=f'{name}: loss', xlabel='share of training time')
@@ -761,6 +763,7 @@ def kid_curve(ax, curve, final):
     ax.axhline(floor, ls='--', c='grey', lw=1)
     ax.text(1, floor, 'real against real', ha='right', va='bottom', fontsize=8, color='grey')
 
+# %% ../nbs/80_pipeline.ipynb #c146
 @patch
 def losses(self:Run):
     "PIL image: the losses of both networks and the KID of the denoiser, over the share of the training time"
@@ -771,7 +774,7 @@ def losses(self:Run):
     kid_curve(axs[2], s['denoiser']['kid_curve'], s['evaluation'])
     return to_pil(fig)
 
-# %% ../nbs/80_pipeline.ipynb #c144
+# %% ../nbs/80_pipeline.ipynb #c150
 def picture(path, caption, cls=''):
     "A figure with the picture inside it as base64; small ones are shown three times as large, none wider than 900 points"
     w,data = Image.open(path).width,base64.b64encode(path.read_bytes()).decode()
@@ -783,7 +786,7 @@ def table(d):
     "A dict as an HTML table"
     return '<table>' + ''.join(f'<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>' for k,v in d.items()) + '</table>'
 
-# %% ../nbs/80_pipeline.ipynb #c146
+# %% ../nbs/80_pipeline.ipynb #c152
 def stem(data):
     "A short name for `data`: a data set's own, or that of the folder or archive"
     return Path(data.rstrip('/')).name.split('.')[0]
@@ -800,7 +803,7 @@ def cards(m):
         card(f"{m['ssim']:.3f}", 'SSIM of the same'),
         card(f"{sum(m['seconds'].values())/60:.1f} min", f"in all, on {m['device']}"))) + '</div>'
 
-# %% ../nbs/80_pipeline.ipynb #c148
+# %% ../nbs/80_pipeline.ipynb #c154
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:#222;background:#fafaf8;max-width:60rem;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.6rem;margin-bottom:0} h2{font-size:1.15rem;margin-top:2.2rem} .sub{color:#666;margin-top:.2rem}
@@ -811,6 +814,7 @@ table{border-collapse:collapse} td,th{padding:.2rem .9rem .2rem 0;text-align:lef
 figcaption{color:#555;font-size:.92rem} figure{margin:0 0 1.2rem} code{background:#eee;padding:.15rem .3rem;border-radius:3px}
 """
 
+# %% ../nbs/80_pipeline.ipynb #c156
 def sections(folder, settings, m):
     "(heading, HTML) pairs of the report"
     pic = lambda name, *a: picture(folder/f'{name}.png', *a)
@@ -833,7 +837,7 @@ def report(folder, settings, m):
     body = head + cards(m) + '\n'.join(f'<h2>{k}</h2>{v}' for k,v in sections(folder, settings, m))
     return f'<!doctype html><html lang=en><meta charset=utf-8><title>{escape(folder.name)}</title><style>{STYLE}</style><body>{body}</body></html>'
 
-# %% ../nbs/80_pipeline.ipynb #c150
+# %% ../nbs/80_pipeline.ipynb #c158
 @patch
 def do_report(self:Run):
     "losses.png, metrics.json and report.html"
@@ -842,7 +846,7 @@ def do_report(self:Run):
     write_json(self.folder/'metrics.json', m, indent=1)
     write_whole(self.folder/'report.html', report(self.folder, self.settings, m))
 
-# %% ../nbs/80_pipeline.ipynb #c155
+# %% ../nbs/80_pipeline.ipynb #c163
 @patch
 def go(self:Run):
     "Do what is not done yet: look, measure, say what will happen, then stage after stage"
@@ -857,7 +861,7 @@ def go(self:Run):
     for k in self.goals: self.stage(k)
     print(f'done in {(time.time()-self.since)/60:.1f} min, {peak_gb(self.device):.1f} GB at most: {self.folder}')
 
-# %% ../nbs/80_pipeline.ipynb #c159
+# %% ../nbs/80_pipeline.ipynb #c167
 def plain_output():
     "In a file or a pipe: whole lines at once, and no progress bars"
     if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
@@ -876,7 +880,7 @@ def one_line_errors(f):
             raise SystemExit(130) from None
     return _f
 
-# %% ../nbs/80_pipeline.ipynb #c161
+# %% ../nbs/80_pipeline.ipynb #c169
 def default_folder(s): return runs_home()/f"{stem(s['data'])}-{s['preset']}-{s['size']}px-seed{s['seed']}"
 
 @call_parse
@@ -895,7 +899,7 @@ def run_cli(
     s = settings_of(data, preset, size, minutes, seed, n, autoencoder)
     Run(out or default_folder(s), s, since=STARTED).go()
 
-# %% ../nbs/80_pipeline.ipynb #c167
+# %% ../nbs/80_pipeline.ipynb #c175
 @call_parse
 @one_line_errors
 def encode_cli(
@@ -912,6 +916,7 @@ def encode_cli(
     s = settings_of(data, preset, size, minutes, seed, n, autoencoder)
     Run(out or default_folder(s), s, goals=STAGES[:3], since=STARTED).go()
 
+# %% ../nbs/80_pipeline.ipynb #c177
 @call_parse
 @one_line_errors
 def train_cli(
@@ -930,7 +935,7 @@ def open_run(folder, **kw):
     d = read_json(Path(folder)/'run.json', 'this is not a run folder; make one with latentdiff-run or latentdiff-encode.')
     return Run(folder, d['settings'], **kw)
 
-# %% ../nbs/80_pipeline.ipynb #c169
+# %% ../nbs/80_pipeline.ipynb #c179
 def to_hwc(px):
     "An array (n,h,w,c), as image files have it, of a tensor (n,c,h,w)"
     return px.permute(0, 2, 3, 1).contiguous().numpy()
@@ -951,7 +956,7 @@ def write_pngs(folder, px):
         tmp.rename(folder)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../nbs/80_pipeline.ipynb #c173
+# %% ../nbs/80_pipeline.ipynb #c183
 def expect(pipe, n, steps, sampler, bs, out, npz):
     "Time a small batch and say what drawing `n` images will take and where they go"
     m = min(n, bs, 4)
@@ -960,6 +965,7 @@ def expect(pipe, n, steps, sampler, bs, out, npz):
     print(f"{n:,} images of {pipe.size} px with {sampler}, {steps} steps, on {pipe.device}, into {where}: "
           f"at most about {n*per*evaluations(sampler, steps):.0f} s and {peak_gb(pipe.device) + 2*n*3*pipe.size**2/1e9:.1f} GB", flush=True)
 
+# %% ../nbs/80_pipeline.ipynb #c185
 @call_parse
 @one_line_errors
 def sample_cli(
@@ -983,7 +989,7 @@ def sample_cli(
     if npz: write_npz(npz, px)
     if out: write_pngs(out, px)
 
-# %% ../nbs/80_pipeline.ipynb #c175
+# %% ../nbs/80_pipeline.ipynb #c187
 def image_set(path, size=None):
     "uint8 pixels (n,c,h,w) of an .npz file, or the `Images` in a folder; `size` None: as they are, in a folder as the first is"
     path = Path(path)
@@ -1006,7 +1012,7 @@ def npz_pixels(path):
         raise UserError(f"{path} holds {a.dtype} {a.shape}: one uint8 array (n,h,w,c) with 1 or 3 channels is needed.")
     return torch.from_numpy(a).permute(0, 3, 1, 2)
 
-# %% ../nbs/80_pipeline.ipynb #c177
+# %% ../nbs/80_pipeline.ipynb #c189
 @call_parse
 @one_line_errors
 def eval_cli(

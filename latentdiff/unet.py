@@ -21,6 +21,7 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.callback.hook import ActivationStats
 import fastai.callback.schedule # gives Learner its fit_one_cycle
 from fastai.callback.training import GradientClip
+from fastcore.basics import patch
 from .data import DeviceLoader, UserError, default_device, runs_home
 from .autoencoder import TimeBudget, adamw, load_component, no_sync, save_component
 from .noisify import NoisifyCB, Process, latents_for
@@ -232,26 +233,28 @@ class UNet(nn.Module, ConfigMixin):
             c = w
         self.conv_norm_out,self.conv_out = nn.GroupNorm(g, c), zero_init(nn.Conv2d(c, out_channels or in_channels, 3, padding=1))
 
-    def forward(self,
-        x, # (b, in_channels, h, w) noisy latent; h and w multiples of 2**(levels-1)
-        t, # (b,) noise level, 0 clean .. 1 pure noise
-        cond=None, # no conditioning here
-    ): # (b, out_channels, h, w) prediction
-        "Raises ValueError if `cond` is given or h, w cannot be halved often enough."
-        times = 2**(len(self.down_blocks)-1)
-        if cond is not None: raise ValueError('this UNet takes no conditioning: leave cond=None')
-        if x.shape[2] % times or x.shape[3] % times:
-            raise ValueError(f'height and width must be multiples of {times}, not {tuple(x.shape[2:])}')
-        emb,h = self.time_embedding(t), self.conv_in(x)
-        skips = [h]
-        for block in self.down_blocks:
-            h,new = block(h, emb)
-            skips += new
-        h = self.mid_block(h, emb)
-        for block in self.up_blocks: h = block(h, skips, emb)
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
+# %% ../nbs/30_unet.ipynb #c058
+@patch
+def forward(self:UNet,
+    x, # (b, in_channels, h, w) noisy latent; h and w multiples of 2**(levels-1)
+    t, # (b,) noise level, 0 clean .. 1 pure noise
+    cond=None, # no conditioning here
+): # (b, out_channels, h, w) prediction
+    "Raises ValueError if `cond` is given or h, w cannot be halved often enough."
+    times = 2**(len(self.down_blocks)-1)
+    if cond is not None: raise ValueError('this UNet takes no conditioning: leave cond=None')
+    if x.shape[2] % times or x.shape[3] % times:
+        raise ValueError(f'height and width must be multiples of {times}, not {tuple(x.shape[2:])}')
+    emb,h = self.time_embedding(t), self.conv_in(x)
+    skips = [h]
+    for block in self.down_blocks:
+        h,new = block(h, emb)
+        skips += new
+    h = self.mid_block(h, emb)
+    for block in self.up_blocks: h = block(h, skips, emb)
+    return self.conv_out(F.silu(self.conv_norm_out(h)))
 
-# %% ../nbs/30_unet.ipynb #c064
+# %% ../nbs/30_unet.ipynb #c066
 class Diffusers2D(nn.Module, ConfigMixin):
     "diffusers' `UNet2DModel` behind our door: called with t in [0, 1], answering a tensor."
     config_name = 'config.json'
@@ -282,7 +285,7 @@ class Diffusers2D(nn.Module, ConfigMixin):
         if cond is not None: raise ValueError('Diffusers2D takes no conditioning: leave cond=None')
         return self.net(x, 1000*t).sample
 
-# %% ../nbs/30_unet.ipynb #c070
+# %% ../nbs/30_unet.ipynb #c072
 class EMA(Callback):
     "Keep a running average of the weights; validate with it, and leave it in the model after the fit."
     order,run_valid = MixedPrecision.order + 2, True
@@ -312,7 +315,7 @@ class EMA(Callback):
         if self.fitting and not self.swapped: self.swap()
         self.fitting = False
 
-# %% ../nbs/30_unet.ipynb #c072
+# %% ../nbs/30_unet.ipynb #c074
 class Passes(GetAttr):
     "`n` passes over `dl` as one, so that validation, at the end of each epoch, stays rare."
     _default = 'dl'
@@ -325,14 +328,14 @@ class Passes(GetAttr):
     def __iter__(self):
         for _ in range(self.n): yield from self.dl
 
-# %% ../nbs/30_unet.ipynb #c074
+# %% ../nbs/30_unet.ipynb #c076
 def mixed_precision(device): # torch.device
     "The callbacks for mixed precision that `device` is good at: bfloat16, float16 with loss scaling (T4), or none (CPU)."
     if torch.device(device).type != 'cuda': return []
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return [MixedPrecision(AMPMode.BF16 if bf16 else AMPMode.FP16)]
 
-# %% ../nbs/30_unet.ipynb #c076
+# %% ../nbs/30_unet.ipynb #c078
 def seconds_per_step(
     net, # denoiser
     z, # (b, c, h, w) one batch of latents, on the device of `net`
@@ -348,7 +351,7 @@ def seconds_per_step(
     net.zero_grad()
     return min(secs[1:])
 
-# %% ../nbs/30_unet.ipynb #c078
+# %% ../nbs/30_unet.ipynb #c080
 def expectation(
     net, # denoiser
     train, # DeviceLoader of latents
@@ -362,7 +365,7 @@ def expectation(
             f'about {minutes or steps*secs/60:.2g} min for {steps:,} steps of {train.bs} latents, '
             f'{steps*train.bs/train.n:.1f} passes over {train.n:,}.')
 
-# %% ../nbs/30_unet.ipynb #c080
+# %% ../nbs/30_unet.ipynb #c082
 def train_denoiser(
     net, # denoiser: net(x_t, t) -> prediction
     process, # Process: schedule, target and distribution of t
@@ -394,7 +397,7 @@ def train_denoiser(
     no_sync(learn).fit_one_cycle(rounds, lr, pct_start=0.1, moms=(0.9,0.9,0.9), cbs=clock)
     return learn
 
-# %% ../nbs/30_unet.ipynb #c095
+# %% ../nbs/30_unet.ipynb #c097
 @torch.no_grad()
 def loss_by_level(
     net, # denoiser
@@ -415,7 +418,7 @@ def loss_by_level(
         losses.append(F.mse_loss(net(process.scale_input(x_t, t), t).float(), target))
     return ts, torch.stack(losses).cpu()
 
-# %% ../nbs/30_unet.ipynb #c102
+# %% ../nbs/30_unet.ipynb #c104
 class ActStats(ActivationStats):
     "Mean, standard deviation, share near zero and histogram of |activation|, every few batches, kept on the device."
     low,high,bins = -4,3,42 # the histogram counts log10|a|, six bins a power of ten
@@ -439,19 +442,23 @@ class ActStats(ActivationStats):
         return dict(mean=a.mean(), std=a.std(), near_zero=(a < .05).float().mean(),
                     hist=torch.histc(logs, self.bins, self.low, self.high))
 
-    def table(self, name): # 'mean', 'std' or 'near_zero'
-        "One statistic of every look and every module: (looks, modules), on the CPU."
-        return torch.stack([torch.stack([s[name] for s in look]) for look in self.stats]).cpu()
+# %% ../nbs/30_unet.ipynb #c106
+@patch
+def table(self:ActStats, name): # 'mean', 'std' or 'near_zero'
+    "One statistic of every look and every module: (looks, modules), on the CPU."
+    return torch.stack([torch.stack([s[name] for s in look]) for look in self.stats]).cpu()
 
-    def layer_stats(self, idx): # index into `modules`
-        "Mean, standard deviation and share near zero of one module at each look: what fastai's `plot_layer_stats` draws."
-        return [self.table(name)[:, idx] for name in ('mean', 'std', 'near_zero')]
+@patch
+def layer_stats(self:ActStats, idx): # index into `modules`
+    "Mean, standard deviation and share near zero of one module at each look: what fastai's `plot_layer_stats` draws."
+    return [self.table(name)[:, idx] for name in ('mean', 'std', 'near_zero')]
 
-    def hist(self, idx): # index into `modules`
-        "log(1 + count) of each bin at each look: (bins, looks), on the CPU."
-        return torch.stack([look[idx]['hist'] for look in self.stats]).T.cpu().log1p()
+@patch
+def hist(self:ActStats, idx): # index into `modules`
+    "log(1 + count) of each bin at each look: (bins, looks), on the CPU."
+    return torch.stack([look[idx]['hist'] for look in self.stats]).T.cpu().log1p()
 
-# %% ../nbs/30_unet.ipynb #c116
+# %% ../nbs/30_unet.ipynb #c120
 def save_denoiser(
     net, # nn.Module and ConfigMixin
     process, # Process it was trained for
@@ -461,7 +468,7 @@ def save_denoiser(
     save_component(net, Path(folder)/'denoiser')
     process.save(Path(folder)/'process')
 
-# %% ../nbs/30_unet.ipynb #c118
+# %% ../nbs/30_unet.ipynb #c122
 def denoiser_for(
     p, # Preset
     folder=None, # run folder; None: the preset's, in runs_home()
