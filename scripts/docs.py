@@ -1,5 +1,5 @@
 "docs.py FOLDER: each notebook as a web page that needs nothing else, linked to one another."
-import re, shutil, sys
+import json, re, shutil, sys
 from pathlib import Path
 import nbformat
 from nbconvert import HTMLExporter
@@ -11,7 +11,7 @@ def page(path, exporter):
     nb['cells'] = shown(nb['cells'])
     for c in nb['cells']:
         if c['cell_type'] == 'markdown': c['source'] = re.sub(r'\]\((?!https?:)([^)\s]+)\.ipynb', r'](\1.html', c['source'])
-    return exporter.from_notebook_node(nbformat.from_dict(nb))[0]
+    return exporter.from_notebook_node(nbformat.reads(json.dumps(nb), as_version=4))[0] # `reads` joins the lines of outputs
 
 def build(folder, paths):
     "Write the pages of the notebooks `paths` into `folder`, with the pictures that prose shows."

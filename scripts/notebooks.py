@@ -16,11 +16,23 @@ def notebooks(): return sorted(p for p in NBS.rglob('*.ipynb') if '.ipynb_checkp
 
 def labs(): return [p for p in notebooks() if p.parent.name == 'labs']
 
+def parts(): return [p for p in notebooks() if p.parent.name == 'parts']
+
+def lessons(): return [p for p in notebooks() if re.match(r'\d\d_', p.name) and p.parent == NBS]
+
 def read(path):
     "The notebook at `path`, the source of each cell as one string."
     nb = json.loads(Path(path).read_text(encoding='utf-8'))
     for c in nb['cells']: c['source'] = ''.join(c['source'])
     return nb
+
+GPU = dict(accelerator='GPU', colab=dict(gpuType='T4')) # what Colab reads in a notebook's metadata when it opens one
+
+def ask_for_gpu(path):
+    "Make the notebook at `path` ask Colab for a GPU."
+    nb = json.loads(path.read_text(encoding='utf-8'))
+    nb['metadata'] |= GPU
+    path.write_text(json.dumps(nb, indent=1, sort_keys=True, ensure_ascii=False) + '\n', encoding='utf-8')
 
 def directives(cell):
     "The first words of the `#|` lines that a code cell starts with."
@@ -46,3 +58,6 @@ def setup_cell(cfg):
     return f'''#| eval: false
 # On Colab this installs the package and leaves the preinstalled torch alone; elsewhere it does nothing.
 ![ -e /content ] && pip install -q "{cfg['lib_name']}[eval] @ git+https://github.com/{cfg['user']}/{cfg['repo']}"'''
+
+if __name__ == '__main__':
+    for p in set(notebooks()) - set(parts()): ask_for_gpu(p) # the workshop trains nothing worth a GPU

@@ -3,9 +3,10 @@ import hashlib, json
 from pathlib import Path
 import torch, torch.nn.functional as F
 from latentdiff.autoencoder import AELoss, KLAutoencoder, pca_start, psnr, ssim
-from latentdiff.data import from_uint8, rooms
+from latentdiff.data import from_uint8
 from latentdiff.kid_eval import fid, kid
 from latentdiff.noisify import Process
+from latentdiff.rooms import rooms
 from latentdiff.sampling import SAMPLERS, optimal_denoiser, time_steps
 from latentdiff.unet import UNet
 
@@ -38,7 +39,7 @@ def ten_steps(net, loss):
 
 def told(process, t):
     "What the network is told about the noise level `t`"
-    return t
+    return process.time_input(t)
 
 def denoising_loss(process):
     def loss(net, i):

@@ -1,14 +1,17 @@
-"The autoencoder: shapes, scale, metrics against torchmetrics, the clock, saving and loading, pretrained wrappers."
-import json, os, time
+"The autoencoder: shapes, scale, metrics against torchmetrics, training, diffusers' own both ways, the maker."
+import json, os
 from dataclasses import replace
 import pytest, torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from fastai.basics import DataLoaders, Learner
+from flat import Flat
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 from latentdiff import autoencoder as A
 from latentdiff.autoencoder import *
-from latentdiff.data import DeviceLoader, UserError, preset, rooms
+from latentdiff.core import WEIGHTS, UserError, load_component, made, preset, save_component
+from latentdiff.data import as_images, open_images
+from latentdiff.rooms import rooms
 
 
 def tiny(c=3, **kw):
@@ -33,20 +36,15 @@ def test_shapes_and_factor(widths, patch, size):
 
 def test_wrong_sizes_are_user_errors():
     with pytest.raises(UserError, match='multiples of 4'): tiny().encode(images(1, 3, 18))
-    flat = FlatAutoencoder(3, 16, (8, 16), latent_dim=7)
-    with pytest.raises(UserError, match='16x16'): flat.encode(images(1, 3, 32))
 
 def test_flat_latent():
-    ae = FlatAutoencoder(3, 16, (8, 16), latent_dim=7)
+    ae = Flat()
     z = ae.encode(images())
     assert z.shape == (3, 7) and ae.latent_shape(16) == (7,) and ae.decode(z).shape == (3, 3, 16, 16)
 
-def test_block_starts_as_identity_and_attention_only_scales():
+def test_block_starts_as_identity():
     b, z = AEBlock(8), torch.randn(2, 8, 4, 4)
     assert torch.equal(b(z), z)
-    ratio = ChannelAttention(8)(z)/z
-    assert torch.allclose(ratio, ratio[:, :, :1, :1].expand_as(ratio), atol=1e-5) and 0 < ratio.min() and ratio.max() < 1
-    assert any(isinstance(m, ChannelAttention) for m in CABAutoencoder(1, (8,), 2).modules())
 
 def test_posterior_sample_has_the_posteriors_moments():
     mean, logvar = torch.full((1, 4, 100, 100), 2.), torch.full((1, 4, 100, 100), -2.)
@@ -63,6 +61,17 @@ def test_forward_draws_only_in_train_mode():
     assert not torch.equal(a, b)
     ae.eval(); assert torch.equal(ae(im)[0], ae(im)[0])
 
+@torch.no_grad()
+def test_posterior_in_standard_units():
+    ae, im = tiny().eval(), images()
+    ae.set_scale([1., 2., 3., 4.], [.5, 1., 2., 3.])
+    mean, std = ae.posterior(im)
+    draws = torch.stack([ae.encode(im, sample=True, generator=torch.Generator().manual_seed(i)) for i in range(400)])
+    assert torch.equal(mean, ae.encode(im)) and mean.shape == std.shape
+    assert ((draws.mean(0) - mean).abs() < 6*std/20).all() and (draws.std(0)/std - 1).abs().max() < .2
+    flat = Flat()
+    assert flat.posterior(im)[1] is None and flat.posterior(im)[0].shape == (3, 7)
+
 # --- the linear start
 
 def test_pca_start_is_the_best_linear_autoencoder(x):
@@ -72,7 +81,7 @@ def test_pca_start_is_the_best_linear_autoencoder(x):
     few = KLAutoencoder(3, (8,), 4, 1, 4)
     pca_start(few, x)
     assert q['psnr'] > 28 > 24 > quality(few, x)['psnr'] > 12
-    mean, std = channel_stats(A.raw_latents(few, x))
+    with torch.no_grad(): mean, std = channel_stats([few.encode_raw(b)[0] for b in A.batches_for(few, x)])
     assert mean.abs().max() < 1e-3 and (std - 1).abs().max() < 1e-2
 
 def test_patch_pca_matches_svd():
@@ -142,46 +151,22 @@ def test_metric_closed_forms():
     assert psnr(im*0, im*0 + .2) == pytest.approx(20, rel=1e-6)   # range 2, error 0.2: 10 log10(4/0.04)
     assert ssim(im, im) == pytest.approx(1, abs=1e-12) and psnr(im, im) == float('inf')
 
-# --- the clock
+def test_metrics_on_a_device_without_float64(monkeypatch):
+    "What stands in for the device: float32 only, and said to be mps"
+    class NoDouble(torch.Tensor):
+        @property
+        def device(self): return torch.device('mps')
+        def double(self): raise TypeError('no float64 on this device')
+        def cpu(self): return self.as_subclass(torch.Tensor)
+    x, y = images(), images(seed=1)
+    a, b = x.as_subclass(NoDouble), y.as_subclass(NoDouble)
+    assert psnr(a, b) == psnr(x, y) and ssim(a, b) == ssim(x, y)
 
-class Count(A.Callback):
-    def before_fit(self): self.seen, self.pcts, self.rounds = 0, [], 0
-    def after_batch(self):
-        if self.training: self.seen += 1; self.pcts.append(self.learn.pct_train); time.sleep(.004)
-    def after_validate(self): self.rounds += 1; time.sleep(.02)
-
-def small_learner(*cbs, n=64):
-    torch.manual_seed(0)
-    data = torch.randn(n, 3)
-    dls = DataLoaders(DeviceLoader(data, data, bs=8, shuffle=True, seed=0, device='cpu'), DeviceLoader(data, data, bs=32, device='cpu'))
-    return Learner(dls, torch.nn.Linear(3, 3), F.mse_loss, opt_func=adamw, cbs=cbs)
-
-@pytest.mark.parametrize('n_epoch', [1, 1000])
-@pytest.mark.parametrize('bar', [True, False])
-def test_time_budget_follows_and_keeps_the_clock(n_epoch, bar):
-    count = Count()
-    learn = small_learner(count)
-    start = time.perf_counter()
-    if bar: learn.fit_one_cycle(n_epoch, 1e-2, cbs=TimeBudget(1.5/60))
-    else:
-        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(n_epoch, 1e-2, cbs=TimeBudget(1.5/60))
-    took = time.perf_counter() - start
-    assert took < 2.5 and count.rounds <= 10 and len(learn.recorder.values) == count.rounds
-    assert count.pcts == sorted(count.pcts) and count.pcts[-1] > .9
-    lrs = learn.recorder.lrs
-    assert max(lrs) > 5e-3 and lrs[-1] < 1e-3 and lrs[0] < 1e-3     # one whole cycle
-    assert all(len(v) == 2 for v in learn.recorder.values)          # train and valid loss in every row
-
-def test_time_budget_smaller_than_a_batch_stops():
-    count = Count()
-    with (learn := small_learner(count)).no_bar(), learn.no_logging(): learn.fit_one_cycle(5, 1e-2, cbs=TimeBudget(1e-6))
-    assert count.seen <= 1 and count.rounds <= 1
-
-def test_no_sync_keeps_the_running_loss():
-    a, b = small_learner(), small_learner()
-    a.fit(1, 1e-2); A.no_sync(b).fit(1, 1e-2)
-    assert torch.allclose(torch.tensor([float(l) for l in a.recorder.losses]), torch.tensor(b.recorder.losses), rtol=1e-6)
-    assert isinstance(b.recorder.losses[0], float)
+def test_psnr_is_pooled():
+    "20 and 30 dB in two equal halves are 22.6, not 25: the errors average"
+    x = torch.zeros(2, 1, 8, 8)
+    y = torch.stack([x[0] + .2, x[1] + .2/10**.5])
+    assert psnr(x, y) == pytest.approx(22.596, abs=1e-3)
 
 # --- training
 
@@ -204,12 +189,23 @@ def test_training_leaves_the_global_generator_alone(x):
 
 def test_trained_latents_are_standard_and_better_than_pca(x):
     ae = quick(x, epochs=12)
-    z = torch.cat([(r - ae.latent_mean.view(1, -1, 1, 1))/ae.latent_std.view(1, -1, 1, 1) for r in A.raw_latents(ae, x[:40])])
+    z = torch.cat([(r - ae.latent_mean.view(1, -1, 1, 1))/ae.latent_std.view(1, -1, 1, 1) for r in (ae.encode_raw(b)[0] for b in A.batches_for(ae, x[:40]))])
     mean, std = channel_stats([z])
     assert mean.abs().max() < 1e-5 and (std - 1).abs().max() < 1e-5
     assert torch.allclose(z, ae.encode(as_images(x[:40])), atol=1e-5)
     assert not ae.training and not any(p.requires_grad for p in ae.parameters())
     assert quality(ae, x[40:])['psnr'] > quality(pca_start(tiny(), x), x[40:])['psnr']
+
+def test_the_best_weights_are_kept(x):
+    "Eight pictures by heart: the validation loss rises again, and the autoencoder is the one from before"
+    ae = tiny()
+    learn = train_autoencoder(ae, x[:8], x[8:16], steps=150, lr=1e-2, bs=8, device='cpu', cbs=())
+    rows = learn.history['rows']
+    best = min(rows, key=lambda r: r[2])
+    assert learn.history['best'] == [best[0], best[2]] and best[0] < 150
+    with torch.no_grad():
+        out = ae(as_images(x[8:16]))
+        assert AELoss()(out, as_images(x[8:16])).item() == pytest.approx(best[2], rel=1e-4) and best[2] < rows[-1][2]
 
 def test_channel_stats_do_not_depend_on_batches():
     z = torch.randn(50, 4, 3, 3)*3 + 6
@@ -217,19 +213,18 @@ def test_channel_stats_do_not_depend_on_batches():
         mean, std = channel_stats(z.split(bs))
         assert torch.allclose(mean, z.double().mean((0, 2, 3))) and torch.allclose(std, z.double().transpose(0, 1).flatten(1).std(1, correction=0))
 
-def test_minutes_or_epochs_not_both(x):
-    with pytest.raises(UserError, match='either minutes or epochs'): train_autoencoder(tiny(), x, x, minutes=1, epochs=1)
-    with pytest.raises(UserError, match='either minutes or epochs'): train_autoencoder(tiny(), x, x)
+def test_one_of_steps_epochs_and_minutes(x):
+    for how in (dict(minutes=1, epochs=1), dict(steps=3, epochs=1), dict()):
+        with pytest.raises(UserError, match='one of the three'): train_autoencoder(tiny(), x, x, device='cpu', **how)
 
 def test_learner_accepts_every_autoencoder(x):
-    for cls in (CABAutoencoder,): quick(x, cls=cls, epochs=1)
-    flat = FlatAutoencoder(3, 16, (8, 16), latent_dim=7)
+    flat = Flat()
     learn = train_autoencoder(flat, x[:40], x[40:], epochs=1, device='cpu')
     assert len(learn.recorder.values[0]) == 4 and len(flat.config.latent_std) == 7
 
 # --- saving and loading
 
-@pytest.mark.parametrize('make', [lambda: tiny(), lambda: FlatAutoencoder(3, 16, (8, 16), latent_dim=7), lambda: CABAutoencoder(3, (8,), 4), lambda: TAEF2(8, 4)])
+@pytest.mark.parametrize('make', [lambda: tiny(), lambda: Flat(), lambda: TAEF2(8, 4)])
 def test_save_load_round_trip(make, tmp_path):
     ae = make()
     ae.set_scale(torch.arange(ae.latent_channels) + .5, torch.arange(ae.latent_channels) + 1.)
@@ -237,33 +232,9 @@ def test_save_load_round_trip(make, tmp_path):
     again = load_component(tmp_path/'ae')
     assert type(again) is type(ae) and again.latent_channels == ae.latent_channels
     assert torch.equal(again.encode(images()), ae.eval().encode(images())) and again.latent_std[1] == 2
-    assert sorted(f.name for f in (tmp_path/'ae').iterdir()) == ['config.json', A.WEIGHTS]
+    assert sorted(f.name for f in (tmp_path/'ae').iterdir()) == ['autoencoder.safetensors', 'config.json']
     save_component(again, tmp_path/'ae')           # over an earlier one
     assert [f.name for f in tmp_path.iterdir()] == ['ae']
-
-def test_interrupted_save_leaves_the_old_one(tmp_path, monkeypatch):
-    save_component(tiny(), tmp_path/'ae')
-    def killed(*a, **k): raise KeyboardInterrupt
-    monkeypatch.setattr(A, 'save_file', killed)
-    with pytest.raises(KeyboardInterrupt): save_component(tiny(), tmp_path/'ae')
-    assert load_component(tmp_path/'ae').factor == 4
-
-def damage(folder, what):
-    f, c = folder/A.WEIGHTS, folder/'config.json'
-    if what == 'no config': c.unlink()
-    if what == 'bad config': c.write_text('{')
-    if what == 'no class': c.write_text('{"_class_name": "Nothing"}')
-    if what == 'no weights': f.unlink()
-    if what == 'cut off': f.write_bytes(f.read_bytes()[:500])
-    if what == 'other widths': c.write_text(json.dumps({**json.loads(c.read_text()), 'widths': [8, 24]}))
-    if what == 'other depth': c.write_text(json.dumps({**json.loads(c.read_text()), 'depth': 2}))
-
-@pytest.mark.parametrize('what', ['no config', 'bad config', 'no class', 'no weights', 'cut off', 'other widths', 'other depth'])
-def test_damaged_components_are_one_line(what, tmp_path):
-    save_component(tiny(), tmp_path/'ae')
-    damage(tmp_path/'ae', what)
-    with pytest.raises(UserError) as e: load_component(tmp_path/'ae')
-    assert '\n' not in str(e.value)
 
 def test_a_component_of_another_kind_is_refused(tmp_path):
     save_component(Other(), tmp_path/'x')
@@ -319,25 +290,116 @@ def test_pickled_weights_are_refused(tmp_path):
     with pytest.raises(UserError) as e: open_autoencoder(tmp_path)
     assert '\n' not in str(e.value)
 
-# --- for the later lessons
+# --- what diffusers reads, and what it must not
 
-def test_autoencoder_for_makes_loads_and_makes_again(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv('LATENTDIFF_RUNS', str(tmp_path))
-    p = replace(preset('tiny'), n=40, size=16, ae_minutes=.01)
-    a = autoencoder_for(p, device='cpu')
-    assert (tmp_path/'rooms-tiny'/'autoencoder'/'config.json').exists()
-    b = autoencoder_for(p, device='cpu')
-    assert 'loaded' in capsys.readouterr().out.splitlines()[-1] and torch.equal(a.encode(images()), b.encode(images()))
-    c = autoencoder_for(replace(p, latent_channels=2), device='cpu')
-    assert 'other settings' in capsys.readouterr().out and c.latent_channels == 2
+def test_diffusers_stops_at_our_autoencoder(tmp_path):
+    save_component(tiny(), tmp_path/'run'/'autoencoder')
+    with pytest.raises(OSError): AutoencoderKL.from_pretrained(tmp_path/'run', subfolder='autoencoder')
 
-def test_autoencoder_for_opens_a_pretrained_one_and_measures_it(tmp_path):
-    torch.manual_seed(0)
-    AutoencoderKL(**KL).save_pretrained(tmp_path/'hub')
-    p = replace(preset('tiny'), n=40, size=16, ae_pretrained=str(tmp_path/'hub'))
-    ae = autoencoder_for(p, tmp_path/'own', device='cpu')
-    assert isinstance(ae, PretrainedKL) and ae.config.latent_std != [1.]*4
-    assert torch.equal(autoencoder_for(p, tmp_path/'own', device='cpu').latent_std, ae.latent_std)
+@torch.no_grad()
+def test_diffusers_reads_the_run_and_so_do_we(hub_folder, tmp_path):
+    "vae/ is diffusers' own folder, with our scale where its pipelines look for it"
+    folder, m = hub_folder
+    ae, im = open_autoencoder(folder), images()
+    ae.set_scale([1., 2., 3., 4.], [.5, 1., 2., 3.])
+    save_component(ae, tmp_path/'run'/'vae')
+    theirs, info = type(m).from_pretrained(tmp_path/'run', subfolder='vae', output_loading_info=True)
+    assert not info['missing_keys'] and not info['unexpected_keys']
+    raw = lambda net: net.encode(im).latent_dist.mode() if isinstance(m, AutoencoderKL) else net.encode(im).latents
+    z = raw(theirs)
+    assert torch.equal(z, raw(m)) and torch.equal(theirs.decode(z).sample, m.decode(z).sample)
+    config = json.loads((tmp_path/'run'/'vae'/'config.json').read_text())
+    assert config['_class_name'] == type(m).__name__ and config['scaling_factor'] == 1
+    mean, std = (torch.tensor(config[k]).view(1, -1, 1, 1) for k in ('latents_mean', 'latents_std'))
+    again = load_component(tmp_path/'run'/'vae')
+    assert torch.equal(again.encode(im), (z - mean)/std) and torch.equal(again.encode(im), ae.encode(im))
+    assert torch.equal(again.decode(again.encode(im)), ae.decode(ae.encode(im)))
+
+def test_a_published_model_with_weights_missing_is_refused(hub_folder):
+    folder, _ = hub_folder
+    state = load_file(folder/WEIGHTS)
+    state.pop(sorted(state)[0])
+    save_file(state, folder/WEIGHTS, metadata={'format': 'pt'})
+    with pytest.raises(UserError, match='not whole'): open_autoencoder(folder)
+
+# --- the maker of a run
+
+def small_preset(**kw): return replace(preset('tiny'), **{'n': 60, 'size': 16, 'ae_steps': 12, 'bs': 8, **kw})
+
+@pytest.fixture(scope='module')
+def ims(): return open_images('rooms', 16, n=60)
+
+def same(a, b): return all(torch.equal(u, v) for u, v in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+def test_the_maker_makes_once_and_loads(ims, tmp_path, capsys):
+    a = make_autoencoder(tmp_path, ims, small_preset(), device='cpu')
+    facts = made(tmp_path/'autoencoder')['facts']
+    assert 'training KLAutoencoder' in capsys.readouterr().out and not a.training
+    b = make_autoencoder(tmp_path, ims, small_preset(), device='cpu')
+    assert capsys.readouterr().out == '' and same(a, b) and torch.equal(a.encode(images()), b.encode(images()))
+    held_out = ims.pixels(ims.valid_idxs)
+    assert facts['n'] == len(held_out) and facts['psnr'] == pytest.approx(quality(b, held_out)['psnr'], abs=1e-6)
+    assert facts['history']['rows'][-1][0] == 12 and facts['history']['best'][0] <= 12
+    c = make_autoencoder(tmp_path/'other', ims, small_preset(), device='cpu')
+    d = make_autoencoder(tmp_path/'seed', ims, small_preset(), seed=1, device='cpu')
+    assert same(a, c) and not same(a, d)
+
+@pytest.mark.parametrize('change', [dict(latent_channels=2), dict(ae_steps=13), dict(bs=4), dict(ae_pretrained='taef2')])
+def test_the_maker_refuses_what_was_made_otherwise(ims, tmp_path, change):
+    make_autoencoder(tmp_path, ims, small_preset(), device='cpu')
+    with pytest.raises(UserError, match='was made with') as e: make_autoencoder(tmp_path, ims, small_preset(**change), device='cpu')
+    assert '\n' not in str(e.value)
+
+def test_the_maker_refuses_other_images(ims, tmp_path):
+    make_autoencoder(tmp_path, ims, small_preset(), device='cpu')
+    other = open_images('rooms', 16, n=61)
+    with pytest.raises(UserError, match='other images'): make_autoencoder(tmp_path, other, small_preset(), device='cpu')
+
+def test_the_maker_goes_on_where_it_was_killed(ims, tmp_path, monkeypatch):
+    whole = make_autoencoder(tmp_path/'whole', ims, small_preset(), device='cpu')
+    monkeypatch.setattr(A, 'Checkpoint', lambda folder, key: Eager(folder, key, every=0))
+    Eager.left = 7
+    with pytest.raises(KeyboardInterrupt): make_autoencoder(tmp_path/'cut', ims, small_preset(), device='cpu')
+    assert not (tmp_path/'cut'/'autoencoder').exists()
+    Eager.left, Eager.loads = 99, []
+    assert same(make_autoencoder(tmp_path/'cut', ims, small_preset(), device='cpu'), whole)
+    assert Eager.loads == [7]
+
+class Eager(A.Checkpoint):
+    "A checkpoint after every step, that pulls the plug when `left` have been written"
+    left, loads = 99, []
+    def save(self, *args):
+        super().save(*args)
+        Eager.left -= 1
+        if not Eager.left: raise KeyboardInterrupt
+    def load(self, *args, **kw):
+        found = super().load(*args, **kw)
+        if found: Eager.loads.append(found[1]['k'])
+        return found
+
+def test_colour_is_mirrored_and_grey_is_not(ims, tmp_path):
+    make_autoencoder(tmp_path/'colour', ims, small_preset(), device='cpu')
+    grey = open_images('rooms', 16, n=60, channels=1)
+    make_autoencoder(tmp_path/'grey', grey, small_preset(), device='cpu')
+    assert [made(tmp_path/o/'autoencoder')['settings']['flip'] for o in ('colour', 'grey')] == [True, False]
+
+def test_a_pretrained_one_is_measured_and_kept_with_the_run(hub_folder, ims, tmp_path):
+    folder, m = hub_folder
+    p = small_preset(ae_pretrained=str(folder))
+    ae = make_autoencoder(tmp_path/'run', ims, p, device='cpu')
+    assert isinstance(ae, PretrainedKL) and not (tmp_path/'run'/'autoencoder').exists()
+    with torch.no_grad(): mean, std = channel_stats([ae.encode(as_images(ims.pixels(ims.train_idxs)))])
+    assert mean.abs().max() < 1e-4 and (std - 1).abs().max() < 1e-4
+    folder.rename(tmp_path/'moved')                  # the run needs it no more
+    assert torch.equal(make_autoencoder(tmp_path/'run', ims, p, device='cpu').encode(images()), ae.encode(images()))
+    with pytest.raises(UserError, match='was made with'): make_autoencoder(tmp_path/'run', ims, small_preset(), device='cpu')
+
+def test_pixels_of_a_run_are_in_a_fixed_order_and_fit(ims, monkeypatch):
+    a, b = A.some_pixels(ims, 'train', 0), A.some_pixels(ims, 'train', 1)
+    assert len(a) == len(ims.train_idxs) and torch.equal(a, A.some_pixels(ims, 'train', 0)) and not torch.equal(a, b)
+    assert torch.equal(A.some_pixels(ims, 'train', 0, 5), a[:5])
+    monkeypatch.setattr(A, 'FITS', 3*16*16*7)
+    assert torch.equal(A.some_pixels(ims, 'train', 0), a[:7])
 
 # --- TAEF2
 
@@ -365,7 +427,7 @@ def test_taef2_hides_its_pixel_range_and_clamps_latents():
 
 def test_taef2_from_a_folder(tmp_path, monkeypatch):
     ae = TAEF2()
-    for part in ('encoder', 'decoder'): A.save_file({k: v.half() for k, v in getattr(ae, part).state_dict().items()}, tmp_path/f'{part}.safetensors')
+    for part in ('encoder', 'decoder'): save_file({k: v.half() for k, v in getattr(ae, part).state_dict().items()}, tmp_path/f'{part}.safetensors')
     monkeypatch.setenv('LATENTDIFF_TAEF2', str(tmp_path))
     for spec in ('taef2', tmp_path):
         again = open_autoencoder(spec)

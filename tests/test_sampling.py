@@ -1,17 +1,19 @@
 "Samplers against diffusers' schedulers, against exact solutions, and on their edges."
 from functools import partial
-import math, pytest, torch, diffusers
+import math, numpy as np, pytest, torch, diffusers
 from torch import nn
-from latentdiff.noisify import Process
+from latentdiff.core import UserError
+from latentdiff.noisify import SCHEDULES, TARGETS, Process
 from latentdiff.sampling import *
+from latentdiff.sampling import levels
 
 N, SHAPE = 6, (6, 4, 3, 3)
 POINTS = torch.randn(5, *SHAPE[1:], generator=torch.Generator().manual_seed(3))
-ALL = [Process(s, t) for s in ('cosine', 'ddpm_linear', 'ddpm_cosine', 'edm', 'flow') for t in ('eps', 'x0', 'v', 'velocity')]
+ALL = [Process(s, t) for s in SCHEDULES for t in TARGETS]
 DDPM_LINEAR = dict(beta_start=1e-4, beta_end=.02, beta_schedule='linear')
 name = lambda p: f'{p.schedule}-{p.target}'
 
-def wavy(x, t): return torch.sin(2*x.roll(1, -1) + 4*t.view(-1, 1, 1, 1)) + .3*x
+def wavy(x, time): return torch.sin(2*x.roll(1, -1) + 4*(time.view(-1, 1, 1, 1) + 1)/1000) + .3*x
 def denoiser(process):
     "A toy network: exact for a mixture, which draws errors together, or a wave that lets them stand"
     return wavy if process.target in ('v', 'velocity') else optimal_denoiser(process, POINTS, .3)
@@ -20,14 +22,12 @@ def close(a, b, tol=1e-5):
     err = (a-b).abs().max().item()/max(1., b.abs().max().item())
     assert err < tol, err
 
-def drive(scheduler, net, x, t_of, **kw):
-    "The loop of a diffusers pipeline: `t_of` turns its timesteps into ours"
+def drive(scheduler, net, x, **kw):
+    "The plain loop of a diffusers pipeline: the network is told the scheduler's own timestep"
     for k in scheduler.timesteps:
         xin = scheduler.scale_model_input(x, k) if hasattr(scheduler, "scale_model_input") else x
-        x = scheduler.step(net(xin, torch.full((len(x),), t_of(k))), k, x, **kw).prev_sample
+        x = scheduler.step(net(xin, k.expand(len(x))), k, x, **kw).prev_sample
     return x
-
-step_time = lambda k: (float(k)+1)/1000
 
 @pytest.mark.parametrize('target,theirs', [('eps', 'epsilon'), ('v', 'v_prediction'), ('x0', 'sample')])
 @pytest.mark.parametrize('n', [1, 7, 50])
@@ -37,7 +37,7 @@ def test_ddpm_equals_diffusers(target, theirs, n, spacing):
     sch = diffusers.DDPMScheduler(**DDPM_LINEAR, prediction_type=theirs, clip_sample=False, variance_type='fixed_small', timestep_spacing=spacing)
     sch.set_timesteps(n); x = start_noise(p, SHAPE, seed=1)
     a = ddpm(denoiser(p), p, x, times(sch), generator=torch.Generator().manual_seed(5))
-    close(a, drive(sch, denoiser(p), x, step_time, generator=torch.Generator().manual_seed(5)))
+    close(a, drive(sch, denoiser(p), x, generator=torch.Generator().manual_seed(5)))
 
 @pytest.mark.parametrize('eta', [0., .5, 1.])
 @pytest.mark.parametrize('target,theirs', [('eps', 'epsilon'), ('v', 'v_prediction'), ('x0', 'sample')])
@@ -46,7 +46,7 @@ def test_ddim_equals_diffusers(eta, target, theirs):
     sch = diffusers.DDIMScheduler(**DDPM_LINEAR, prediction_type=theirs, clip_sample=False, timestep_spacing='trailing')
     sch.set_timesteps(25); x = start_noise(p, SHAPE, seed=1)
     a = ddim(denoiser(p), p, x, times(sch), eta=eta, generator=torch.Generator().manual_seed(5))
-    close(a, drive(sch, denoiser(p), x, step_time, eta=eta, generator=torch.Generator().manual_seed(5)))
+    close(a, drive(sch, denoiser(p), x, eta=eta, generator=torch.Generator().manual_seed(5)))
 
 def sigma_hat(p, t): a, s = levels(p, t); return s/a
 
@@ -56,7 +56,7 @@ def test_ode_solvers_equal_diffusers(sampler, theirs, target, kind):
     p = Process('ddpm_linear', target)
     sch = theirs(**DDPM_LINEAR, prediction_type=kind, timestep_spacing='trailing'); sch.set_timesteps(15)
     x = start_noise(p, SHAPE, seed=1); ts = list(dict.fromkeys(times(sch)))   # Heun's timesteps come twice
-    close(sampler(denoiser(p), p, x, ts), drive(sch, denoiser(p), x/levels(p, ts[0])[0], step_time))
+    close(sampler(denoiser(p), p, x, ts), drive(sch, denoiser(p), x/levels(p, ts[0])[0]))
 
 @pytest.mark.parametrize('n', [2, 5, 10, 30])
 @pytest.mark.parametrize('target,kind', [('eps', 'epsilon'), ('v', 'v_prediction'), ('x0', 'sample')])
@@ -65,7 +65,7 @@ def test_dpmpp_2m_equals_diffusers(n, target, kind):
     sch = diffusers.DPMSolverMultistepScheduler(**DDPM_LINEAR, prediction_type=kind, algorithm_type='dpmsolver++', solver_order=2,
         solver_type='midpoint', lower_order_final=True); sch.set_timesteps(n)
     x = start_noise(p, SHAPE, seed=1)
-    close(dpmpp_2m(denoiser(p), p, x, times(sch)), drive(sch, denoiser(p), x, step_time))
+    close(dpmpp_2m(denoiser(p), p, x, times(sch)), drive(sch, denoiser(p), x))
 
 @pytest.mark.parametrize('sampler,theirs,kw', [(ddpm, diffusers.DDPMScheduler, dict(clip_sample=False)), (ddim, diffusers.DDIMScheduler, dict(clip_sample=False)),
                                                (dpmpp_2m, diffusers.DPMSolverMultistepScheduler, {})])
@@ -73,27 +73,29 @@ def test_cosine_betas_equal_diffusers(sampler, theirs, kw):
     p = Process('ddpm_cosine', 'v'); gen = lambda: torch.Generator().manual_seed(5)
     sch = theirs(beta_schedule='squaredcos_cap_v2', prediction_type='v_prediction', timestep_spacing='trailing', **kw); sch.set_timesteps(20)
     x = start_noise(p, SHAPE, seed=1)
-    close(sampler(denoiser(p), p, x, times(sch), generator=gen()), drive(sch, denoiser(p), x, step_time, **(dict(generator=gen()) if sampler is ddpm else {})))
+    close(sampler(denoiser(p), p, x, times(sch), generator=gen()), drive(sch, denoiser(p), x, **(dict(generator=gen()) if sampler is ddpm else {})))
 
 @pytest.mark.parametrize('sampler,theirs', [(euler, diffusers.FlowMatchEulerDiscreteScheduler), (heun, diffusers.FlowMatchHeunDiscreteScheduler)])
 def test_flow_equals_diffusers(sampler, theirs):
     p = Process('flow', 'velocity'); sch = theirs(); sch.set_timesteps(12); x = start_noise(p, SHAPE, seed=1)
     ts = list(dict.fromkeys(float(k)/1000 for k in sch.timesteps)) + [0.]
-    close(sampler(denoiser(p), p, x, ts), drive(sch, denoiser(p), x, lambda k: float(k)/1000))
+    close(sampler(denoiser(p), p, x, ts), drive(sch, denoiser(p), x))
 
 def test_dpmpp_2m_equals_diffusers_on_flow():
     p = Process('flow', 'velocity')
     sch = diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type='flow_prediction'); sch.set_timesteps(12)
-    ts, x = sch.sigmas.tolist(), start_noise(p, SHAPE, seed=1); ts_iter = iter(ts)
-    close(dpmpp_2m(denoiser(p), p, x, ts), drive(sch, denoiser(p), x, lambda k: next(ts_iter)))
+    ts, x = sch.sigmas.tolist(), start_noise(p, SHAPE, seed=1)
+    sch.timesteps = 1000*sch.sigmas[:-1]                                    # this scheduler rounds them
+    sch.index_for_timestep = lambda k, timesteps=None: 0
+    close(dpmpp_2m(denoiser(p), p, x, ts), drive(sch, denoiser(p), x))
 
 @pytest.mark.parametrize('sampler,theirs', [(euler, diffusers.EDMEulerScheduler), (dpmpp_2m, diffusers.EDMDPMSolverMultistepScheduler)])
 def test_edm_equals_diffusers(sampler, theirs):
     p = Process('edm', 'v'); sch = theirs(sigma_data=1.); sch.set_timesteps(12); x = start_noise(p, SHAPE, seed=1)
-    ts = time_steps(p, 12); it = iter(ts); net = denoiser(p)
+    ts = time_steps(p, 12); net = denoiser(p)
     assert torch.allclose(sch.sigmas, torch.tensor([levels(p, t)[1] for t in ts]), rtol=1e-5)
     flip = lambda xin, t: -net(xin, t)       # EDM's F is -v at sigma_data = 1
-    close(sampler(net, p, x, ts), drive(sch, flip, x, lambda k: next(it)))
+    close(sampler(net, p, x, ts), drive(sch, flip, x))
 
 # --- exact solutions ---------------------------------------------------------------------------------------------------
 
@@ -149,6 +151,13 @@ def test_few_steps_are_finite(process, n):
             x = start_noise(process, SHAPE)
             assert sampler(denoiser(process), process, x, time_steps(process, n, spacing), generator=generators(0, N)).isfinite().all()
 
+def own_range(p):
+    "sigma/alpha of the first and the last step of diffusers' schedule, or EDM's table 1"
+    theirs = dict(ddpm_linear='linear', scaled_linear='scaled_linear', ddpm_cosine='squaredcos_cap_v2').get(p.schedule)
+    if theirs is None: return .002, 80.
+    left = diffusers.DDPMScheduler(beta_schedule=theirs).alphas_cumprod
+    return tuple(((1-left)/left).sqrt()[[0, -1]].tolist())
+
 @pytest.mark.parametrize('process', ALL[::4], ids=name)
 def test_time_steps(process):
     for spacing in ('uniform', 'karras', 'logsnr'):
@@ -156,13 +165,134 @@ def test_time_steps(process):
             ts = time_steps(process, 9, spacing, start)
             assert len(ts) == 10 and ts[-1] == 0 and ts == sorted(set(ts), reverse=True) and ts[0] <= start + 1e-6
     ratios = [levels(process, t)[1]/levels(process, t)[0] for t in time_steps(process, 12, 'karras')[:-1]]
-    top = ratios[0]**(1/7); want = [(top + i/11*(.002**(1/7) - top))**7 for i in range(12)]
+    low, most = own_range(process)
+    top = most**(1/7); want = [(top + i/11*(low**(1/7) - top))**7 for i in range(12)]
     assert torch.allclose(torch.tensor(ratios), torch.tensor(want), rtol=2e-3)
+
+# --- faults that were found by comparing with others -----------------------------------------------------------------
+
+EDMS = [dict(sigma_min=.02), dict(sigma_min=.0292, sigma_max=14.61), dict(sigma_max=160.), dict(rho=3.), dict(sigma_min=.5, sigma_max=700., rho=9.)]
+
+@pytest.mark.parametrize('kw', EDMS, ids=str)
+@pytest.mark.parametrize('n', [1, 2, 20])
+@pytest.mark.parametrize('spacing', ['karras', 'logsnr', 'uniform'])
+def test_edm_grid_covers_its_own_range(kw, n, spacing):
+    p = Process('edm', 'v', **kw)
+    ts = time_steps(p, n, spacing)
+    sigmas = [levels(p, t)[1] for t in ts]
+    assert len(ts) == n+1 and all(a > b for a, b in zip(ts, ts[1:])) and all(a > b for a, b in zip(sigmas, sigmas[1:]))
+    assert sigmas[0] == pytest.approx(p.sigma_max, rel=1e-6) and sigmas[-1] == 0
+    if n > 1 and spacing != 'uniform': assert sigmas[-2] == pytest.approx(p.sigma_min, rel=1e-6)
+    net = optimal_denoiser(p, POINTS, .3)
+    for sampler in SAMPLERS.values(): assert sampler(net, p, start_noise(p, SHAPE), ts, generator=generators(0, N)).isfinite().all()
+
+@pytest.mark.parametrize('kw', EDMS, ids=str)
+def test_edm_grid_equals_diffusers(kw):
+    p = Process('edm', 'v', **kw)
+    sch = p.to_diffusers(diffusers.EDMEulerScheduler)
+    sch.set_timesteps(20)
+    ts, x = time_steps(p, 20), start_noise(p, SHAPE, seed=1)
+    assert torch.allclose(torch.tensor([levels(p, t)[1] for t in ts]), sch.sigmas, rtol=1e-5)
+    close(euler(denoiser(p), p, x, ts), drive(sch, denoiser(p), x))
+    sch = p.to_diffusers(diffusers.EDMDPMSolverMultistepScheduler)
+    sch.set_timesteps(20)
+    close(dpmpp_2m(denoiser(p), p, x, ts), drive(sch, denoiser(p), x))
+
+@pytest.mark.parametrize('kw', [{}, *EDMS], ids=str)
+def test_edm_img2img_starts_at_its_strength(kw):
+    p = Process('edm', 'v', **kw)
+    starts = [levels(p, time_steps(p, 10, start=s)[0])[1] for s in (1., .99, .95, .9, .3)]
+    assert starts == pytest.approx([levels(p, s)[1] for s in (1., .99, .95, .9, .3)]) and starts == sorted(set(starts), reverse=True)
+
+@pytest.mark.parametrize('process', ALL[::4], ids=name)
+@pytest.mark.parametrize('start', [1e-9, 1e-6, 1e-4, 1e-3, .01])
+def test_a_start_near_clean_holds_no_time_twice(process, start):
+    for spacing in ('uniform', 'karras', 'logsnr'):
+        ts = time_steps(process, 20, spacing, start)
+        assert all(a > b for a, b in zip(ts, ts[1:])) and ts[-1] == 0
+        assert dpmpp_2m(optimal_denoiser(process, POINTS, .3), process, POINTS, ts).isfinite().all()
+
+@pytest.mark.parametrize('schedule,theirs', [('ddpm_linear', 'linear'), ('scaled_linear', 'scaled_linear'), ('ddpm_cosine', 'squaredcos_cap_v2')])
+@pytest.mark.parametrize('spacing,flag', [('karras', 'use_karras_sigmas'), ('logsnr', 'use_lu_lambdas')])
+@pytest.mark.parametrize('target,kind', [('eps', 'epsilon'), ('v', 'v_prediction')])
+@pytest.mark.parametrize('n', [10, 20])
+def test_own_range_grids_equal_diffusers(schedule, theirs, spacing, flag, target, kind, n):
+    "DPM++ Karras and DPM++ Lu; their timesteps are the whole numbers beside ours, so the network is told ours"
+    p = Process(schedule, target)
+    sch = diffusers.DPMSolverMultistepScheduler(beta_schedule=theirs, prediction_type=kind, **{flag: True})
+    sch.set_timesteps(n)
+    sch.set_begin_index(0)                                                  # it would look a repeated timestep up
+    ts, x = time_steps(p, n, spacing), start_noise(p, SHAPE, seed=1)
+    ours = torch.tensor([s/a for a, s in (levels(p, t) for t in ts)])
+    assert torch.allclose(ours, sch.sigmas, rtol=1e-3, atol=1e-6)
+    told = p.time_input(torch.tensor(ts[:-1]))
+    assert (told - sch.timesteps).abs().max() <= 1 and told[0] == 999 and told[-1].round() == 0
+    net, i = denoiser(p), iter(told)
+    close(dpmpp_2m(net, p, x, ts), drive(sch, lambda x, k: net(x, next(i).expand(len(x))), x), 2e-4)
+
+@pytest.mark.parametrize('schedule,theirs', [('ddpm_linear', 'linear'), ('scaled_linear', 'scaled_linear')])
+@pytest.mark.parametrize('steps', [100, 1000, 4000])
+def test_eps_in_the_plain_loop_of_diffusers(schedule, theirs, steps):
+    "`model(x, k)` with their k: .33 off when the network was told k+1. For any number of steps"
+    p = Process(schedule, 'eps', beta_start=.85/steps, beta_end=12/steps, steps=steps)
+    sch = p.to_diffusers(diffusers.DDIMScheduler)
+    assert len(sch.alphas_cumprod) == steps and sch.config.beta_schedule == theirs
+    sch.set_timesteps(20)
+    def net(x, k): return wavy(x, k*1000/steps)
+    x = start_noise(p, SHAPE, seed=1)
+    close(ddim(net, p, x, time_steps(p, 20)), drive(sch, net, x), 5e-5)
+
+def test_ddpm_cosine_eps_equals_diffusers_ddim():
+    "x0 at t = 1, where alpha is 4.9e-5: .026 off when it was taken for 0"
+    p = Process('ddpm_cosine', 'eps')
+    sch = p.to_diffusers(diffusers.DDIMScheduler)
+    sch.set_timesteps(20)
+    x, net = start_noise(p, SHAPE, seed=1), optimal_denoiser(p, POINTS, .3)
+    assert p.x0_eps(torch.zeros(1, 1), torch.full((1, 1), 1e-4), 1.)[0].item() == pytest.approx(1e-4/levels(p, 1.)[0], rel=1e-3)
+    close(ddim(net, p, x, time_steps(p, 20)), drive(sch, net, x), 1e-4)
+
+@pytest.mark.parametrize('n', [10, 20])
+def test_default_heun_equals_diffusers_on_ddpm_cosine(n):
+    "6e-2 off when alpha(1) = 4.9e-5 decided, though the grid never goes there"
+    p = Process('ddpm_cosine', 'v')
+    sch = diffusers.HeunDiscreteScheduler(beta_schedule='squaredcos_cap_v2', prediction_type='v_prediction', timestep_spacing='leading')
+    sch.set_timesteps(n)
+    ts, x = list(dict.fromkeys(times(sch))), start_noise(p, SHAPE, seed=1)
+    close(heun(denoiser(p), p, x, ts), drive(sch, denoiser(p), x/levels(p, ts[0])[0]))
+
+def test_default_heun_from_pure_noise_is_near_the_truth():
+    "Where the capped cosine begins, x/alpha is 20,000 times x: there the straight line is hundreds of times nearer"
+    p = Process('ddpm_cosine', 'v')
+    x, ts = start_noise(p, SHAPE, seed=1).double(), time_steps(p, 20)
+    errs = [(heun(gaussian(p, .5), p, x, ts, straight=o) - exact(p, x, 1., .5)).abs().max().item() for o in (None, False)]
+    assert errs[0] < .03 and errs[1] > 30*errs[0]
+
+def test_img2img_at_strength_0_changes_nothing():
+    for p in (Process(), Process('edm', 'v')): assert torch.equal(img2img(None, p, POINTS, 0.), POINTS)
+
+def test_one_default_sampler():
+    import inspect
+    for f in (sample, denoise_path, img2img): assert inspect.signature(f).parameters['sampler'].default == SAMPLER
+    assert SAMPLERS[SAMPLER] is dpmpp_2m
+
+@pytest.mark.parametrize('dtype', [torch.half, torch.bfloat16])
+def test_sampling_in_half_precision_stays_there(dtype):
+    "The network sees its own precision, though times and levels are float32"
+    p = Process()
+    def net(x, time):
+        assert x.dtype == dtype and time.dtype == torch.float32
+        return optimal_denoiser(p, POINTS, .3)(x.float(), time).to(dtype)
+    x = start_noise(p, SHAPE)
+    for sampler in SAMPLERS.values():
+        a = sampler(net, p, x.to(dtype), time_steps(p, 10), generator=generators(0, N))
+        b = sampler(optimal_denoiser(p, POINTS, .3), p, x, time_steps(p, 10), generator=generators(0, N))
+        assert a.dtype == dtype and (a.float()-b).abs().median() < .05
 
 def test_user_errors():
     p = Process()
     for call in (lambda: time_steps(p, 5, 'even'), lambda: time_steps(p, 0), lambda: time_steps(p, 5, start=0.), lambda: sample(None, p, 1, (2,), sampler='magic'),
-                 lambda: denoise_path(None, p, POINTS, [1., 0.], 'magic'), lambda: img2img(None, p, POINTS, sampler='magic'), lambda: img2img(None, p, POINTS, 0.)):
+                 lambda: denoise_path(None, p, POINTS, [1., 0.], 'magic'), lambda: img2img(None, p, POINTS, sampler='magic'), lambda: generators(2**64, 1),
+                 lambda: img2img(None, p, POINTS, 1.5)):
         with pytest.raises(ValueError) as e: call()
         assert '\n' not in str(e.value)
 
@@ -172,13 +302,36 @@ def test_samples_do_not_depend_on_the_batch(sampler):
     all7 = sample(denoiser(p), p, 7, SHAPE[1:], bs=7, **kw)
     assert all7.shape == (7, *SHAPE[1:]) and all7.dtype == torch.float32 and not all7.is_inference()
     close(sample(denoiser(p), p, 5, SHAPE[1:], bs=2, **kw), all7[:5])
+    assert torch.equal(sample(denoiser(p), p, 5, SHAPE[1:], bs=2, **kw), sample(denoiser(p), p, 8, SHAPE[1:], bs=2, **kw)[:5])
     assert torch.equal(all7, sample(denoiser(p), p, 7, SHAPE[1:], bs=7, **kw))
     assert not torch.allclose(all7, sample(denoiser(p), p, 7, SHAPE[1:], bs=7, **{**kw, 'seed': 4}))
 
-def test_every_32_bit_seed_is_another():
-    first = lambda seed: noise_like(torch.empty(1, 9), generators(seed, 1))
-    seeds = [0, 1, 2, 2**31, 2**32 - 2, -1]
-    assert len({tuple(first(s)[0].tolist()) for s in seeds}) == len(seeds)
+def first(seed, i=0): return noise_like(torch.empty(1, 9), generators(seed, 1, i))
+
+def test_every_seed_and_sample_is_a_stream_of_its_own():
+    "Pairs that used to share a stream among them: (0, 45589) and (4295, 0); 0 and 2**32"
+    seeds = [0, 1, 2, 4295, 2**31, 2**32 - 2, 2**32, 2**53, 2**53 + 1, 2**62, 2**63 - 1, -1, -2, -2**63]
+    drawn = {tuple(first(s, i)[0].tolist()) for s in seeds for i in (0, 1, 4295, 45589)}
+    assert len(drawn) == 4*len(seeds)
+
+def test_seeds_of_numpy_are_seeds():
+    for s in (np.int64(7), np.int32(7), np.uint64(7), torch.tensor(7)): assert torch.equal(first(s), first(7))
+    assert torch.equal(first(np.int64(-3)), first(-3))
+
+def test_a_stream_goes_on():
+    "What a sampler draws at its second step is new, and the same however the samples are divided"
+    x, both, one = torch.empty(2, 5), generators(3, 2), generators(3, 1, 1)
+    a, b = noise_like(x, both), noise_like(x, both)
+    assert not torch.equal(a, b) and torch.equal(torch.cat([noise_like(x[:1], one), noise_like(x[:1], one)]), torch.stack([a[1], b[1]]))
+    long = noise_like(torch.empty(1, 60_000), generators(5, 1))
+    assert abs(long.mean()) < .02 and abs(long.std() - 1) < .02
+
+def test_noise_from_torch_generators():
+    gen = lambda s: torch.Generator().manual_seed(s)
+    x = torch.empty(2, 3, dtype=torch.float64)
+    assert noise_like(x, gen(0)).dtype == torch.float64 and torch.equal(noise_like(x, gen(0)), torch.randn(2, 3, generator=gen(0)).double())
+    rows = noise_like(x, [gen(1), gen(2)])
+    assert torch.equal(rows[1], torch.randn(3, generator=gen(2)).double())
 
 @pytest.mark.parametrize('sampler', list(SAMPLERS))
 def test_evaluations_are_counted(sampler):
@@ -209,8 +362,8 @@ def test_callback_sees_every_step(sampler):
 def test_path_and_gif(tmp_path):
     from latentdiff.data import image_grid
     from PIL import Image
-    p = Process('edm', 'v'); ts = time_steps(p, 6); x = start_noise(p, (4, 3, 8, 8)); net = optimal_denoiser(p, torch.zeros(1, 3, 8, 8), .3)
-    path = denoise_path(net, p, x, ts)
+    p = Process('edm', 'v'); ts = time_steps(p, 6, 'uniform'); x = start_noise(p, (4, 3, 8, 8)); net = optimal_denoiser(p, torch.zeros(1, 3, 8, 8), .3)
+    path = denoise_path(net, p, x, ts, 'heun')
     assert len(path) == 7 and path[-1][0] == 0 and path[0][1].std() < 1.2     # shown at unit variance, though sigma is 80
     close(path[-1][1], heun(net, p, x, ts))
     f = save_gif([image_grid(o.clamp(-1, 1)) for _, o, _ in path], tmp_path/'a.gif')
@@ -235,8 +388,3 @@ def test_inpaint_keeps_the_known_part_and_finds_the_rest(process):
     out = inpaint(optimal_denoiser(process, POINTS, .05), process, z, mask, steps=30)
     assert torch.equal(out[(~mask).expand_as(out)], z[(~mask).expand_as(z)])
     assert (out - POINTS).abs().max() < .4    # the known part says which point it is
-
-def test_bar_stays_away_when_it_is_quick():
-    bar = SlowBar(3, wait=100.)
-    for _ in range(3): bar.step()
-    assert bar.bar.last_v is None

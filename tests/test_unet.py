@@ -1,19 +1,21 @@
 "The denoiser against diffusers on copied weights, and its training against closed forms."
-import math, time
+import inspect, json, math
 from dataclasses import replace
 from types import SimpleNamespace
 import pytest, torch
 from torch import nn
+from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.resnet import ResnetBlock2D
 from fastai.basics import Callback, DataLoaders, Learner, SGD
-from latentdiff.autoencoder import load_component, save_component
-from latentdiff.data import PRESETS, DeviceLoader, UserError
+from latentdiff.core import PRESETS, UserError, load_component, made, save_component
 from latentdiff.noisify import Process
-import latentdiff.unet
-from latentdiff.unet import (EMA, ActStats, Diffusers2D, Passes, ResBlock, SelfAttention, UNet, denoiser_for, largest_divisor,
-                             loss_by_level, mixed_precision, timestep_embedding, train_denoiser)
+from latentdiff.sampling import SAMPLERS, time_steps
+import latentdiff.training
+from latentdiff.training import EMA, Checkpoint, DeviceLoader, largest_divisor, mixed_precision
+from latentdiff.unet import (ActStats, Diffusers2D, ResBlock, SelfAttention, UNet, loss_by_level, make_denoiser, timestep_embedding,
+                             train_denoiser, unet_for)
 
 FLOW = Process('flow', 'velocity', 'logit_normal')
 
@@ -35,8 +37,9 @@ def test_largest_divisor():
 
 @pytest.mark.parametrize('dim', [2, 32, 96])
 def test_time_embedding_is_diffusers(dim):
-    t = torch.linspace(0, 1, 11)
-    assert gap(timestep_embedding(t, dim), get_timestep_embedding(1000*t, dim, flip_sin_to_cos=True, downscale_freq_shift=0)) < 1e-6
+    "On the same argument, whatever it is: steps, thousandths, or the logarithms of EDM."
+    time = torch.cat([torch.linspace(0, 1000, 11), torch.tensor([-1., -1.5, 1.1])])
+    assert gap(timestep_embedding(time, dim), get_timestep_embedding(time, dim, flip_sin_to_cos=True, downscale_freq_shift=0)) < 1e-6
 
 def test_time_embedding_refuses_odd():
     with pytest.raises(ValueError, match='even'): timestep_embedding(torch.rand(2), 7)
@@ -89,7 +92,7 @@ def test_blocks_start_as_the_identity(block):
 def test_unet_is_diffusers(kw):
     ours,theirs = randomise(UNet(4, **kw)), Diffusers2D(4, **kw)
     theirs.net.load_state_dict(ours.state_dict())
-    x,t = noise(2, 4, 16, 8), torch.tensor([.03, .8])
+    x,t = noise(2, 4, 16, 8), torch.tensor([30., 800.])
     assert gap(ours(x, t), theirs(x, t)) < 1e-5 * ours(x, t).abs().max().item()
 
 @pytest.mark.parametrize('kw,n', [(dict(widths=(32,64,64,128)), 4_949_028), (dict(widths=(128,256,512,768)), 174_581_892)])
@@ -112,13 +115,13 @@ def test_starts_at_zero_and_wakes_up():
     assert not net(x, torch.rand(4)).any()
     opt = torch.optim.SGD(net.parameters(), .1)
     for _ in range(3):
-        (net(x, torch.full((4,), .5)) - x).square().mean().backward()
+        (net(x, torch.full((4,), 500.)) - x).square().mean().backward()
         opt.step()
     assert all(p.grad is not None and p.grad.any() for n,p in net.named_parameters() if n.startswith('conv'))
 
 def test_time_changes_the_answer():
     net,x = randomise(UNet(4, widths=(32,64), depth=1)), noise(1, 4, 8, 8)
-    assert gap(net(x, torch.tensor([.2])), net(x, torch.tensor([.7]))) > 1e-3
+    assert gap(net(x, torch.tensor([200.])), net(x, torch.tensor([700.]))) > 1e-3
 
 def test_refusals():
     net = UNet(4, widths=(32,64))
@@ -126,12 +129,69 @@ def test_refusals():
     with pytest.raises(ValueError, match='cond'): net(noise(1, 4, 8, 8), torch.rand(1), cond=torch.zeros(1))
     with pytest.raises(ValueError, match='cond'): Diffusers2D(widths=(32,))(noise(1, 4, 8, 8), torch.rand(1), cond=torch.zeros(1))
 
-@pytest.mark.parametrize('cls', [UNet, Diffusers2D])
-def test_save_and_load(cls, tmp_path):
-    net = randomise(cls(4, widths=(32,64), depth=1, attn_levels=(0,)))
+def test_save_and_load(tmp_path):
+    net = randomise(UNet(4, widths=(32,64), depth=1, attn_levels=(0,)))
     save_component(net, tmp_path/'net')
-    x,t = noise(2, 4, 8, 8), torch.rand(2)
+    x,t = noise(2, 4, 8, 8), 1000*torch.rand(2)
     assert torch.equal(load_component(tmp_path/'net').eval()(x, t), net.eval()(x, t))
+
+# --- exchanged with diffusers ---------------------------------------------------------------------------------------
+
+SHAPES = [dict(widths=(32,64), depth=1), dict(widths=(40,72), attn_levels=(0,)), dict(widths=(32,), attn_levels=(), out_channels=8),
+          dict(widths=(64,128,128), depth=1, head_dim=8, groups=32)]
+
+@pytest.mark.parametrize('kw', SHAPES)
+def test_what_we_save_diffusers_loads(kw, tmp_path):
+    ours,x,t = randomise(UNet(4, **kw)), noise(2, 4, 16, 8), torch.tensor([0., 731.5])
+    save_component(ours, tmp_path/'unet')
+    theirs,info = UNet2DModel.from_pretrained(tmp_path, subfolder='unet', output_loading_info=True)
+    assert not any(info.values()) and gap(ours(x, t), theirs(x, t).sample) < 1e-5 * ours(x, t).abs().max().item()
+    assert json.loads((tmp_path/'unet'/'config.json').read_text())['_class_name'] == 'UNet2DModel'
+
+@pytest.mark.parametrize('kw', SHAPES)
+def test_what_diffusers_saves_we_load(kw, tmp_path):
+    theirs,x,t = randomise(Diffusers2D(4, **kw).net), noise(2, 4, 16, 8), torch.tensor([0., 731.5])
+    theirs.save_pretrained(tmp_path/'unet')
+    ours = load_component(tmp_path/'unet')
+    assert type(ours) is UNet and gap(ours(x, t), theirs(x, t).sample) < 1e-5 * theirs(x, t).sample.abs().max().item()
+    save_component(ours, tmp_path/'again')
+    keep = lambda f: {k: v for k,v in json.loads((f/'config.json').read_text()).items() if k[0] != '_'}
+    usual = {k: o.default for k,o in inspect.signature(UNet2DModel).parameters.items()}
+    same = lambda c: json.loads(json.dumps({**usual, **c}))
+    assert same(keep(tmp_path/'again')) == same(keep(tmp_path/'unet'))
+
+@pytest.mark.parametrize('change', [dict(class_embed_type='timestep'), dict(num_class_embeds=10), dict(resnet_time_scale_shift='default'),
+    dict(time_embedding_type='fourier'), dict(add_attention=False), dict(norm_eps=1e-6), dict(center_input_sample=True), dict(dropout=.1),
+    dict(attention_head_dim=None), dict(attn_norm_num_groups=None), dict(downsample_type='resnet'), dict(freq_shift=1),
+    dict(down_block_types=('SkipDownBlock2D', 'AttnDownBlock2D')), dict(up_block_types=('UpBlock2D', 'UpBlock2D')), dict(new_option=7)])
+def test_what_our_unet_cannot_be_is_refused(change, tmp_path):
+    "Silently left out, each of these would give a network that loads and answers something else."
+    save_component(UNet(4, widths=(32,64), depth=1), tmp_path/'unet')
+    f = tmp_path/'unet'/'config.json'
+    f.write_text(json.dumps({**json.loads(f.read_text()), **change}))
+    with pytest.raises(UserError, match=f"this network has .*use diffusers' UNet2DModel") as e: load_component(tmp_path/'unet')
+    assert '\n' not in str(e.value) and any(k in str(e.value) for k in change)
+
+def theirs_loop(net, scheduler, x, steps):
+    "The loop of diffusers' own pipelines, for schedulers that start from noise of std 1 and do not scale"
+    scheduler.set_timesteps(steps)
+    for k in scheduler.timesteps: x = scheduler.step(net(x, k).sample, k, x).prev_sample
+    return x
+
+@pytest.mark.parametrize('args,sampler,cls', [(('flow', 'velocity'), 'euler', None), (('ddpm_linear', 'eps'), 'ddim', DDIMScheduler),
+                                              (('ddpm_linear', 'v'), 'ddim', DDIMScheduler)])
+@torch.no_grad()
+def test_samples_in_diffusers_own_loop(args, sampler, cls, tmp_path):
+    "Network and scheduler saved here, loaded there, and drawn with there: our samples. One step off in time, they differ by .3."
+    process,net = Process(*args, 'uniform'), randomise(UNet(4, widths=(32,64), depth=1)).eval()
+    for p in net.conv_out.parameters(): p.mul_(.3)
+    save_component(net, tmp_path/'unet')
+    process.to_diffusers(cls).save_pretrained(tmp_path/'scheduler')
+    theirs,scheduler = UNet2DModel.from_pretrained(tmp_path, subfolder='unet'), type(process.to_diffusers(cls)).from_pretrained(tmp_path, subfolder='scheduler')
+    x = noise(3, 4, 8, 8)
+    a = theirs_loop(theirs, scheduler, x, 20)
+    b = SAMPLERS[sampler](net, process, x, time_steps(process, 20))
+    assert a.isfinite().all() and gap(a, b) < 1e-4*max(1., b.abs().max().item())
 
 # --- training -------------------------------------------------------------------------------------------------------
 
@@ -190,26 +250,35 @@ def test_training_learns_and_validates_rarely():
     white = 1/((1 - t)**2 + t**2) # the error of one who knows only mean and std
     assert (loss[:3] < .6*white[:3]).all() and loss[3] < 1.6
 
-def test_minutes_follow_the_clock():
-    net,start = small(), time.perf_counter()
-    learn = fit(net, minutes=.05)
-    assert 2.5 < time.perf_counter() - start < 5
+def test_minutes_become_steps_by_a_measurement(monkeypatch):
+    "A machine that needs .1 s a step makes 30 steps in .05 minutes, at a rate that ends near nothing."
+    monkeypatch.setattr(latentdiff.training, 'step_time', lambda learn: .1)
+    learn = fit(small(), minutes=.05)
     lrs = learn.recorder.lrs
-    assert max(lrs) > 5e-4 and lrs[-1] < .05*max(lrs)
-    assert 0 < len(learn.recorder.values) <= 10 and learn.pct_train == pytest.approx(1, abs=.05)
+    assert len(lrs) == 30 and learn.history['rows'][-1][0] == 30
+    assert max(lrs) > 4e-4 and lrs[-1] < .3*max(lrs) and 0 < len(learn.recorder.values) <= 10
 
-@pytest.mark.parametrize('kw', [{}, dict(minutes=1, epochs=1)])
+@pytest.mark.parametrize('kw', [{}, dict(minutes=1, epochs=1), dict(steps=3, epochs=1)])
 def test_needs_one_length(kw):
     with pytest.raises(UserError, match='how long'): fit(small(), **kw)
+
+def test_stopped_and_gone_on_is_the_same_to_the_bit(tmp_path):
+    "Killed in the middle, where it had just saved itself, and started again: the weights of a training that nobody disturbed."
+    class Kill(Callback):
+        order = 99
+        def after_batch(self):
+            if self.training and self.step_by_step.k == 13: raise KeyboardInterrupt
+    whole = fit(small(), steps=30, flip=True).model
+    kept = Checkpoint(tmp_path, 'this', every=0.)
+    with pytest.raises(KeyboardInterrupt): fit(small(), steps=30, flip=True, checkpoint=kept, cbs=[Kill()])
+    rest = fit(small(1), steps=30, flip=True, checkpoint=kept)
+    assert len(rest.recorder.losses) < 20
+    assert all(torch.equal(a, b) for a,b in zip(whole.parameters(), rest.model.parameters()))
 
 def test_needs_latents():
     with pytest.raises(UserError, match='no latents'): train_denoiser(small(), FLOW, latents(0), latents(4), epochs=1, device='cpu')
 
 def test_cpu_stays_in_float32(): assert mixed_precision('cpu') == []
-
-def test_passes_are_one_epoch():
-    dl = Passes([1, 2], 3)
-    assert list(dl) == [1, 2]*3 and len(dl) == 6
 
 class Says(nn.Module):
     "A denoiser that always answers 0."
@@ -241,13 +310,43 @@ def test_act_stats_in_a_fit():
     assert gap(acts.layer_stats(1)[1], acts.table('std')[:, 1]) == 0
     assert not any(m._forward_hooks for m in learn.model.modules())
 
-def test_denoiser_for_trains_once_and_again_for_other_settings(tmp_path, monkeypatch):
-    lat = SimpleNamespace(mean=latents().numpy(), tensor=lambda split: latents() if split == 'train' else latents()[:16])
-    monkeypatch.setattr(latentdiff.unet, 'latents_for', lambda p: lat)
-    p = replace(PRESETS['tiny'], widths=(32,), attn_levels=(), denoise_minutes=.01)
-    net,process = denoiser_for(p, tmp_path)
-    again,_ = denoiser_for(p, tmp_path)
-    assert all(torch.equal(a.cpu(), b.cpu()) for a,b in zip(net.state_dict().values(), again.state_dict().values()))
-    assert process == FLOW and (tmp_path/'process'/'config.json').exists()
-    other,_ = denoiser_for(replace(p, widths=(64,)), tmp_path)
-    assert tuple(other.config.widths) == (64,)
+# --- the maker ------------------------------------------------------------------------------------------------------
+
+TINY = replace(PRESETS['tiny'], widths=(32,), attn_levels=(), steps=4, bs=16)
+
+def some_latents(name='abc'):
+    return SimpleNamespace(fingerprint=name, mean=latents().numpy(), tensor=lambda split: latents() if split == 'train' else latents()[:16])
+
+def test_a_denoiser_is_made_once(tmp_path, capsys):
+    net,process = make_denoiser(tmp_path, some_latents(), TINY, device='cpu')
+    assert 'training UNet' in capsys.readouterr().out
+    again,_ = make_denoiser(tmp_path, some_latents(), TINY, device='cpu')
+    assert capsys.readouterr().out == '' and not again.training
+    assert all(torch.equal(a, b) for a,b in zip(net.state_dict().values(), again.state_dict().values()))
+    assert process == FLOW == Process.load(tmp_path/'process')
+
+def test_a_run_holds_what_diffusers_wants(tmp_path):
+    "Weights, scheduler and process side by side; made.json says from which latents, and how the losses went."
+    make_denoiser(tmp_path, some_latents(), TINY, device='cpu')
+    assert isinstance(UNet2DModel.from_pretrained(tmp_path, subfolder='unet'), UNet2DModel)
+    assert Process.from_diffusers(type(FLOW.to_diffusers()).from_pretrained(tmp_path, subfolder='scheduler')).schedule == 'flow'
+    note = made(tmp_path/'unet')
+    assert note['parents'] == {'latents': 'abc'} and note['settings']['steps'] == 4 and note['facts']['rows'][-1][0] == 4
+
+@pytest.mark.parametrize('change,words', [(dict(widths=(64,)), 'widths'), (dict(steps=5), 'steps 4, not 5'), (dict(bs=8), 'bs')])
+def test_other_settings_are_never_mixed(change, words, tmp_path):
+    make_denoiser(tmp_path, some_latents(), TINY, device='cpu')
+    with pytest.raises(UserError, match=words): make_denoiser(tmp_path, some_latents(), replace(TINY, **change), device='cpu')
+    net,_ = make_denoiser(tmp_path, some_latents(), replace(TINY, **change), device='cpu', remake=True)
+    assert tuple(net.config.widths) == change.get('widths', (32,))
+
+def test_other_latents_are_never_mixed(tmp_path):
+    make_denoiser(tmp_path, some_latents(), TINY, device='cpu')
+    with pytest.raises(UserError, match='other latents'): make_denoiser(tmp_path, some_latents('xyz'), TINY, device='cpu')
+
+def test_a_size_that_works_is_named():
+    "72 px in latents of 9 places cannot be halved twice: multiples of 32 px can."
+    p = replace(PRESETS['tiny'], widths=(32,32,32), size=72)
+    with pytest.raises(UserError, match='72 px gives latents of 9 x 9.*multiples of 32, such as 64') as e: unet_for((4, 9, 9), p)
+    assert '\n' not in str(e.value) and unet_for((4, 8, 8), replace(p, size=64))
+    with pytest.raises(UserError, match='another autoencoder'): unet_for((128,), p)

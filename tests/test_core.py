@@ -1,0 +1,314 @@
+"Core: presets, streams, files and folders that are whole or absent, components, artefacts, locks."
+import json, os, signal, stat, subprocess, sys, time
+from pathlib import Path
+import numpy as np, pytest, torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from latentdiff import core
+from latentdiff.core import *
+
+class Toy(torch.nn.Module, ConfigMixin):
+    "A component of one layer"
+    config_name = 'config.json'
+    @register_to_config
+    def __init__(self, wide=3, deep=1):
+        super().__init__()
+        self.layers = torch.nn.Sequential(*(torch.nn.Linear(wide, wide) for _ in range(deep)))
+
+def here(folder): return sorted(o.name for o in folder.iterdir())
+
+def one_line(e): return '\n' not in str(e.value)
+
+# --- presets
+
+def test_preset_by_argument_environment_and_hardware(monkeypatch):
+    monkeypatch.delenv('LATENTDIFF_PRESET', raising=False)
+    assert preset().name == ('gpu' if torch.cuda.is_available() else 'cpu')
+    monkeypatch.setenv('LATENTDIFF_PRESET', 'tiny')
+    assert preset().name == 'tiny' and preset('gpu').name == 'gpu'
+    with pytest.raises(UserError, match='choose one of tiny, cpu, gpu'): preset('large')
+
+@pytest.mark.parametrize('name,data,size,factor', [('tiny', None, None, 4), ('cpu', 'rooms', None, 8), ('cpu', 'my/folder', None, 8),
+                                                   ('cpu', 'smallnorb/lit', None, 8), ('cpu', 'rooms', 32, 8)])
+def test_presets_fit_data_and_size(name, data, size, factor):
+    p = preset(name, data, size)
+    assert p.data == (data or PRESETS[name].data) and p.size == (size or p.size)
+    assert p.ae_patch*2**(len(p.ae_widths) - 1) == factor and p.size % factor == 0
+
+def test_a_run_has_a_folder_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.setenv('LATENTDIFF_RUNS', str(tmp_path))
+    assert run_folder(preset('cpu', '/data/cats.tar.gz/'), 3) == tmp_path/'cats-cpu-64px-seed3'
+
+# --- streams
+
+def test_streams_do_not_meet():
+    "A million names; 63 bits make a collision a matter of one in ten million"
+    seen = {stream(seed, 'noise', i) for seed in (0, 1, 4295, -7) for i in range(250_000)}
+    assert len(seen) == 1_000_000 and max(seen) < 2**63 and min(seen) >= 0
+
+def test_the_pairs_that_met():
+    assert stream(0, 45589) != stream(4295, 0) and stream(2**32) != stream(0) and stream(0, 1) != stream(0, '1') != stream(0, 1, '')
+
+@pytest.mark.parametrize('seed', [-1, 0, 2**32, 2**70, np.int64(5), np.int32(-5), torch.tensor(4)])
+def test_any_whole_number_is_a_seed(seed):
+    torch.Generator().manual_seed(stream(seed, 'x'))
+    assert stream(seed, 'x') == stream(int(seed), 'x') and stream(0, seed) == stream(0, int(seed))
+
+def test_streams_are_what_they_were():
+    "Runs of yesterday go on today"
+    assert stream(0) == 7210762507766007076 and stream(1, 'step', 2) == 3185912055271076126
+
+# --- progress
+
+class FakeTime:
+    now = 0.
+    def time(self): return self.now
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = FakeTime()
+    monkeypatch.setattr(core, 'time', clock)
+    return clock
+
+def test_progress_gives_every_item_and_is_silent_when_quick(clock, capsys):
+    assert list(progress('abc', what='three letters')) == ['a', 'b', 'c']
+    assert list(progress(iter('abc'), 3)) == ['a', 'b', 'c'] and capsys.readouterr().out == ''
+
+def test_progress_says_once_what_takes_long(clock, capsys):
+    for _ in progress(range(9), what='nine things'): clock.now += 1
+    assert capsys.readouterr().out == 'nine things\n'
+
+def test_a_bar_shows_itself_where_somebody_looks(clock, capsys, monkeypatch):
+    drawn = []
+    class Drawn:
+        def __init__(self, *args, **kw): drawn.append(kw['total'])
+        def update(self, k): drawn.append(k)
+        def on_iter_end(self): drawn.append('end')
+    monkeypatch.setattr(core, 'progress_bar', Drawn)
+    monkeypatch.setattr(core, 'IN_NOTEBOOK', True)
+    for _ in progress(range(5), what='five things'): clock.now += 1
+    assert drawn == [5, 0, 3, 4, 5, 'end'] and capsys.readouterr().out == ''
+
+# --- files
+
+@pytest.fixture
+def umask():
+    old = os.umask(0o022)
+    yield
+    os.umask(old)
+
+def test_files_have_the_mode_that_the_umask_says(tmp_path, umask):
+    save_component(Toy(), tmp_path/'toy')
+    write_json(tmp_path/'toy'/'x.json', {})
+    assert {stat.S_IMODE(o.stat().st_mode) for o in (tmp_path/'toy').iterdir()} == {0o644}
+    assert stat.S_IMODE((tmp_path/'toy').stat().st_mode) == 0o755
+
+@pytest.mark.parametrize('fails', ['replace', 'write'])
+def test_a_failed_write_leaves_the_old_file(fails, tmp_path, monkeypatch):
+    write_whole(tmp_path/'a', 'old')
+    def broken(*args): raise OSError(28, 'No space left on device')
+    if fails == 'replace': monkeypatch.setattr(core.os, 'replace', broken)
+    else: monkeypatch.setattr(Path, 'write_bytes', lambda self, data: (self.open('w').write('ha'), broken()))
+    with pytest.raises(OSError): write_whole(tmp_path/'a', b'new')
+    assert (tmp_path/'a').read_text() == 'old' and here(tmp_path) == ['a']
+
+def test_json_both_ways(tmp_path):
+    write_json(tmp_path/'a.json', dict(x=[1, 'ä']), indent=1)
+    assert read_json(tmp_path/'a.json', 'do this') == dict(x=[1, 'ä'])
+
+@pytest.mark.parametrize('text', [None, b'{', b'\xff\xfe{}', b'[1]', b'3', b'['*100_000, 'folder'])
+def test_what_is_no_json_is_one_line_with_the_hint(text, tmp_path):
+    if text == 'folder': (tmp_path/'a.json').mkdir()
+    elif text: (tmp_path/'a.json').write_bytes(text)
+    with pytest.raises(UserError, match='do this$') as e: read_json(tmp_path/'a.json', 'do this')
+    assert one_line(e)
+
+def test_md5(tmp_path):
+    write_whole(tmp_path/'a', 'hello')
+    assert file_md5(tmp_path/'a') == '5d41402abc4b2a76b9719d911017c592'
+
+# --- folders
+
+def test_a_folder_is_whole_or_as_before(tmp_path):
+    with whole_folder(tmp_path/'a') as new: write_whole(new/'x', '1')
+    with pytest.raises(KeyboardInterrupt):
+        with whole_folder(tmp_path/'a') as new:
+            write_whole(new/'y', '2')
+            raise KeyboardInterrupt
+    assert here(tmp_path/'a') == ['x'] and here(tmp_path) == ['a']
+    with whole_folder(tmp_path/'a') as new: write_whole(new/'y', '2')
+    assert here(tmp_path/'a') == ['y'] and here(tmp_path) == ['a']
+
+# --- components
+
+def test_component_round_trip(tmp_path):
+    a = Toy(4, deep=2).train()
+    save_component(a, tmp_path/'toy')
+    b = load_component(tmp_path/'toy')
+    assert type(b) is Toy and b.config.wide == 4 and not b.training and not any(p.requires_grad for p in b.parameters())
+    assert all(torch.equal(u, v) for u, v in zip(a.parameters(), b.parameters())) and here(tmp_path/'toy') == ['config.json', 'weights.safetensors']
+
+def test_interrupted_save_leaves_the_old_one(tmp_path, monkeypatch):
+    save_component(Toy(), tmp_path/'toy')
+    def killed(*a, **k): raise KeyboardInterrupt
+    monkeypatch.setattr(core, 'write_whole', killed)
+    with pytest.raises(KeyboardInterrupt): save_component(Toy(9), tmp_path/'toy')
+    assert load_component(tmp_path/'toy').config.wide == 3 and here(tmp_path) == ['toy']
+
+def damage(folder, what):
+    f, c = folder/'weights.safetensors', folder/'config.json'
+    if what == 'no config': c.unlink()
+    if what == 'bad config': c.write_text('{')
+    if what == 'no class': c.write_text('{"_class_name": "Nothing"}')
+    if what == 'no class name': c.write_text('{}')
+    if what == 'no weights': f.unlink()
+    if what == 'cut off': f.write_bytes(f.read_bytes()[:100])
+    if what == 'empty': f.write_bytes(b'')
+    if what == 'other widths': c.write_text(json.dumps({**json.loads(c.read_text()), 'wide': 4}))
+    if what == 'other depth': c.write_text(json.dumps({**json.loads(c.read_text()), 'deep': 2}))
+    if what == 'nonsense': c.write_text(json.dumps({**json.loads(c.read_text()), 'wide': 'three'}))
+    if what == 'nan': f.write_bytes(f.read_bytes()[:-4] + b'\x00\x00\xc0\x7f')
+
+@pytest.mark.parametrize('what', ['no config', 'bad config', 'no class', 'no class name', 'no weights', 'cut off', 'empty', 'other widths',
+                                  'other depth', 'nonsense', 'nan'])
+def test_damaged_components_are_one_line(what, tmp_path):
+    save_component(Toy(), tmp_path/'toy')
+    load_component(tmp_path/'toy')
+    damage(tmp_path/'toy', what)
+    with pytest.raises(UserError) as e: load_component(tmp_path/'toy')
+    assert one_line(e)
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_weights_that_are_not_finite_are_not_saved(value, tmp_path):
+    save_component(Toy(), tmp_path/'toy')
+    sick = Toy(5)
+    sick.layers[0].bias.data[2] = value
+    with pytest.raises(UserError, match='layers.0.bias of Toy is not finite'): save_component(sick, tmp_path/'toy')
+    assert load_component(tmp_path/'toy').config.wide == 3
+
+def test_the_class_of_a_notebook_comes_before_that_of_diffusers():
+    from latentdiff.autoencoder import PretrainedKL
+    assert find_class('AutoencoderKL') is PretrainedKL and find_class('Toy') is Toy
+
+# --- artefacts
+
+class Maker:
+    "Writes its number; breaks down in call `at`, half way"
+    def __init__(self, at=None): self.calls, self.at = 0, at
+    def __call__(self, folder):
+        self.calls += 1
+        (folder/f'half-{self.calls}').write_text('')
+        if self.calls == self.at: raise KeyboardInterrupt
+        (folder/'number').write_text(str(self.calls))
+        return dict(number=self.calls)
+
+def make(path, maker, steps=1, images='f00', **kw): return artefact(path, maker, dict(images=images), dict(steps=steps, widths=(1, 2)), **kw)
+
+def test_made_once(tmp_path):
+    maker = Maker()
+    for _ in range(3): assert make(tmp_path/'run'/'a', maker) == tmp_path/'run'/'a'
+    note = made(tmp_path/'run'/'a')
+    assert maker.calls == 1 and note['facts'] == dict(number=1) and note['settings'] == dict(steps=1, widths=[1, 2])
+    assert here(tmp_path/'run'/'a') == ['half-1', 'made.json', 'number'] and made(tmp_path/'b') == {}
+
+@pytest.mark.parametrize('change,said', [(dict(steps=2), 'steps 1, not 2'), (dict(images='bar'), 'other images'), (dict(version=2), 'version 1 of the recipe')])
+def test_what_was_made_from_something_else(change, said, tmp_path, capsys):
+    maker = Maker()
+    make(tmp_path/'a', maker)
+    with pytest.raises(UserError, match=said) as e: make(tmp_path/'a', maker, **change)
+    assert one_line(e) and maker.calls == 1 and (tmp_path/'a'/'number').read_text() == '1'
+    make(tmp_path/'a', maker, remake=True, **change)
+    assert said in capsys.readouterr().out and (tmp_path/'a'/'number').read_text() == '2'
+    make(tmp_path/'a', maker, **change)
+    assert maker.calls == 2 and here(tmp_path) == ['.lock', 'a']
+
+def test_killed_in_the_middle_goes_on_in_the_same_folder(tmp_path):
+    maker = Maker(at=1)
+    with pytest.raises(KeyboardInterrupt): make(tmp_path/'a', maker)
+    assert not (tmp_path/'a').exists()
+    make(tmp_path/'a', maker)
+    assert here(tmp_path/'a') == ['half-1', 'half-2', 'made.json', 'number']
+
+def test_killed_in_the_middle_and_called_for_something_else_starts_afresh(tmp_path):
+    maker = Maker(at=1)
+    with pytest.raises(KeyboardInterrupt): make(tmp_path/'a', maker)
+    make(tmp_path/'a', maker, steps=2)
+    assert here(tmp_path/'a') == ['half-2', 'made.json', 'number']
+
+@pytest.mark.parametrize('at', [0, 1])
+def test_killed_before_or_between_the_two_renames(at, tmp_path, monkeypatch):
+    "Whatever moment, the next call has the new one in place, and makes nothing again"
+    maker, renames, rename = Maker(), [], Path.rename
+    make(tmp_path/'a', maker)
+    def dies(self, target):
+        if len(renames) == at: raise KeyboardInterrupt
+        renames.append(target)
+        return rename(self, target)
+    monkeypatch.setattr(Path, 'rename', dies)
+    with pytest.raises(KeyboardInterrupt): make(tmp_path/'a', maker, steps=2, remake=True)
+    monkeypatch.undo()
+    assert (tmp_path/'a').exists() == (at == 0)
+    make(tmp_path/'a', maker, steps=2, remake=True)
+    assert maker.calls == 2 and (tmp_path/'a'/'number').read_text() == '2' and here(tmp_path) == ['.lock', 'a']
+
+def test_remaking_keeps_the_old_one_until_the_new_one_is_whole(tmp_path):
+    maker = Maker(at=2)
+    make(tmp_path/'a', maker)
+    with pytest.raises(KeyboardInterrupt): make(tmp_path/'a', maker, steps=2, remake=True)
+    assert (tmp_path/'a'/'number').read_text() == '1' and made(tmp_path/'a')['settings']['steps'] == 1
+
+@pytest.mark.parametrize('what', ['folder', 'file', 'odd note', 'damaged note'])
+def test_what_is_not_ours_is_refused_and_kept(what, tmp_path):
+    f = tmp_path/'a'
+    if what == 'file': f.write_text('mine')
+    else: f.mkdir()
+    if what == 'folder': (f/'mine').write_text('')
+    if what == 'odd note': (f/'made.json').write_text('{"mine": 1}')
+    if what == 'damaged note': (f/'made.json').write_text('{')
+    with pytest.raises(UserError) as e: make(f, Maker())
+    assert one_line(e) and f.exists() and here(tmp_path) == ['a']
+
+def test_a_finished_artefact_asks_for_no_lock(tmp_path):
+    "It may lie in a folder where one may only read"
+    make(tmp_path/'a', Maker())
+    (tmp_path/'.lock').unlink()
+    make(tmp_path/'a', Maker())
+    assert here(tmp_path) == ['a']
+
+def test_fingerprints():
+    assert fingerprint(a=1, b=[2, 'x']) == fingerprint(b=(2, 'x'), a=1) != fingerprint(a=1, b=[2, 'y'])
+    assert len(fingerprint()) == 16 and int(fingerprint(), 16) >= 0
+
+# --- locks
+
+HOLD = """
+import sys, time
+from latentdiff.core import locked
+with locked(sys.argv[1]):
+    print('locked', flush=True)
+    time.sleep(60)
+"""
+
+def test_one_process_at_a_time(tmp_path):
+    with subprocess.Popen([sys.executable, '-c', HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == 'locked\n'
+        with pytest.raises(UserError, match='another process works in') as e: make(tmp_path/'a', Maker())
+        assert one_line(e) and not (tmp_path/'a').exists()
+        other.send_signal(signal.SIGKILL)          # the system lets go of the lock, however it dies
+        other.wait()
+        make(tmp_path/'a', Maker())
+    assert (tmp_path/'a').exists()
+
+def test_one_process_may_lock_twice(tmp_path):
+    with locked(tmp_path), locked(tmp_path): pass
+    with locked(tmp_path): pass
+
+def test_where_nothing_can_be_written(tmp_path):
+    (tmp_path/'file').write_text('')
+    with pytest.raises(UserError, match='cannot be written') as e: make(tmp_path/'file'/'run'/'a', Maker())
+    assert one_line(e)
+
+def test_core_is_quick_and_alone():
+    "No torch for those who only ask for help, and nothing of ours above it"
+    code = "import sys, latentdiff.core; print([m for m in sys.modules if m == 'torch' or m.startswith('latentdiff.')])"
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "['latentdiff.core']"

@@ -1,0 +1,423 @@
+"Training: batches by number, averages, rates; a training that was killed, or continued, ends with the weights of one that was not."
+import os, random, subprocess, sys
+import pytest, torch
+from fastai.basics import SGD, Callback, DataLoaders, Learner
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+from latentdiff import training
+from latentdiff.autoencoder import KLAutoencoder, ae_learner, train_autoencoder
+from latentdiff.core import UserError
+from latentdiff.data import from_uint8, open_images
+from latentdiff.rooms import rooms
+from latentdiff.training import *
+from latentdiff.training import _DECAY as DECAY, _WARM as WARM
+
+# --- batches by number
+
+def test_device_loader_batches():
+    x, y = rooms(100, 16), torch.arange(100)
+    valid = list(DeviceLoader(x, y, bs=32, device='cpu'))
+    assert [len(b[0]) for b in valid] == [32, 32, 32, 4] and torch.cat([b[1] for b in valid]).tolist() == list(range(100))
+    assert torch.equal(torch.cat([b[0] for b in valid]), from_uint8(x))
+    train = DeviceLoader(x, y, bs=32, shuffle=True, seed=3, device='cpu')
+    first, second = [torch.cat([b[1] for b in train]).tolist() for _ in range(2)]
+    assert len(train) == 3 and len(set(first)) == 96 and first != second
+    again = DeviceLoader(x, y, bs=32, shuffle=True, seed=3, device='cpu')
+    torch.rand(5)
+    assert torch.cat([b[1] for b in again]).tolist() == first
+    for xb, yb in train: assert torch.equal(xb, from_uint8(x[yb]))
+    assert len(DeviceLoader(x, bs=500, shuffle=True, device='cpu')) == 1
+
+def test_device_loader_flip_and_floats():
+    x = torch.randn(64, 4, 8, 8, dtype=torch.float16)
+    (b,) = DeviceLoader(x, bs=64, flip=True, seed=0, device='cpu').one_batch()
+    same = (b == x.float()).flatten(1).all(1)
+    mirrored = (b == x.float().flip(-1)).flatten(1).all(1)
+    assert b.dtype == torch.float32 and (same ^ mirrored).all() and 15 < same.sum() < 50
+    (b,) = DeviceLoader(x, bs=8, transform=lambda o: o*0, device='cpu').one_batch()
+    assert b.eq(0).all()
+
+def test_device_loader_in_a_learner():
+    x = rooms(120, 16)
+    y = open_images('rooms', 16, n=120).labels
+    dls = DataLoaders(DeviceLoader(x, y, bs=32, shuffle=True, seed=0, device='cpu'), DeviceLoader(x, y, bs=50, device='cpu'))
+    torch.manual_seed(0)
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3*16*16, 6)), loss_func=nn.CrossEntropyLoss(), lr=1e-2)
+    with learn.no_bar(), learn.no_logging(): learn.fit(15)
+    with learn.no_bar():
+        preds, targs = learn.get_preds()
+        _, targs_train = learn.get_preds(ds_idx=0)
+    assert targs.tolist() == y.tolist() == targs_train.tolist()
+    assert (preds.argmax(1) == y).float().mean() > .5
+
+def test_a_batch_is_a_function_of_seed_and_number():
+    x, y = rooms(40, 16), torch.arange(40)
+    make = lambda seed: DeviceLoader(x, y, bs=16, shuffle=True, flip=True, seed=seed, device='cpu')
+    forth = [make(1).batch(k) for k in range(7)]
+    dl = make(1)
+    back = [dl.batch(k) for k in reversed(range(7))][::-1]
+    other = [make(2).batch(k) for k in range(7)]
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(forth, back))
+    assert not any(torch.equal(a[1], b[1]) for a, b in zip(forth, other))
+    assert len({*forth[0][1].tolist(), *forth[1][1].tolist()}) == 32            # an epoch takes no row twice
+    turned = [b[0][i].equal(from_uint8(x[b[1][i]]).flip(-1)) for b in forth for i in range(16)]
+    assert 30 < sum(turned) < 82 and turned[:16] != turned[32:48]
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_batches_are_float32_whatever_is_stored(dtype):
+    x = torch.full((4, 1, 2, 2), 255 if dtype == torch.uint8 else 1, dtype=dtype)
+    (b,) = DeviceLoader(x, bs=4, device='cpu').batch(0)
+    assert b.dtype == torch.float32 and b.eq(1).all()
+
+def test_small_things():
+    assert [largest_divisor(*o) for o in ((96, 32), (7, 6), (40, 10), (1, 8), (12, 0))] == [32, 1, 10, 1, 1]
+    layer = nn.Conv2d(2, 3, 1)
+    assert zero_init(layer) is layer and not any(p.any() for p in layer.parameters())
+    before = peak_gb()
+    block = torch.ones(50_000_000)
+    assert peak_gb() >= before > .05 and peak_gb() < 64 and block.all()
+
+# --- the average of the weights
+
+class Walk(nn.Module):
+    "One number; its gradient is always -1, so that SGD with lr 1 counts the steps."
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(1))
+    def forward(self, x): return -self.w.expand(len(x))
+
+def test_ema_closed_form():
+    "The average of 1, 2, ... n with the warm-up decay, in the model after the fit and during validation."
+    class Spy(Callback):
+        order = 90
+        def before_validate(self): seen.append(self.learn.model.w.item())
+    class Feed(Callback):
+        def before_batch(self): self.learn.xb, self.learn.yb = (torch.zeros(1, 1),), (torch.zeros(1),)
+    seen, dl = [], DeviceLoader(torch.zeros(5, 1), bs=1, device='cpu')
+    ema = EMA(.5)
+    learn = Learner(DataLoaders(dl, dl), Walk(), loss_func=lambda p, y: p.mean(), opt_func=SGD, cbs=[ema, Spy(), Feed()])
+    learn.dls.n_inp = 0
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, lr=1.)
+    avg, path = 0., []
+    for n in range(1, 11):
+        d = min(.5, (1 + n)/(10 + n))
+        avg = d*avg + (1 - d)*n
+        path.append(avg)
+    assert seen == pytest.approx([path[4], path[9]], rel=1e-6)
+    assert learn.model.w.item() == pytest.approx(path[9], rel=1e-6)
+    ema.swap()
+    assert learn.model.w.item() == 10
+    learn.validate()
+    assert learn.model.w.item() == 10
+
+# --- small learners
+
+def data(n=50, seed=0): return torch.randn(n, 6, generator=torch.Generator().manual_seed(seed))
+
+def shake(x): return x + .3*torch.randn_like(x)
+
+def small_learner(*cbs, transform=None, dtype=torch.float32, n=50, bs=8, frozen=False, noise=.2):
+    "A net with dropout, a batch norm, and if asked an average, a random transform and a frozen layer, on 50 rows"
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(noise), nn.SiLU(), nn.Linear(16, 6), nn.Linear(6, 6)).to(dtype)
+    net[0].requires_grad_(not frozen)
+    x, loss = data(n), lambda p, y: F.mse_loss(p, y.to(dtype))
+    train = DeviceLoader(x, x.flip(1), bs=bs, shuffle=True, seed=0, device='cpu', transform=transform)
+    dls = DataLoaders(train, DeviceLoader(data(seed=1), data(seed=1).flip(1), bs=32, device='cpu'))
+    class Cast(Callback):
+        def before_batch(self): self.learn.xb = (self.x.to(dtype),)
+    return Learner(dls, net, loss, opt_func=adamw, cbs=[Cast(), *cbs])
+
+def state(learn): return {k: v.clone() for k, v in learn.model.state_dict().items()}
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+class Plug(Callback):
+    "Pulled at some event of step k, before anything else or after it"
+    def __init__(self, event, k, order=-100): self.event, self.at, self.order = event, k, order
+    def pull(self, event):
+        if self.event == event and hasattr(self.learn, 'step_by_step') and self.step_by_step.k == self.at: raise KeyboardInterrupt
+    def before_batch(self): self.pull('before_batch')
+    def before_step(self): self.pull('before_step')
+    def after_batch(self): self.pull('after_batch')
+    def before_validate(self): self.pull('before_validate')
+    def after_validate(self): self.pull('after_validate')
+    def after_fit(self): self.pull('after_fit')
+
+def quiet(learn, **kw):
+    with learn.no_bar(), learn.no_logging(): return fit_steps(learn, **kw)
+
+def test_no_sync_keeps_the_running_loss():
+    a, b = small_learner(), small_learner()
+    torch.manual_seed(0)
+    a.fit(1, 1e-2)
+    torch.manual_seed(0)
+    no_sync(no_sync(b)).fit(1, 1e-2)
+    assert torch.allclose(torch.tensor([float(l) for l in a.recorder.losses]), torch.tensor(b.recorder.losses), rtol=1e-6)
+    assert isinstance(b.recorder.losses[0], float) and len(b.recorder.losses) == 6
+
+# --- the rate
+
+@pytest.mark.parametrize('steps', [200, 1000, 12_345])
+def test_the_rate_rises_stays_and_falls_to_zero(steps):
+    r, down = [rate(k, steps) for k in range(steps)], decay_start(steps)
+    assert r[0] == 1/WARM and r[:WARM] == sorted(r[:WARM]) and set(r[WARM:down]) == {1}
+    assert r[down:] == sorted(r[down:], reverse=True) and 0 < r[-1] <= 1/(DECAY*steps - 1) and down == steps - int(DECAY*steps)
+    assert r[:down] == [rate(k, 10*steps) for k in range(down)]                # the longer training is the same so far
+
+@pytest.mark.parametrize('steps', [1, 2, 3, 30])
+def test_the_shortest_trainings_have_rates_too(steps):
+    assert all(0 < rate(k, steps) <= 1 for k in range(steps))
+
+def test_the_optimizer_gets_that_rate():
+    class Look(Callback):
+        def before_step(self): seen.append(self.opt.hypers[-1]['lr'])
+    seen = []
+    quiet(small_learner(), steps=21, lr=.02, cbs=Look())
+    assert seen == pytest.approx([.02*rate(k, 21) for k in range(21)])
+
+# --- how long
+
+def test_one_of_steps_epochs_and_minutes():
+    for how in (dict(), dict(steps=3, epochs=1), dict(minutes=1, epochs=1)):
+        with pytest.raises(UserError, match='one of the three'): fit_steps(small_learner(), **how)
+
+@pytest.mark.parametrize('how,steps', [(dict(steps=7), 7), (dict(epochs=2), 12), (dict(epochs=.5), 3), (dict(minutes=.1), 60), (dict(epochs=0), 1)])
+def test_epochs_and_minutes_become_steps_once(how, steps, monkeypatch, capsys):
+    monkeypatch.setattr(training, 'step_time', lambda learn: .1)
+    learn = quiet(small_learner(), **how)
+    assert learn.history['rows'][-1][0] == steps and f'{steps} steps of 8' in capsys.readouterr().out
+
+def test_measuring_leaves_no_trace():
+    learn = small_learner(EMA(.9))
+    before, drawn = state(learn), torch.random.get_rng_state()
+    with torch.random.fork_rng(): secs = step_time(learn)
+    assert 0 < secs < 1 and same(before, state(learn)) and torch.equal(drawn, torch.random.get_rng_state())
+
+def test_a_bare_denoiser_is_timed_and_left_as_it_was():
+    net = nn.Conv2d(2, 2, 1)
+    before = net.weight.clone()
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+        def forward(self, z, t): return self.net(z)
+    assert 0 < seconds_per_step(Net(), torch.randn(2, 2, 4, 4)) < 1 and torch.equal(net.weight, before)
+    assert net.weight.grad is None or not net.weight.grad.any()
+
+def test_the_readers_generator_is_left_alone():
+    torch.manual_seed(1)
+    want = torch.rand(3)
+    learn = small_learner()
+    torch.manual_seed(1)
+    quiet(learn, steps=5)
+    assert torch.equal(torch.rand(3), want)
+
+def test_ten_rounds_and_their_rows():
+    learn = quiet(small_learner(), steps=40)
+    h = learn.history
+    assert [r[0] for r in h['rows']] == list(range(4, 41, 4)) and all(len(r) == 3 for r in h['rows'])
+    assert h['step'] == list(range(1, 41)) and len(h['loss']) == 40 and isinstance(h['loss'][0], float)
+    assert [r[2] for r in h['rows']] == pytest.approx([float(v[1]) for v in learn.recorder.values])
+
+# --- killed, and called again
+
+KINDS = dict(plain={}, average=dict(ema=True), best=dict(keep_best=True), average_and_best=dict(ema=True, keep_best=True),
+             loader=dict(transform=shake), frozen=dict(frozen=True, ema=True), double=dict(dtype=torch.float64, ema=True))
+
+def trained(kind, checkpoint=None, steps=40, cbs=(), rounds=10):
+    kw = dict(KINDS[kind])
+    keep_best, cb = kw.pop('keep_best', False), [EMA(.9)] if kw.pop('ema', False) else []
+    return quiet(small_learner(*cb, **kw), steps=steps, lr=.05, checkpoint=checkpoint, keep_best=keep_best, cbs=cbs, rounds=rounds)
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_killed_at_any_moment_and_called_again(kind, tmp_path):
+    "At any event of any step, with a checkpoint after every step or now and then"
+    whole, luck = trained(kind), random.Random(kind)
+    events = 'before_batch before_step after_batch before_validate after_validate after_fit'.split()
+    for i in range(5):
+        event, folder = luck.choice(events), tmp_path/str(i)
+        k = luck.choice((4, 20, 36)) if 'validate' in event else 40 if event == 'after_fit' else luck.randrange(1, 40)
+        keep = Checkpoint(folder, 'this', every=luck.choice((0, 0, .01)))
+        with pytest.raises(KeyboardInterrupt): trained(kind, keep, cbs=Plug(event, k, luck.choice((-100, 99))))
+        again = trained(kind, keep)
+        assert same(state(again), state(whole)), (event, k)
+        assert again.history['best'] == whole.history['best']
+        assert [r[::2] for r in again.history['rows']] == [r[::2] for r in whole.history['rows']], (event, k)
+        assert [again.history['step'][-1], len(again.history['step'])] == [40, 40]
+
+def test_the_best_weights_are_those_that_were_validated():
+    "With an average the best validation is the average's, and so are the weights that are kept"
+    learn = small_learner(EMA(.9))
+    quiet(learn, steps=40, lr=.3, keep_best=True, rounds=20)
+    best = min(learn.history['rows'], key=lambda r: r[2])
+    assert learn.history['best'] == [best[0], best[2]]
+    with learn.no_bar(), learn.no_logging(): assert learn.validate()[0] == pytest.approx(best[2], rel=1e-5)
+
+def test_a_killed_training_says_from_where_it_goes_on(tmp_path, capsys):
+    keep = Checkpoint(tmp_path, 'this', every=0)
+    with pytest.raises(KeyboardInterrupt): trained('plain', keep, cbs=Plug('before_batch', 17))
+    trained('plain', keep)
+    assert 'from step 17 on' in capsys.readouterr().out
+
+def test_an_autoencoder_killed_and_called_again(tmp_path):
+    x, luck = rooms(40, 16), random.Random(0)
+    def train(checkpoint=None, cbs=()):
+        torch.manual_seed(5)
+        ae = KLAutoencoder(3, (8, 16), 2, 1, 4)
+        learn = train_autoencoder(ae, x[:32], x[32:], steps=30, bs=8, flip=True, checkpoint=checkpoint, device='cpu', cbs=cbs)
+        return {**state(learn), 'mean': ae.latent_mean, 'std': ae.latent_std}
+    whole = train()
+    for k in luck.sample(range(1, 30), 2):
+        keep = Checkpoint(tmp_path/str(k), 'this', every=0)
+        with pytest.raises(KeyboardInterrupt): train(keep, [Plug('after_batch', k, 99)])
+        assert same(train(keep), whole), k
+
+def test_a_unet_killed_and_called_again(tmp_path):
+    from latentdiff.noisify import Process
+    from latentdiff.unet import UNet, train_denoiser
+    z, luck = torch.randn(40, 4, 8, 8, generator=torch.Generator().manual_seed(0)), random.Random(1)
+    def train(checkpoint=None, cbs=()):
+        torch.manual_seed(5)
+        net = UNet(4, widths=(16, 32), depth=1, attn_levels=(1,))
+        process = Process('flow', 'velocity', 'logit_normal')
+        return state(train_denoiser(net, process, z[:32], z[32:], steps=24, bs=8, checkpoint=checkpoint, device='cpu', cbs=cbs))
+    whole = train()
+    for k in luck.sample(range(1, 24), 2):
+        keep = Checkpoint(tmp_path/str(k), 'this', every=0)
+        with pytest.raises(KeyboardInterrupt): train(keep, [Plug('after_batch', k, 99)])
+        assert same(train(keep), whole), k
+
+NURSERY = """
+import os, random, signal, sys, time
+from dataclasses import replace
+from latentdiff import autoencoder, core, data, training
+training.Checkpoint.__init__.__defaults__ = (.02,)
+images, p = data.open_images('rooms', 16, n=60), replace(core.preset('tiny'), n=60, size=16, ae_steps=60, bs=8)
+def start(folder):
+    "Make the autoencoder in a process of its own"
+    pid = os.fork()
+    if pid: return pid
+    try: autoencoder.make_autoencoder(folder, images, p, device='cpu')
+    except BaseException as e:
+        print(repr(e), file=sys.stderr, flush=True)
+        os._exit(1)
+    os._exit(0)
+began = time.monotonic()
+os.waitpid(start(sys.argv[1] + '/whole'), 0)
+took, kills = time.monotonic() - began, 0
+while True:
+    pid = start(sys.argv[1] + '/cut')
+    if kills < 6:
+        time.sleep(took*random.uniform(.05, .4))
+        os.kill(pid, signal.SIGKILL)
+    status = os.waitpid(pid, 0)[1]
+    if not os.WIFSIGNALED(status): break
+    kills += 1
+print(status, kills)
+"""
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+def test_killed_by_sigkill_again_and_again(tmp_path):
+    "The autoencoder of a run, killed up to six times at random moments, has the weights of one that was left in peace"
+    out = subprocess.run([sys.executable, '-c', NURSERY, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert out.returncode == 0, out.stderr
+    status, kills = map(int, out.stdout.split()[-2:])
+    assert status == 0 and kills > 1, out.stderr
+    whole, cut = (tmp_path/o/'autoencoder' for o in ('whole', 'cut'))
+    assert sorted(o.name for o in cut.iterdir()) == ['autoencoder.safetensors', 'config.json', 'made.json']
+    for name in ('autoencoder.safetensors', 'config.json'): assert (cut/name).read_bytes() == (whole/name).read_bytes()
+    left = [o.name for o in (tmp_path/'cut').rglob('.*') if o.name != '.lock']
+    assert not [o for o in left if o.endswith('.making')] and not list((tmp_path/'cut'/'checkpoints').rglob('.*.part'))
+
+# --- more
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('first,then', [(40, 41), (20, 70)])
+def test_more_is_the_longer_training(kind, first, then, tmp_path):
+    keep = Checkpoint(tmp_path, 'this', every=0)
+    trained(kind, keep, steps=first)
+    class From(Callback):
+        order = 95
+        def before_fit(self): began.append(self.step_by_step.k)
+    began = []
+    more = trained(kind, keep, steps=then, cbs=From())
+    assert same(state(more), state(trained(kind, steps=then)))
+    assert began == [0 if 'best' in kind else decay_start(first)]    # the best of other validations is another best
+
+def test_more_and_killed_while_at_it(tmp_path):
+    keep = Checkpoint(tmp_path, 'this', every=0)
+    trained('average', keep, steps=40)
+    for k in (33, 47, 71):
+        with pytest.raises(KeyboardInterrupt): trained('average', keep, steps=80, cbs=Plug('after_batch', k, 99))
+    assert same(state(trained('average', keep, steps=80)), state(trained('average', steps=80)))
+
+def test_less_starts_afresh(tmp_path):
+    "The longer training was past the point where the shorter one slows down"
+    keep = Checkpoint(tmp_path, 'this', every=0)
+    trained('plain', keep, steps=40)
+    assert same(state(trained('plain', keep, steps=20)), state(trained('plain', steps=20)))
+
+# --- checkpoints
+
+def test_the_checkpoint_of_another_training_is_left_out(tmp_path):
+    trained('plain', Checkpoint(tmp_path, 'that', every=0))
+    keep = Checkpoint(tmp_path, 'this', every=0)
+    assert keep.load(40) is None and Checkpoint(tmp_path, 'that').load(40)[1]['k'] == 40
+    assert same(state(trained('plain', keep)), state(trained('plain')))
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.uint8])
+def test_a_checkpoint_keeps_every_type(dtype, tmp_path):
+    x = (torch.randn(3, 4, 5, 6)*3).to(dtype).to(memory_format=torch.channels_last)
+    keep = Checkpoint(tmp_path, 'this')
+    keep.save('last', dict(x=x, n=torch.tensor(7).to(dtype)), dict(k=3, steps=9))
+    tensors, note = keep.load(9)
+    assert tensors['x'].dtype == dtype and torch.equal(tensors['x'], x) and torch.equal(tensors['n'], torch.tensor(7).to(dtype)) and note['k'] == 3
+
+def test_a_write_that_was_cut_off_is_cleared_away(tmp_path):
+    (tmp_path/'.last.safetensors.123.part').write_bytes(b'half')
+    Checkpoint(tmp_path, 'this').save('last', {}, dict(k=1, steps=2))
+    assert [o.name for o in tmp_path.iterdir()] == ['last.safetensors']
+
+@pytest.mark.parametrize('how', ['cut off', 'empty', 'no note'])
+def test_a_damaged_checkpoint_is_one_line(how, tmp_path):
+    f, keep = tmp_path/'last.safetensors', Checkpoint(tmp_path, 'this')
+    keep.save('last', dict(x=torch.ones(100)), dict(k=1, steps=2))
+    if how == 'no note': save_file(load_file(f), f)
+    else: f.write_bytes(f.read_bytes()[:-50] if how == 'cut off' else b'')
+    with pytest.raises(UserError, match='delete it') as e: keep.load(2)
+    assert '\n' not in str(e.value)
+
+# --- not a number
+
+class Poison(Callback):
+    "At step k, something is not a number any more"
+    def __init__(self, what, k): self.what, self.at = what, k
+    def here(self, what): return self.what == what and self.training and self.step_by_step.k == self.at
+    def after_pred(self):
+        if self.here('loss'): self.learn.pred = self.pred*float('nan')
+        if self.here('infinite loss'): self.learn.pred = self.pred + float('inf')
+    def before_step(self):
+        if self.here('gradient'): next(self.model.parameters()).grad[0] = float('nan')
+    def after_step(self):
+        if self.here('weights'): next(self.model.parameters()).data[0] = float('inf')
+
+@pytest.mark.parametrize('what', ['loss', 'infinite loss', 'gradient', 'weights'])
+@pytest.mark.parametrize('k', [0, 13, 39])
+@pytest.mark.parametrize('kind', ['plain', 'average_and_best'])
+def test_what_is_not_finite_stops_within_a_step(what, k, kind, tmp_path):
+    "In one line, at once or one step later, and no file holds any of it; nor does the folder of a training that fell ill at once"
+    keep, last = Checkpoint(tmp_path/'keep', 'this', every=0), []
+    class Count(Callback):
+        order = -8
+        def before_batch(self): last.append(self.step_by_step.k)
+    with pytest.raises(UserError, match='train again at a lower rate') as e: trained(kind, keep, cbs=[Poison(what, k), Count()])
+    assert '\n' not in str(e.value) and last[-1] <= k + 1
+    if k == 0: assert not keep.folder.exists()
+    else:
+        assert keep.load(40, exact=True)[1]['k'] <= k
+        for f in keep.folder.iterdir(): assert all(v.isfinite().all() for v in load_file(f).values() if v.is_floating_point())
+
+def test_without_checkpoints_it_stops_too():
+    for what in ('loss', 'gradient'):
+        with pytest.raises(UserError, match='not'): trained('average_and_best', cbs=Poison(what, 39))
