@@ -11,8 +11,9 @@ import argparse, platform, time
 import numpy as np, torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from latentdiff.data import DeviceLoader, default_device
+from latentdiff.core import default_device
 from latentdiff.noisify import Process
+from latentdiff.training import DeviceLoader
 
 PROCESS = Process()
 

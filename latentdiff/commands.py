@@ -63,8 +63,8 @@ class Run:
         f, other = self.folder/'run.json', 'choose another folder with --out.'
         if not f.exists():
             foreign = {o.name for o in self.folder.glob('*')} - {'.lock'} and not [*self.folder.glob('*/made.json')]
-            if self.folder.is_file() or foreign: raise UserError(f'{self.folder} exists and is not a run folder: {other}')
-            return settings
+            if not self.folder.is_file() and not foreign: return settings
+            raise UserError(f'{self.folder} exists and is not a run folder: {other}')
         d = read_json(f, f'delete the folder, or {other}')
         old = d.get('settings')
         if not isinstance(old, dict) or 'stages' in d:
@@ -82,7 +82,8 @@ class Run:
     def write(self):
         "Write run.json: the settings, and what else a result depends on"
         import diffusers, fastai, torch
-        versions = {'python': platform.python_version()} | {o.__name__: o.__version__ for o in (torch, fastai, diffusers)}
+        libraries = {o.__name__: o.__version__ for o in (torch, fastai, diffusers)}
+        versions = dict(python=platform.python_version(), **libraries)
         d = dict(settings=self.settings, device=str(self.device), threads=torch.get_num_threads(), versions=versions)
         write_json(self.folder/'run.json', d, indent=1)
 
@@ -234,10 +235,10 @@ def step_times(self:Run):
     new = lambda: autoencoder.KLAutoencoder(c, p.ae_widths, p.ae_patch, 1, p.latent_channels)
     ae = autoencoder.open_autoencoder(given) if given else new()
     x = self.images.pixels(self.images.train_idxs[:p.bs])
-    z = torch.randn(p.bs, *ae.latent_shape(p.size), device=self.device)
-    net = unet.unet_for(z.shape[1:], p).to(self.device, memory_format=torch.channels_last)
+    z, process = torch.randn(p.bs, *ae.latent_shape(p.size)), noisify.Process()
+    learn = unet.denoiser_learner(unet.unet_for(z.shape[1:], p), process, z, z, bs=p.bs, device=self.device)
     first = 0. if given else training.step_time(autoencoder.ae_learner(ae, x, x, bs=p.bs, device=self.device))
-    return first, 1.1*training.seconds_per_step(net, z)   # a tenth for the optimizer and the average
+    return first, training.step_time(learn)
 
 @patch
 def fix_steps(self:Run):

@@ -80,8 +80,8 @@ PRESETS = {p.name: p for p in (
 DATASETS = ('rooms', 'fashion_mnist', 'mnist', 'lsun_bedroom', 'stanford_cars', 'smallnorb')
 _SMALL = dict(n=None, ae_pretrained=None, ae_widths=(64,128), widths=(128,256))
 _FOR_DATA = {
-    ('cpu', 'rooms'): dict(size=64, n=6000, ae_widths=(32,64), latent_channels=8, ae_steps=350, ae_lr=5e-3,
-        widths=(64,96), steps=560, lr=2e-3, bs=32, n_eval=500),
+    ('cpu', 'rooms'): dict(size=64, n=6000, ae_widths=(32,64), latent_channels=8, ae_steps=400, ae_lr=8e-3,
+        widths=(64,96), steps=600, lr=4e-3, bs=32, n_eval=500),
     ('cpu', 'lsun_bedroom'): dict(size=64, n=10_000, ae_widths=(64,128), latent_channels=6, ae_steps=8000,
         widths=(96,192), depth=2, steps=12_000, bs=32),
     ('cpu', 'smallnorb'): dict(size=96, n=10_000, ae_widths=(64,128), ae_steps=4000, steps=8000, bs=32),
@@ -108,7 +108,7 @@ def run_folder(p, seed=0): # a `Preset`
 
 # %% ../nbs/parts/core.ipynb #c017
 def stream(seed, *what): # a whole number, any size or sign; what the stream is for, in numbers and words
-    "A seed of 63 bits for `torch.manual_seed`, that depends on `seed` and `what` alone"
+    "A seed for `torch.manual_seed`, that depends on `seed` and `what` alone: 63 bits, of which a CPU looks at 32"
     what = [o.item() if hasattr(o, 'item') else o for o in what]  # numpy's 1 is 1
     return int.from_bytes(hashlib.blake2b(repr((int(seed), *what)).encode(), digest_size=8).digest(), 'big') >> 1
 

@@ -248,6 +248,8 @@ def fit_pixels(x, size, channels): # uint8 (n,c,h,w), c 1 or 3; pixels a side; 1
     return (x*torch.tensor((.299, .587, .114)).view(1, 3, 1, 1)).sum(1, keepdim=True).round().to(torch.uint8)
 
 # %% ../nbs/00_data.ipynb #c140
+FITS = 1.5e9  # bytes of pixels that may stay in memory
+
 class RoomImages(Images):
     "`n` rooms (10,000 unless said), labelled by the colour of the bed, with captions"
     def __init__(self, size, n=None, channels=None, seed=0):
@@ -257,8 +259,14 @@ class RoomImages(Images):
         named = {f: [ROOM_FACTORS[f][k] for k in v] for f, v in codes.items()}
         self.captions = [room_caption(dict(zip(named, o))) for o in zip(*named.values())]
         self.labels, self.classes = torch.from_numpy(codes['bed']), list(ROOM_FACTORS['bed'])
+        self.drawn, self.fits = {}, n*self.channels*size**2 <= FITS
 
-    def read(self, idxs): return fit_pixels(draw_rooms(self.seed, np.array(idxs), self.size), self.size, self.channels)
+    def read(self, idxs):
+        drawn = self.drawn if self.fits else {}
+        new = [i for i in map(int, idxs) if i not in drawn]
+        draw = lambda: fit_pixels(draw_rooms(self.seed, np.array(new), self.size), self.size, self.channels)
+        if new: drawn.update(zip(new, draw()))
+        return torch.stack([drawn[int(i)] for i in idxs])
 
 # %% ../nbs/00_data.ipynb #c148
 _IDX_FILES = ('train-images-idx3-ubyte', 'train-labels-idx1-ubyte', 't10k-images-idx3-ubyte', 't10k-labels-idx1-ubyte')
@@ -298,8 +306,6 @@ class IdxImages(Images):
         if size in (28, 30, 32): self.raw = F.pad(self.raw, ((size - 28)//2,)*4)
 
 # %% ../nbs/00_data.ipynb #c154
-FITS = 1.5e9  # bytes of decoded pixels that may stay in memory
-
 def _usable(kind, read, n, shape, keep=True):
     "From (name, pixels or why not, ...): the first `n` good ones as uint8 (n,*shape) and by columns, and the bad"
     raw, good, bad = torch.empty(n if keep else 0, *shape, dtype=torch.uint8), [], []
@@ -376,7 +382,7 @@ def _shard_names(spec, seed=0):
     if not m or not 0 <= int(m[3]) - int(m[2]) < 1_000_000:
         raise UserError(f"'{spec}' names no shards: write one range such as {{0000..0009}}, of fewer than a million")
     names = [f'{m[1]}{k:0{len(m[2])}d}{m[4]}' for k in range(int(m[2]), int(m[3]) + 1)]
-    return random.Random(seed).sample(names, len(names)) if seed else names
+    return random.Random(int(seed)).sample(names, len(names)) if seed else names
 
 # %% ../nbs/00_data.ipynb #d004
 def _shard_samples(shards):

@@ -307,10 +307,7 @@ def count(net, shape): # denoiser; of one latent: (c, h, w), (c, n) or (d,)
     return sum(w.numel() for w in net.parameters()), flops.get_total_flops()//2
 
 # %% ../nbs/35_denoisers.ipynb #c067
-def step_seconds(
-    nets, z, # dict: name -> denoiser; (b, ...) one batch of latents, on their device
-    rounds=5 # how often each network's turn comes
-): # dict: name -> seconds of one training step
+def step_seconds(nets, z, rounds=5): # {name: denoiser}; latents (b, ...) on their device; turns -> {name: seconds}
     "Seconds a training step of each network, measured in turns: on a busy machine all of them meet the same neighbours"
     for net in nets.values(): net.to(memory_format=torch.channels_last)
     turns = [{k: seconds_per_step(net, z) for k, net in nets.items()} for _ in range(rounds)]

@@ -22,6 +22,7 @@ from fastai.metrics import accuracy
 from torcheval.metrics import Metric
 from torchvision.transforms.functional import gaussian_blur
 from .core import UserError, artefact, data_home, default_device, load_component, progress, save_component
+from .core import stream
 from .data import from_uint8, to_uint8
 from .training import DeviceLoader, fit_steps
 from .autoencoder import efficientnet_lite0
@@ -106,8 +107,8 @@ def kid_subsets(a, b,             # features (m,d), (n,d)
                 seed=0) -> tuple: # (mean, standard deviation) over the subsets, floats
     "KID by the protocol of the papers: n random subsets without replacement; same draws as torch-fidelity's"
     m = min(len(a), len(b))
-    if m < size: raise UserError(f'subsets of {size} need at least {size} images a set; got {m}: pass a smaller size or use kid')
-    rng = np.random.RandomState(seed)
+    if m < size: raise UserError(f'subsets of {size} need {size} images a set; got {m}: pass a smaller size or use kid')
+    rng = np.random.RandomState(seed if 0 <= seed < 2**32 else stream(seed, 'subsets') % 2**32)
     draws = np.array([[rng.choice(len(x), size, replace=False) for x in (a, b)] for _ in range(n)])
     k = subset_kids(finite(a), finite(b), *torch.as_tensor(draws).unbind(1))
     return k.mean().item(), k.std(correction=0).item()
@@ -337,7 +338,7 @@ def features(extractor, # pixels -> features
 # %% ../nbs/50_kid_eval.ipynb #c089
 def halves(x, seed=0):
     "Two sets of equal size, split from one at random"
-    a, b = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).chunk(2)
+    a, b = torch.randperm(len(x), generator=torch.Generator().manual_seed(stream(seed, 'halves'))).chunk(2)
     return x[a[:len(b)]], x[b]
 
 # %% ../nbs/50_kid_eval.ipynb #c093

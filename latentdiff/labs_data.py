@@ -98,8 +98,9 @@ def _norb_array(path, md5):
     zipped = path.with_name(path.name + '.gz')
     if not path.exists():
         if md5: _fetched(zipped, [o + zipped.name for o in NORB['sources']], md5)
-        read_norb(zipped)                                         # says what is wrong before anything is written
-        write_whole(path, gzip.decompress(zipped.read_bytes()))
+        array = read_norb(zipped)                                 # says what is wrong before anything is written
+        try: write_whole(path, gzip.decompress(zipped.read_bytes()))
+        except OSError: return array                              # the folder cannot be written: it stays in memory
     return read_norb(path)
 
 # %% ../nbs/parts/labs_data.ipynb #c190

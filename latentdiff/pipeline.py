@@ -51,14 +51,10 @@ def check_channels(denoiser, channels):
 
 # %% ../nbs/80_pipeline.ipynb #c017
 @patch
-def latents(self:LatentDiffusionPipeline,
-    n,               # how many
-    steps=20,        # steps of the sampler
-    sampler=SAMPLER, # a name in `SAMPLERS`
-    seed=0,          # of the start noise
-    bs=16            # latents at a time
-): # float32 (n, *latent_shape), standardised, on the CPU
-    "Draw `n` latents; latent `i` depends on `seed` and `i` alone"
+def latents(self:LatentDiffusionPipeline, n, # how many
+    steps=20, sampler=SAMPLER, # of the sampler; a name in `SAMPLERS`
+    seed=0, bs=16):            # of the start noise; latents at a time
+    "Draw `n` latents, float32 (n, *latent_shape) on the CPU; latent `i` depends on `seed` and `i` alone"
     full = -(-n//bs)*bs   # whole batches only: in a batch of another size the same sums may be done in another order
     return sample(self.denoiser, self.process, full, self.latent_shape, steps, sampler, seed, bs, self.device)[:n]
 
@@ -86,13 +82,8 @@ def pixels(self:LatentDiffusionPipeline, n=8, steps=20, sampler=SAMPLER, seed=0,
     images = (self.decode(b, bs) for b in z.split(64*bs))
     return torch.cat([to_uint8(x)[:, :x.shape[1]] for x in images])
 
-def path_of(
-    pipe,  # a `LatentDiffusionPipeline`
-    n,     # seeds
-    steps, # of the sampler
-    seed   # of the start noise
-): # list of (t, noisy latents, guess of the clean ones), steps+1 long
-    "The way from noise to image, seen from the sampler"
+def path_of(pipe, n, steps, seed): # a `LatentDiffusionPipeline`; images; steps of the sampler; of the start noise
+    "The way from noise to image: a list of (t, noisy latents, guess of the clean ones), steps+1 long"
     x = start_noise(pipe.process, (n, *pipe.latent_shape), seed, pipe.device)
     with torch.inference_mode(): return denoise_path(pipe.denoiser, pipe.process, x, time_steps(pipe.process, steps))
 
@@ -109,10 +100,8 @@ def expectation(pipe, n, steps, sampler, bs):
 class KIDCurve(Callback):
     "Score the averaged weights at some points of a training; it goes on as if nothing had happened"
     run_valid = False
-    def __init__(self,
-        score,                    # (net, process) -> (KID, standard error)
-        at=(.25, .5, .75, 1.) # shares of the steps
-    ): self.score, self.at = score, at
+    def __init__(self, score, at=(.25, .5, .75, 1.)): # (net, process) -> (KID, standard error); shares of the steps
+        self.score, self.at = score, at
 
     def after_batch(self):
         steps = self.learn.step_by_step.steps
@@ -163,7 +152,7 @@ def write_index(self:LatentDiffusionPipeline, folder):
 def load_part(folder, library, name):
     "The module in `folder`, which must be a `name` of `library`"
     if library.split('.')[0] not in ('latentdiff', 'diffusers'):
-        raise UserError(f"{folder.parent/'model_index.json'} asks for code from {library!r}, not latentdiff or diffusers.")
+        raise UserError(f"model_index.json in {folder.parent} asks for code from {library!r}, not ours or diffusers'.")
     importlib.import_module(library)
     hint = 'the run is not complete; copy the whole run folder or run the command again.'
     found = read_json(folder/'config.json', hint).get('_class_name')

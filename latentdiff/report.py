@@ -86,7 +86,8 @@ STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:#222;background:#fafaf8;max-width:60rem;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.6rem;margin-bottom:0} h2{font-size:1.15rem;margin-top:2.2rem} .sub{color:#666;margin-top:.2rem}
 img{max-width:100%;image-rendering:pixelated} img.plot{image-rendering:auto} figcaption{color:#555}
-td{padding:.2rem .9rem .2rem 0;border-bottom:1px solid #e4e4de} td,code{overflow-wrap:anywhere} figure{margin:0 0 1.2rem}
+td{padding:.2rem .9rem .2rem 0;border-bottom:1px solid #e4e4de} td,code{overflow-wrap:anywhere}
+figure{margin:0 0 1.2rem}
 """
 
 def figure(path, caption, cls=''):
@@ -103,7 +104,8 @@ def table(d):
 
 def headline(m):
     "The numbers that matter, each with what it rests on and its floor: a dict for `table`"
-    return {'KID': f"{m['kid']:.4f} ± {m['kid_se']:.4f}, {m['n_fake']:,} samples against {m['n_real']:,} held out, by {m['extractor']}",
+    of = f"{m['n_fake']:,} samples against {m['n_real']:,} held out, by {m['extractor']}"
+    return {'KID': f"{m['kid']:.4f} ± {m['kid_se']:.4f}, {of}",
             'KID of real against real, the floor': f"{m['kid_floor']:.4f} ± {m['kid_floor_se']:.4f}",
             'FID': f"{m['fid']:.1f}, real against real {m['fid_floor']:.1f}",
             'reconstructions': f"{m['psnr']:.1f} dB PSNR, {m['ssim']:.3f} SSIM on {m['n_reconstructed']:,} of these",
@@ -112,21 +114,19 @@ def headline(m):
 # %% ../nbs/parts/report.ipynb #c015
 def figures(m):
     "For each picture of the report its heading, file and caption; and whether it is a plot"
-    return [('Samples', 'samples/grid', f"The first samples, in order, not chosen: {m['sampler']}, {m['steps']} steps.", ''),
-            ('From noise to image', 'samples/path', 'Three samples on their way. Upper rows: the noisy latent, decoded. '
-             'Lower rows: what the denoiser takes for the clean image at that moment.', 'plot'),
-            ('Training', 'scores/training', 'Losses, and KID of a few samples during the training.', 'plot'),
-            ('What the autoencoder keeps', 'scores/pairs', 'Held-out images in pairs: the image, its reconstruction.', ''),
-            ('Has it copied?', 'scores/neighbours', 'Samples; below each the nearest training images.', 'plot')]
+    how = f"{m['sampler']}, {m['steps']} steps"
+    return [('Samples', 'samples/grid', f'The first samples, in order, not chosen: {how}.', ''),
+        ('From noise to image', 'samples/path', 'Three samples on their way. Upper rows: the noisy latent, decoded. '
+            'Lower rows: what the denoiser takes for the clean image at that moment.', 'plot'),
+        ('Training', 'scores/training', 'Losses, and KID of a few samples during the training.', 'plot'),
+        ('What the autoencoder keeps', 'scores/pairs', 'Held-out images in pairs: the image, its reconstruction.', ''),
+        ('Has it copied?', 'scores/neighbours', 'Samples; below each the nearest training images.', 'plot')]
 
-PAGE = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1">
+PAGE = """<!doctype html><html lang=en><meta charset=utf-8>
+<meta name=viewport content="width=device-width,initial-scale=1">
 <title>{title}</title><style>{style}</style><body><h1>{title}</h1><p class=sub>{sub}</p>{body}</body></html>"""
 
-def report(
-    folder,   # run folder with the pictures
-    settings, # dict: the options of latentdiff-run, by name
-    m         # dict of everything that was measured
-): # str
+def report(folder, settings, m): # with the pictures; the options of latentdiff-run; all that was measured, both dicts
     "The whole run as one HTML page that needs no other file"
     options = [o for k, v in settings.items() if v is not None for o in (f'--{k}', str(v))]
     pictures = [f'<h2>{h}</h2>{figure(folder/f"{name}.png", caption, cls)}' for h, name, caption, cls in figures(m)]

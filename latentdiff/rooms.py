@@ -25,7 +25,8 @@ def _uniform(seed, index, k):
     "Float32 in [0,1), one for each index, that depends on (seed, index, k) alone"
     u = np.uint64
     with np.errstate(over='ignore'):
-        x = u(seed)*u(0x9E3779B97F4A7C15) + np.asarray(index, u)*u(0xD1342543DE82EF95) + u(k + 1)*u(0x2545F4914F6CDD1D)
+        x = u(int(seed) % 2**64)*u(0x9E3779B97F4A7C15) + np.asarray(index, u)*u(0xD1342543DE82EF95)
+        x = x + u(k + 1)*u(0x2545F4914F6CDD1D)
         for shift, mul in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)): x = (x ^ (x >> u(shift)))*u(mul)
         x = x ^ (x >> u(31))
     return (x >> u(40)).astype(np.float32)/np.float32(2**24)

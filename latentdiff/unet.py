@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['timestep_embedding', 'ResBlock', 'SelfAttention', 'Downsample', 'Upsample', 'TimeMLP', 'UNet', 'Diffusers2D',
-           'train_denoiser', 'unet_for', 'make_denoiser', 'loss_by_level', 'ActStats']
+           'denoiser_learner', 'train_denoiser', 'unet_for', 'make_denoiser', 'loss_by_level', 'ActStats']
 
 # %% ../nbs/30_unet.ipynb #c004
 import diffusers, inspect, math, torch, torch.nn.functional as F
@@ -14,7 +14,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from fastai.basics import DataLoaders, Learner, Path, partial, patch
 from fastai.callback.all import ActivationStats, GradientClip
 from .core import WEIGHTS, UserError, artefact, default_device, fingerprint, load_component, save_component, write_json
-from .training import Checkpoint, DeviceLoader, EMA, adamw, fit_steps, largest_divisor, mixed_precision, zero_init
+from .training import Checkpoint, DeviceLoader, EMA, fit_steps, largest_divisor, mixed_precision, muon, zero_init
 from .noisify import NoisifyCB, Process, save_process
 
 # %% ../nbs/30_unet.ipynb #c020
@@ -223,23 +223,28 @@ def save_config(self:UNet, folder):
     write_json(Path(folder)/self.config_name, {**names, **args}, 2)
 
 # %% ../nbs/30_unet.ipynb #c082
-def train_denoiser(net, process, # denoiser: net(x_t, time) -> prediction; the Process that it shall undo
+def denoiser_learner(net, process, # denoiser: net(x_t, time) -> prediction; the Process that it shall undo
     z_train,        # (n, c, h, w) latents, each channel mean 0 and std 1; or a tuple (latents, conditions)
     z_valid,        # (m, c, h, w) latents held out, or such a tuple; the first 1,000 are used
-    steps=None, epochs=None, minutes=None, bs=128, lr=1e-3, # how long, see `fit_steps`; batch size, highest rate
+    bs=128, seed=0, # latents a step; of order, mirror, noise and times
     flip=False,     # mirror half of the latents? only right if the autoencoder commutes with mirroring
-    seed=0, cbs=(), # of order, mirror, noise and times; more callbacks
-    device=None, checkpoint=None, rounds=10 # None: default_device(); a `Checkpoint` to go on from; validations
-): # Learner: the model holds the averaged weights, `learn.history` the losses
-    "Train `net` to undo `process`. `UserError` without latents, or unless one of steps, epochs, minutes is given"
+    device=None, opt_func=muon # None: default_device(); a fastai optimizer
+):
+    "A Learner that denoises; raises `UserError` without latents"
     (z_train, *y_train), (z_valid, *y_valid) = (o if isinstance(o, tuple) else (o,) for o in (z_train, z_valid))
     if not len(z_train) or not len(z_valid): raise UserError('no latents to train on or hold out: encode more images')
     device = torch.device(device or default_device())
     train = DeviceLoader(z_train, *y_train, bs=bs, shuffle=True, flip=flip, seed=seed, device=device)
     valid = DeviceLoader(*(o[:1000] for o in (z_valid, *y_valid)), bs=2*bs, device=device)
-    learn = Learner(DataLoaders(train, valid, device=device), net.to(device, memory_format=torch.channels_last),
-                    loss_func=F.mse_loss, opt_func=partial(adamw, weight_decay=0.01, fused=True),
-                    cbs=[NoisifyCB(process, seed=seed), EMA(), GradientClip(1.), *mixed_precision(device)])
+    return Learner(DataLoaders(train, valid, device=device), net.to(device, memory_format=torch.channels_last),
+                   loss_func=F.mse_loss, opt_func=opt_func,
+                   cbs=[NoisifyCB(process, seed=seed), EMA(), GradientClip(1.), *mixed_precision(device)])
+
+def train_denoiser(net, process, z_train, z_valid,                   # as for `denoiser_learner`, which gets `kw`
+                   steps=None, epochs=None, minutes=None,            # how long, in one of the three, see `fit_steps`
+                   lr=1e-3, seed=0, checkpoint=None, rounds=10, cbs=(), **kw): # highest rate; as in `fit_steps`
+    "Train `net` to undo `process`; the Learner's model holds the averaged weights, its `history` the losses"
+    learn = denoiser_learner(net, process, z_train, z_valid, seed=seed, **kw)
     return fit_steps(learn, steps, epochs, minutes, lr, seed, checkpoint, rounds, cbs=cbs)
 
 # %% ../nbs/30_unet.ipynb #n005
@@ -260,7 +265,8 @@ def make_denoiser(folder, latents, p, # run folder: gets unet/, process/, schedu
     "The denoiser of a run: loaded, or trained now for `p.steps` steps and saved"
     folder, process = Path(folder), Process('flow', 'velocity', 'logit_normal')
     parents, recipe = dict(latents=latents.fingerprint), dict(bs=p.bs, lr=p.lr, seed=seed)
-    settings = dict(**recipe, widths=p.widths, depth=p.depth, attn_levels=p.attn_levels, process=asdict(process))
+    network = dict(widths=p.widths, depth=p.depth, attn_levels=p.attn_levels)
+    settings = dict(**recipe, **network, process=asdict(process), optimizer='Muon')
     checkpoint = Checkpoint(folder/'checkpoints'/'unet', fingerprint(**parents, **settings))
     def make(out):
         torch.manual_seed(seed)
@@ -279,7 +285,7 @@ def loss_by_level(net, process, z, # denoiser, Process, (n, c, h, w) latents the
 ): # t (n_levels,), mean squared error (n_levels,), both on the CPU
     "Where on the way from image to noise the predictions are poor"
     z = z.to(next(net.eval().parameters()).device)
-    eps = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(z.device)
+    eps = torch.randn(z.shape, generator=torch.Generator().manual_seed(int(seed))).to(z.device)
     ts, losses = (torch.arange(n_levels) + .5)/n_levels, []
     for t in ts:
         x_t, t, target = process.noisify(z, t=t.expand(len(z)).to(z.device), eps=eps)

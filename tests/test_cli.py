@@ -82,12 +82,19 @@ def test_metrics(run):
     assert m['n_fake'] == 64 and m['n_real'] == len(open_images('rooms', 32, 200).valid_idxs)
     assert m['seed'] == 0 and m['device'] in ('cpu', 'cuda') and set(m['seconds']) >= {'autoencoder', 'latents', 'unet', 'samples', 'scores'}
 
+def stands_alone(page):
+    "No script, and nothing but data is linked; what a picture's bytes spell does not count"
+    page = re.sub('base64,[A-Za-z0-9+/=]*', 'base64,', page)
+    return not re.search(r'(src|href)="(?!data:)', page) and 'http' not in page and '<script' not in page
+
 def test_report_needs_no_other_file(run):
-    "Every picture is inside the page, there is no script, and nothing but data is linked."
-    html = (run.folder/'report.html').read_text()
-    page = re.sub('base64,[A-Za-z0-9+/=]*', 'base64,', html)
-    assert page.count('src="data:image/png;base64,') == 5 and 'name=viewport' in page
-    assert not re.search(r'(src|href)="(?!data:)', page) and 'http' not in page and '<script' not in page
+    "Every picture is inside the page."
+    page = (run.folder/'report.html').read_text()
+    assert page.count('src="data:image/png;base64,') == 5 and 'name=viewport' in page and stands_alone(page)
+
+@pytest.mark.parametrize('into,alone', [('base64,AAAAhttpAAAA', True), ('base64," src="http://x/', False), ('base64,"><script>', False)])
+def test_what_a_picture_spells_is_no_link(into, alone):
+    assert stands_alone('<img src="data:image/png;base64,AAAA">'.replace('base64,', into)) is alone
 
 def test_report_shows_what_it_is_told_and_runs_none_of_it(run):
     "A name from outside is text in the page, and one word in the command to paste."
@@ -96,6 +103,20 @@ def test_report_shows_what_it_is_told_and_runs_none_of_it(run):
     page = report(run.folder, dict(data=name, size=32, preset='tiny', seed=0), m)
     command = unescape(re.search('<code>(.*?)</code>', page)[1])
     assert '<script' not in page and shlex.split(command)[:3] == ['latentdiff-run', '--data', name]
+
+def test_a_training_that_falls_ill_is_one_line_and_saves_nothing(run, tmp_path):
+    "At a rate far too high latentdiff-train stops; nothing of the network is in the folder"
+    gone = shutil.ignore_patterns('unet', 'checkpoints', 'samples', 'scores', 'report.html', 'metrics.json', 'model_index.json')
+    folder = shutil.copytree(run.folder, tmp_path/'run', ignore=gone)
+    script = tmp_path/'latentdiff-train'
+    script.write_text("import sys\nfrom dataclasses import replace\nfrom latentdiff import core\n"
+                      "core.PRESETS['tiny'] = replace(core.PRESETS['tiny'], lr=1e30)\n"
+                      "from latentdiff.commands import train_cli\nif __name__ == '__main__': sys.exit(train_cli())\n")
+    r = subprocess.run([sys.executable, '-W', 'ignore', str(script), str(folder)], capture_output=True, text=True,
+                       env=os.environ | dict(PYTHONPATH=str(Path(latentdiff.__file__).parents[1])))
+    assert r.returncode == 1 and r.stderr.count('\n') == 1 and 'train again at a lower rate' in r.stderr, r
+    assert not (folder/'unet').exists() and not (folder/'model_index.json').exists()
+    assert not [f for f in folder.rglob('*.safetensors') if f.parts[-2] not in ('autoencoder', 'judge')]
 
 def test_finished_run_is_left_alone(cli, run):
     before = {f: f.stat().st_mtime_ns for f in run.folder.rglob('*') if f.name != '.lock'}

@@ -6,7 +6,7 @@ from fastai.data.external import URLs
 from torchvision.datasets import MNIST
 
 from latentdiff import data as D
-from latentdiff.core import UserError
+from errors import one_line
 from latentdiff.data import (Picture, as_images, download, from_uint8, image_dls, image_grid, load_pixels, npz_pixels, open_images,
     split_of, to_rgb, to_uint8)
 from latentdiff.rooms import ROOM_FACTORS, room_caption, room_factors, rooms
@@ -16,13 +16,6 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv('LATENTDIFF_DATA', str(tmp_path/'home'))
     monkeypatch.setenv('no_proxy', '127.0.0.1')
     return tmp_path/'home'
-
-def one_line(f, *args, **kwargs):
-    "The message of the `UserError` that this raises, which is one line"
-    with pytest.raises(UserError) as e: f(*args, **kwargs)
-    message = str(e.value)
-    assert message and '\n' not in message
-    return message
 
 def left(folder): return sorted(o.relative_to(folder).as_posix() for o in folder.rglob('*')) if folder.exists() else []
 
@@ -695,3 +688,14 @@ def test_picture_shows_its_range():
     ax = Picture(torch.full((3, 4, 4), 0.)).show()
     assert (ax.images[0].get_array() == 128).all()
     D.plt.close('all')
+
+@pytest.mark.parametrize('fits', [True, False])
+def test_rooms_are_drawn_once_if_they_fit(monkeypatch, fits):
+    "And are the same rooms either way, whatever is asked for first"
+    drawn, draw = [], D.draw_rooms
+    monkeypatch.setattr(D, 'draw_rooms', lambda seed, idxs, size: drawn.extend(idxs) or draw(seed, idxs, size))
+    if not fits: monkeypatch.setattr(D, 'FITS', 0)
+    images = open_images('rooms', 16, n=100)
+    first, again = images.pixels([3, 99, 4]), images.pixels()
+    assert torch.equal(again[[3, 99, 4]], first) and torch.equal(again, rooms(100, 16)) and torch.equal(images.pixels(), again)
+    assert len(drawn) == (100 if fits else 203)

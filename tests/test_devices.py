@@ -15,7 +15,7 @@ from latentdiff.conditioning import (ClassConditioner, Conditioned, ConditionalU
                                      attention_maps, guide)
 from latentdiff.core import PRESETS
 from latentdiff.denoisers import CNN1d, DiT, MLPDenoiser, ResNetDenoiser, SegNet, UNet1d
-from latentdiff.kid_eval import GreyClassifier, kernel_sums
+from latentdiff.kid_eval import EfficientNetFeatures, GreyClassifier, kernel_sums
 from latentdiff.noisify import SCHEDULES, TARGETS, NoisifyCB, Process
 from latentdiff.sampling import SAMPLERS, inpaint, optimal_denoiser, time_steps
 from latentdiff.training import EMA, DeviceLoader
@@ -109,6 +109,17 @@ def test_judges(device):
     with on(device):
         check(device, made(partial(FactorReader, [3, 2]), device), batch(3, 32, 32, device=device))
         check(device, made(GreyClassifier, device), batch(1, 28, 28, device=device))
+
+@both
+def test_feature_networks(device):
+    "What KID compares: from bytes on the device to numbers there."
+    extractor = EfficientNetFeatures(device='cpu')
+    with on(device):
+        for table in [d for m in extractor.net.modules() for d in (m._parameters, m._buffers)]:
+            table |= {k: torch.empty(v.shape, dtype=v.dtype, device=device) for k, v in table.items() if v is not None}
+        extractor.device = torch.device(device)
+        out = extractor(torch.zeros(2, 3, 64, 64, dtype=torch.uint8, device=device))
+        assert out.device.type == device and out.shape == (2, 1296)
 
 # --- noise and samplers ---------------------------------------------------------------------------------------------
 

@@ -404,3 +404,14 @@ def test_features_accept_every_kind_of_image():
     torch.testing.assert_close(K.features(ex, im, idxs=[3, 1]), want[[3, 1]], rtol=0, atol=0)
     assert K.features(ex, x[:, :1]).shape == want.shape              # grey is repeated
     assert K.features(ex, want) is want                              # features pass through
+
+# --- any whole number is a seed
+
+SOME = torch.arange(40.)[:, None]*torch.ones(1, 5)
+
+def test_halves_take_any_seed():
+    assert not torch.equal(K.halves(SOME, 0)[0], K.halves(SOME, 2**32)[0])
+    assert torch.equal(K.halves(SOME, np.int64(7))[0], K.halves(SOME, 7)[0])
+
+@pytest.mark.parametrize('seed', [-1, 2**32])
+def test_subsets_take_any_seed(seed): assert K.kid_subsets(SOME, SOME.flip(1), n=2, size=10, seed=seed) != K.kid_subsets(SOME, SOME.flip(1), n=2, size=10)

@@ -201,6 +201,14 @@ def test_norb_items_are_what_the_files_say(small_norb, home):
     assert torch.equal(images.pixels([5, 2]), torch.stack([to_uint8(images[i])[0, :1] for i in (5, 2)]))
     assert open_images('smallnorb', 32, channels=3)[0].shape == (3, 32, 32)
 
+def test_norb_in_a_folder_that_cannot_be_written(small_norb, home, monkeypatch):
+    "What is zipped stays in memory, and is the same"
+    def no(path, data): raise PermissionError(13, 'Permission denied')
+    monkeypatch.setattr(D, 'write_whole', no)
+    images = open_images('smallnorb/test', 96)
+    assert (to_uint8(images[0])[0, 0].numpy() == small_norb['test'][0][0, 0]).all() and len(images) == 40
+    assert not (home/'smallnorb'/f"{D.NORB['stems']['test']}-dat.mat").exists()
+
 def test_norb_words_choose(small_norb):
     planes = open_images('smallnorb/plane/left', 96)
     assert len(planes) == 8 and set(planes.labels.tolist()) == {2} and all(o.endswith('left') for o in planes.names)

@@ -2,12 +2,14 @@
 import json
 import numpy as np, pytest, torch
 from diffusers import AutoencoderKL, UNet2DModel
+from matplotlib.figure import Figure
 from latentdiff.autoencoder import KLAutoencoder
 from latentdiff.commands import settings_of, write_npz, write_pngs
 from latentdiff.core import UserError
 from latentdiff.data import npz_pixels
 from latentdiff.noisify import Process
 from latentdiff.pipeline import KIDCurve, LatentDiffusionPipeline, path_of
+from latentdiff.report import kid_curve
 from latentdiff.unet import UNet, train_denoiser
 
 def small(latent_channels=4, process=Process('flow', 'velocity', 'logit_normal'), seed=0):
@@ -113,3 +115,10 @@ def test_kid_curve_scores_the_average_and_changes_nothing():
     assert [c[0] for c in curve.curve] == [.2, .6] and not any(t for t, _ in seen)
     assert not torch.equal(seen[0][1], seen[1][1])
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+
+def test_the_floor_is_drawn_where_it_is():
+    "Not one standard error above it"
+    ax = Figure().add_subplot()
+    kid_curve(ax, [(.5, .3, .01), (1., .2, .01)], dict(kid_floor=.02, kid_floor_se=.03))
+    assert [o.get_ydata()[0] for o in ax.get_lines() if o.get_linestyle() == '--'] == [.02]
+    assert [o.get_position()[1] for o in ax.texts] == [.02]

@@ -36,6 +36,12 @@ def test_pyproject_repeats_settings():
     assert (d['tool']['nbdev']['nbs_path'], d['tool']['nbdev']['lib_path']) == (CFG['nbs_path'], CFG['lib_path'])
     assert f'__version__ = "{CFG["version"]}"' in (ROOT/'latentdiff/__init__.py').read_text()
 
+def test_the_house_is_as_drawn():
+    "The table of rooms in CONTRIBUTING.md lists every module with its number of lines, and none has more than 450"
+    count = lambda f: sum(bool(l.strip()) and not l.startswith('# %% ') for l in f.read_text().splitlines())
+    rooms = {m[0]: int(m[1]) for m in re.findall(r'^\| `[^`]*` \| `(\w+)` \|.*\| (\d+) \|$', (ROOT/'CONTRIBUTING.md').read_text(), re.M)}
+    assert rooms == {f.stem: count(f) for f in (ROOT/'latentdiff').glob('[a-z]*.py')} and max(rooms.values()) <= 450
+
 def test_links_name_the_repository_of_settings():
     "Every link to the repository, in any document, is to the owner, name and branch of settings.ini."
     here = f"{CFG['user']}/{CFG['repo']}"

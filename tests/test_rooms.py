@@ -2,15 +2,8 @@
 import numpy as np, pytest, torch
 
 from latentdiff import rooms as R
-from latentdiff.core import UserError
+from errors import one_line
 from latentdiff.rooms import ROOM_FACTORS, render_room, room_caption, room_codes, room_factors, rooms
-
-def one_line(f, *args, **kwargs):
-    "The message of the `UserError` that this raises, which is one line"
-    with pytest.raises(UserError) as e: f(*args, **kwargs)
-    message = str(e.value)
-    assert message and '\n' not in message
-    return message
 
 @pytest.mark.parametrize('size', (32, 50, 64))
 def test_rooms_do_not_depend_on_the_batch(size):
@@ -65,3 +58,6 @@ def test_caption_names_what_is_there():
     f = dict(bed='red', side='left', window='night', lamp='lit', rug='blue', picture='yes')
     assert room_caption(f) == 'a bedroom with a red bed on the left, a window at night, a lit lamp, a blue rug and a picture'
     assert 'rug' not in room_caption({**f, 'rug': 'none'}) and 'picture' not in room_caption({**f, 'picture': 'no'})
+
+@pytest.mark.parametrize('seed', [-1, -2**63])
+def test_rooms_take_any_seed(seed): assert not torch.equal(rooms(2, 32, seed=seed), rooms(2, 32))

@@ -1,5 +1,5 @@
 "Training: batches by number, averages, rates; a training that was killed, or continued, ends with the weights of one that was not."
-import os, random, subprocess, sys
+import copy, os, random, subprocess, sys
 import pytest, torch
 from fastai.basics import SGD, Callback, DataLoaders, Learner
 from safetensors.torch import load_file, save_file
@@ -421,3 +421,56 @@ def test_what_is_not_finite_stops_within_a_step(what, k, kind, tmp_path):
 def test_without_checkpoints_it_stops_too():
     for what in ('loss', 'gradient'):
         with pytest.raises(UserError, match='not'): trained('average_and_best', cbs=Poison(what, 39))
+
+# --- Muon
+
+def test_orthogonalise_keeps_directions():
+    "U S V^T becomes U T V^T with T near one, wide or tall; torch's own, in bfloat16, agrees as far as that goes"
+    from torch.optim._muon import _zeropower_via_newtonschulz as theirs
+    x = torch.randn(3, 24, 80, generator=torch.Generator().manual_seed(0))
+    for x in (x, x.mT):
+        y = orthogonalise(x)
+        u, s, vh = torch.linalg.svd(x, full_matrices=False)
+        t = torch.einsum('nrk,nrc,nkc->nk', u, y, vh)
+        assert (y - u@torch.diag_embed(t)@vh).norm() < 1e-4*y.norm()       # the same directions
+        a, b, c = 3.4445, -4.775, 2.0315
+        want = s/s.norm(dim=1, keepdim=True)
+        for _ in range(5): want = a*want + b*want**3 + c*want**5           # the polynomial, on singular values alone
+        assert (t - want).abs().max() < 1e-3 and .6 < t.min() and t.max() < 1.3
+        for o, p in zip(x, y): assert (theirs(o, (a, b, c), 5, 1e-7).float() - p).norm() < .02*p.norm()
+
+def test_muon_is_torchs_on_matrices_and_adamw_elsewhere():
+    "A convolution moves as torch's Muon moves its matrix, a linear layer as AdamW moves it"
+    conv, linear = nn.Conv2d(6, 8, 3), nn.Linear(5, 4)
+    matrix = nn.Parameter(conv.weight.detach().flatten(1).clone())
+    other = [nn.Parameter(p.detach().clone()) for p in (conv.bias, *linear.parameters())]
+    ours = Muon([*conv.parameters(), *linear.parameters()], 3e-3, weight_decay=.1)
+    theirs = torch.optim.Muon([matrix], 3e-3, weight_decay=.1, momentum=.95, nesterov=True, adjust_lr_fn='match_rms_adamw')
+    adamw = torch.optim.AdamW(other, 3e-3, weight_decay=.1)
+    start = conv.weight.detach().clone()
+    for k in range(6):
+        g = torch.Generator().manual_seed(k)
+        for p in (*conv.parameters(), *linear.parameters()): p.grad = torch.randn(p.shape, generator=g)
+        matrix.grad = conv.weight.grad.flatten(1).clone()
+        for p, o in zip((conv.bias, *linear.parameters()), other): o.grad = p.grad.clone()
+        for opt in (ours, theirs, adamw): opt.step()
+    moved = (conv.weight - start).flatten(1)
+    assert (conv.weight.flatten(1) - matrix).norm() < .01*moved.norm()     # torch's works in bfloat16
+    for p, o in zip((conv.bias, *linear.parameters()), other): assert torch.equal(p, o)
+
+def test_muon_goes_on_from_its_state():
+    "Saved and loaded after three steps, three more end at the same bits"
+    def steps(opt, conv, ks):
+        for k in ks:
+            for p in conv.parameters(): p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(k))
+            opt.step()
+    conv = nn.Conv2d(3, 5, 3)
+    again = copy.deepcopy(conv)
+    opt = Muon(conv.parameters())
+    steps(opt, conv, range(3))
+    again.load_state_dict(conv.state_dict())
+    other = Muon(again.parameters())
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    steps(opt, conv, range(3, 6))
+    steps(other, again, range(3, 6))
+    for p, q in zip(conv.parameters(), again.parameters()): assert torch.equal(p, q)

@@ -8,12 +8,12 @@ from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.resnet import ResnetBlock2D
-from fastai.basics import Callback, DataLoaders, Learner, SGD
+from fastai.basics import Callback
 from latentdiff.core import PRESETS, UserError, load_component, made, save_component
 from latentdiff.noisify import Process
 from latentdiff.sampling import SAMPLERS, time_steps
 import latentdiff.training
-from latentdiff.training import EMA, Checkpoint, DeviceLoader, largest_divisor, mixed_precision
+from latentdiff.training import Checkpoint, largest_divisor, mixed_precision
 from latentdiff.unet import (ActStats, Diffusers2D, ResBlock, SelfAttention, UNet, loss_by_level, make_denoiser, timestep_embedding,
                              train_denoiser, unet_for)
 
@@ -195,39 +195,6 @@ def test_samples_in_diffusers_own_loop(args, sampler, cls, tmp_path):
 
 # --- training -------------------------------------------------------------------------------------------------------
 
-class Walk(nn.Module):
-    "One number; its gradient is always -1, so that SGD with lr 1 counts the steps."
-    def __init__(self):
-        super().__init__()
-        self.w = nn.Parameter(torch.zeros(1))
-    def forward(self, x): return -self.w.expand(len(x))
-
-def test_ema_closed_form():
-    "The average of 1, 2, ... n with the warm-up decay, in the model after the fit and during validation."
-    class Spy(Callback):
-        order = 90
-        def before_validate(self): seen.append(self.learn.model.w.item())
-    seen,dl = [], DeviceLoader(torch.zeros(5, 1), bs=1)
-    ema = EMA(.5)
-    learn = Learner(DataLoaders(dl, dl), Walk(), loss_func=lambda p: p.mean(), opt_func=SGD, cbs=[ema, Spy()])
-    learn.dls.n_inp = 0
-    class Feed(Callback):
-        def before_batch(self): self.learn.xb,self.learn.yb = (torch.zeros(1, 1),), (torch.zeros(1),)
-    learn.loss_func = lambda p,y: p.mean()
-    learn.add_cb(Feed())
-    with learn.no_bar(), learn.no_logging(): learn.fit(2, lr=1.)
-    avg,path = 0., []
-    for n in range(1, 11):
-        d = min(.5, (1 + n)/(10 + n))
-        avg = d*avg + (1 - d)*n
-        path.append(avg)
-    assert seen == pytest.approx([path[4], path[9]], rel=1e-6)
-    assert learn.model.w.item() == pytest.approx(path[9], rel=1e-6)
-    ema.swap()
-    assert learn.model.w.item() == 10
-    learn.validate()
-    assert learn.model.w.item() == 10
-
 def latents(n=64): return noise(n, 1, 1, 1, seed=3).sign()*torch.ones(n, 4, 4, 4)
 
 def small(seed=0):
@@ -343,6 +310,14 @@ def test_other_settings_are_never_mixed(change, words, tmp_path):
 def test_other_latents_are_never_mixed(tmp_path):
     make_denoiser(tmp_path, some_latents(), TINY, device='cpu')
     with pytest.raises(UserError, match='other latents'): make_denoiser(tmp_path, some_latents('xyz'), TINY, device='cpu')
+
+def test_a_denoiser_that_falls_ill_is_not_kept(tmp_path):
+    "Nothing is left of a training whose rate was far too high, and a sound one can follow"
+    with pytest.raises(UserError, match='train again at a lower rate') as e:
+        make_denoiser(tmp_path, some_latents(), replace(TINY, lr=1e30), device='cpu')
+    assert '\n' not in str(e.value) and not list(tmp_path.rglob('*.safetensors')) and not (tmp_path/'unet').exists()
+    net,_ = make_denoiser(tmp_path, some_latents(), TINY, device='cpu')
+    assert all(p.isfinite().all() for p in net.parameters())
 
 def test_a_size_that_works_is_named():
     "72 px in latents of 9 places cannot be halved twice: multiples of 32 px can."
