@@ -28,6 +28,7 @@ AUTOENCODERS = {
     'as it is': ({}, {}),
     'adamw': ({}, dict(opt_func=adam)),
     '4 latent channels': (dict(latent_channels=4), {}),
+    'a fifth of the KL term': ({}, dict(kl_weight=1e-3)),
     'feature loss': ({}, dict(feature_weight=.1)),
     'twice as wide': (dict(ae_widths=(64, 128)), {})}
 DENOISERS = {
@@ -44,7 +45,7 @@ def autoencoder(run, p, minutes, seed, **kw):
     x, valid = (some_pixels(run.images, o, seed) for o in ('train', 'valid'))
     torch.manual_seed(seed)
     ae = KLAutoencoder(run.images.channels, p.ae_widths, p.ae_patch, 1, p.latent_channels)
-    kw |= dict(lr=p.ae_lr, seed=seed, bs=p.bs, flip=run.images.channels == 3)
+    kw = dict(lr=p.ae_lr, kl_weight=p.ae_kl, seed=seed, bs=p.bs, flip=run.images.channels == 3) | kw
     learn = train_autoencoder(ae, x, valid, minutes=minutes, **kw)
     with torch.no_grad(): y = torch.cat([ae.decode(ae.encode(b)).cpu() for b in batches_for(ae, valid)])
     return learn, quality(ae, valid)['psnr'], kid(features(run.judge, to_uint8(y)), run.real_features)

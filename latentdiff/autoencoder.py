@@ -334,7 +334,7 @@ def train_autoencoder(ae, x_train, x_valid,                    # as for `ae_lear
     "Train in place, keep the best weights, measure the scale of the latents over the training set; returns the Learner"
     if isinstance(ae, KLAutoencoder): pca_start(ae, x_train)
     learn = ae_learner(ae, x_train, x_valid, seed=seed, **kw)
-    fit_steps(learn, steps, epochs, minutes, lr, seed, checkpoint, keep_best=True)
+    fit_steps(learn, steps, epochs, minutes, lr, seed, checkpoint, rounds=5, keep_best=True)
     ae.to(memory_format=torch.contiguous_format).fit_scale(x_train).eval().requires_grad_(False)
     return learn
 
@@ -485,9 +485,10 @@ def make_autoencoder(folder, images, p, seed=0, device=None): # of the run; `Ima
     found = next((o for o in ('autoencoder', 'vae') if (folder/o).exists()), None)
     ready = open_autoencoder(p.ae_pretrained) if p.ae_pretrained and not found else None
     path = folder/(found or ('vae' if isinstance(ready, PretrainedKL) else 'autoencoder'))
-    settings, kw = dict(seed=seed, pretrained=p.ae_pretrained), dict(bs=p.bs, lr=p.ae_lr, flip=images.channels == 3)
+    settings, kw = dict(seed=seed, pretrained=p.ae_pretrained), dict(bs=p.bs, lr=p.ae_lr, kl_weight=p.ae_kl)
     if not p.ae_pretrained:
         network = dict(widths=p.ae_widths, patch=p.ae_patch, latent_channels=p.latent_channels)
+        kw |= dict(flip=images.channels == 3)
         settings |= dict(**network, optimizer='Muon', **kw)
         kw |= dict(checkpoint=Checkpoint(folder/'checkpoints'/'autoencoder', fingerprint(**settings, **parents)))
         settings |= dict(steps=p.ae_steps)
