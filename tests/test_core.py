@@ -1,5 +1,6 @@
 "Core: presets, streams, files and folders that are whole or absent, components, artefacts, locks."
 import json, os, signal, stat, subprocess, sys, time
+from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest, torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -39,6 +40,12 @@ def test_a_run_has_a_folder_of_its_own(monkeypatch, tmp_path):
     assert run_folder(preset('cpu', '/data/cats.tar.gz/'), 3) == tmp_path/'cats-cpu-64px-seed3'
 
 # --- streams
+
+def test_only_what_was_measured_is_promised():
+    "The minutes are those of the preset as it stands in the table"
+    p = preset('cpu', 'rooms')
+    assert f'about {p.minutes:g} min' in repr(p)
+    for other in (replace(p, steps=p.steps + 1), replace(p, n=200), preset('cpu', 'rooms', size=128)): assert 'about' not in repr(other)
 
 def test_streams_do_not_meet():
     "A million names, all numbers different (torch's CPU generator looks at the lower half of each)"
