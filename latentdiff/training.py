@@ -149,7 +149,7 @@ def orthogonalise(x, coefs=(3.4445, -4.775, 2.0315), steps=5): # matrices (n,r,c
 
 # %% ../nbs/parts/training.ipynb #n004
 class Muon(torch.optim.AdamW):
-    "Convolutions follow their orthogonalised momentum (Jordan et al. 2024), everything else AdamW"
+    "Convolutions, unless very thin, follow their orthogonalised momentum (Jordan et al. 2024), everything else AdamW"
     def __init__(self, params, lr=1e-3, momentum=.95, **kw): # share of the old momentum kept; as for AdamW
         super().__init__(params, lr, **kw)
         self.momentum = momentum
@@ -159,7 +159,8 @@ class Muon(torch.optim.AdamW):
         for group in self.param_groups:
             shapes = {}
             for p in group['params']:
-                if p.ndim > 2 and p.grad is not None: shapes.setdefault(p.shape, []).append(p)
+                if p.ndim > 2 and p.grad is not None and min(p.flatten(1).shape) >= 16:
+                    shapes.setdefault(p.shape, []).append(p)
             for ps in shapes.values(): self.move(ps, group['lr'], group['weight_decay'])
         return super().step(closure)
 

@@ -440,23 +440,23 @@ def test_orthogonalise_keeps_directions():
         for o, p in zip(x, y): assert (theirs(o, (a, b, c), 5, 1e-7).float() - p).norm() < .02*p.norm()
 
 def test_muon_is_torchs_on_matrices_and_adamw_elsewhere():
-    "A convolution moves as torch's Muon moves its matrix, a linear layer as AdamW moves it"
-    conv, linear = nn.Conv2d(6, 8, 3), nn.Linear(5, 4)
+    "A convolution moves as torch's Muon moves its matrix; a linear layer, and a convolution to three channels, as AdamW moves them"
+    conv, rest = nn.Conv2d(6, 20, 3), [*nn.Linear(25, 24).parameters(), *nn.Conv2d(20, 3, 3).parameters()]
     matrix = nn.Parameter(conv.weight.detach().flatten(1).clone())
-    other = [nn.Parameter(p.detach().clone()) for p in (conv.bias, *linear.parameters())]
-    ours = Muon([*conv.parameters(), *linear.parameters()], 3e-3, weight_decay=.1)
+    other = [nn.Parameter(p.detach().clone()) for p in (conv.bias, *rest)]
+    ours = Muon([*conv.parameters(), *rest], 3e-3, weight_decay=.1)
     theirs = torch.optim.Muon([matrix], 3e-3, weight_decay=.1, momentum=.95, nesterov=True, adjust_lr_fn='match_rms_adamw')
     adamw = torch.optim.AdamW(other, 3e-3, weight_decay=.1)
     start = conv.weight.detach().clone()
     for k in range(6):
         g = torch.Generator().manual_seed(k)
-        for p in (*conv.parameters(), *linear.parameters()): p.grad = torch.randn(p.shape, generator=g)
+        for p in (*conv.parameters(), *rest): p.grad = torch.randn(p.shape, generator=g)
         matrix.grad = conv.weight.grad.flatten(1).clone()
-        for p, o in zip((conv.bias, *linear.parameters()), other): o.grad = p.grad.clone()
+        for p, o in zip((conv.bias, *rest), other): o.grad = p.grad.clone()
         for opt in (ours, theirs, adamw): opt.step()
     moved = (conv.weight - start).flatten(1)
     assert (conv.weight.flatten(1) - matrix).norm() < .01*moved.norm()     # torch's works in bfloat16
-    for p, o in zip((conv.bias, *linear.parameters()), other): assert torch.equal(p, o)
+    for p, o in zip((conv.bias, *rest), other): assert torch.equal(p, o)
 
 def test_muon_goes_on_from_its_state():
     "Saved and loaded after three steps, three more end at the same bits"
@@ -464,7 +464,7 @@ def test_muon_goes_on_from_its_state():
         for k in ks:
             for p in conv.parameters(): p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(k))
             opt.step()
-    conv = nn.Conv2d(3, 5, 3)
+    conv = nn.Conv2d(3, 20, 3)
     again = copy.deepcopy(conv)
     opt = Muon(conv.parameters())
     steps(opt, conv, range(3))
