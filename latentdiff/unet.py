@@ -243,7 +243,7 @@ def denoiser_learner(net, process, # denoiser: net(x_t, time) -> prediction; the
 def train_denoiser(net, process, z_train, z_valid,                   # as for `denoiser_learner`, which gets `kw`
                    steps=None, epochs=None, minutes=None,            # how long, in one of the three, see `fit_steps`
                    lr=1e-3, seed=0, checkpoint=None, rounds=10, cbs=(), **kw): # highest rate; as in `fit_steps`
-    "Train `net` to undo `process`; the Learner's model holds the averaged weights, its `history` the losses"
+    "-> Learner with the averaged weights and a `history`; `UserError` unless one of steps, epochs, minutes is given"
     learn = denoiser_learner(net, process, z_train, z_valid, seed=seed, **kw)
     return fit_steps(learn, steps, epochs, minutes, lr, seed, checkpoint, rounds, cbs=cbs)
 
