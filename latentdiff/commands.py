@@ -153,9 +153,12 @@ def write_npz(path, px):
     write_whole(path, f.getvalue())
 
 @patch(as_prop=True)
+def sampling(self:Run): return dict(steps=self.p.sample_steps, sampler=self.p.sampler or sampling.SAMPLER)
+
+@patch(as_prop=True)
 def samples(self:Run):
     "uint8 samples (n,c,h,w), drawn once"
-    settings = dict(n=self.p.n_eval, steps=self.p.sample_steps, sampler=sampling.SAMPLER, seed=self.seed, bs=self.p.bs)
+    settings = dict(n=self.p.n_eval, **self.sampling, seed=self.seed, bs=self.p.bs)
     parents = {k: made(self.folder/k)['fingerprint'] for k in self.pipeline.parts()}
     folder = artefact(self.folder/'samples', self.draw, parents, settings, remake=True)
     return self.once('samples', lambda: data.npz_pixels(folder/'samples.npz'))
@@ -163,7 +166,7 @@ def samples(self:Run):
 @patch
 def draw(self:Run, folder):
     "Fill `folder`: the samples, a grid of the first 64, the way from noise to image of the first three"
-    px = self.pipeline.pixels(self.p.n_eval, self.p.sample_steps, seed=self.seed, bs=self.p.bs)
+    px = self.pipeline.pixels(self.p.n_eval, **self.sampling, seed=self.seed, bs=self.p.bs)
     write_npz(folder/'samples.npz', to_hwc(px))
     report.save_png(data.image_grid(data.from_uint8(px[:64]), nrow=8), folder/'grid.png')
     report.save_png(report.path_picture(self.pipeline, self.p.sample_steps, self.seed), folder/'path.png')
@@ -362,14 +365,18 @@ def write_pngs(folder, px):
 @call_parse
 @one_line_errors
 def sample_cli(
-    run:str,                # run folder
+    run:str,                # run folder, or a name in the zoo, such as fashion_mnist32
     n:int=64,               # images
     out:str=None,           # folder for n PNGs, named by index; must not exist yet
     npz:str=None,           # file for one uint8 array (n,h,w,c)
     steps:int=20,           # of the sampler
     sampler:str='dpmpp_2m', # ddpm, ddim, euler, heun or dpmpp_2m
     seed:int=0,             # of the noise
-    bs:int=16               # images at a time; images are the same to the bit only for the same number
+    bs:int=16,              # images at a time; images are the same to the bit only for the same number
+    Class:str=None,         # what to draw, in a run that was trained with classes; several with commas between
+    prompt:str=None,        # the same in words, in a run that was trained with captions
+    guidance:float=2.,      # how much to exaggerate what is asked for; 1: not at all
+    negative:str=None       # class or words to stay away from
 ):
     "Draw images from a trained run, as PNGs, as one array, or both"
     above_zero(n=n, steps=steps, bs=bs)
@@ -377,8 +384,10 @@ def sample_cli(
     for path, option in ((out, '--out'), (npz, '--npz')):
         if path: new_place(path, option)
     pipe = pipeline.LatentDiffusionPipeline.from_pretrained(run)
-    print(f'{n:,} images into {out or npz}: {pipeline.expectation(pipe, n, steps, sampler, bs)}', flush=True)
-    px = to_hwc(pipe.pixels(n, steps, sampler, seed, bs))
+    cond = [o.strip() for o in Class.split(',')] if Class else prompt
+    told = dict(cond=cond, guidance=guidance, negative=negative) if cond else {}
+    print(f'{n:,} images into {out or npz}: {pipeline.expectation(pipe, n, steps, sampler, bs, **told)}', flush=True)
+    px = to_hwc(pipe.pixels(n, steps, sampler, seed, bs, **told))
     if npz: write_npz(npz, px)
     if out: write_pngs(out, px)
 

@@ -5,20 +5,19 @@
 # %% auto #0
 __all__ = ['CrossAttention', 'ConditionalUNet', 'conditional', 'ClassConditioner', 'Conditioned', 'guide', 'FactorReader',
            'train_reader', 'minilm_folder', 'text_encoder', 'TextConditioner', 'attention_maps', 'StyleConditioner',
-           'save_conditioned', 'load_conditioned']
+           'class_conditioner', 'make_conditional']
 
 # %% ../nbs/60_conditioning.ipynb #c005
-import shutil, torch, torch.nn.functional as F
+import json, torch, torch.nn.functional as F
 from functools import lru_cache
 from importlib.util import find_spec
 from torch import nn
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from fastai.basics import DataLoaders, Learner, Path
-from .core import UserError, load_component, save_component
+from .core import UserError, find_class, fingerprint, stream, write_json
 from .training import DeviceLoader, adamw, fit_steps, largest_divisor, zero_init
 from .data import as_images
-from .noisify import Process
-from .unet import UNet
+from .unet import UNet, make_denoiser, unet_for
 
 # %% ../nbs/60_conditioning.ipynb #c018
 class CrossAttention(nn.Module):
@@ -102,25 +101,44 @@ class ClassConditioner(nn.Module, ConfigMixin):
         super().__init__()
         self.embedding = nn.Embedding(len(classes), dim)
 
+    @property
+    def dim(self): return self.embedding.embedding_dim
+
     def number(self, label): # a class's name or number
         classes = list(self.config.classes)
         if label in classes: return classes.index(label)
         if isinstance(label, int) and 0 <= label < len(classes): return label
         raise UserError(f"no class {label!r}: give 0 to {len(classes)-1} or one of {', '.join(map(str, classes))}")
 
-    def forward(self, labels): # (b,) int64 tensor, or a list of names or numbers -> tokens (b, 1, dim), mask (b, 1)
+    def forward(self, labels): # (b,) int64, -1: of no class; or a list of names or numbers -> tokens (b, 1, dim), mask
         if not torch.is_tensor(labels): labels = torch.tensor([self.number(o) for o in labels])
-        elif labels.device.type == 'cpu': [self.number(o) for o in labels.unique().tolist()]
-        tokens = self.embedding(labels.to(self.embedding.weight.device))[:, None]
-        return tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
+        elif labels.device.type == 'cpu': [self.number(o) for o in labels.unique().tolist() if o != -1]
+        labels = labels.to(self.embedding.weight.device)[:, None]
+        return self.embedding(labels.clamp(min=0)), labels >= 0
 
 # %% ../nbs/60_conditioning.ipynb #c037
-class Conditioned(nn.Module):
+class Conditioned(nn.Module, ConfigMixin):
     "A denoiser and the conditioners that make its tokens, as one network; drops conditions at random while it trains"
+    config_name = 'config.json'
     def __init__(self, net, *conditioners, # net(x, time, tokens, mask); each: conditioner(cond) -> (tokens, mask)
                  drop=.1): # how often each is left out (Ho & Salimans 2022, algorithm 1), half of it all at once
         super().__init__()
         self.net, self.conditioners, self.drop = net, nn.ModuleList(conditioners), drop
+
+    @property
+    def config(self): return self.net.config
+
+    def save_config(self, folder):
+        "Write config.json, that of every part in it: they are saved and loaded as one network"
+        net, *parts = (json.loads(o.to_json_string()) for o in (self.net, *self.conditioners))
+        d = dict(_class_name='Conditioned', net=net, conditioners=parts, drop=self.drop)
+        write_json(Path(folder)/self.config_name, d, 2)
+
+    @classmethod
+    def from_config(cls, config): # a dict, as `save_config` writes it
+        "The same network, untrained. Language models are not part of it: they are loaded by name"
+        net, *parts = (find_class(o['_class_name']).from_config(o) for o in (config['net'], *config['conditioners']))
+        return cls(net, *parts, drop=config['drop'])
 
     def keep(self, b, device=None):
         "(b, conditioners) bool: which conditions a training step may see, from torch's own generator"
@@ -312,19 +330,17 @@ class StyleConditioner(nn.Module, ConfigMixin):
         tokens = torch.stack(tokens, 1)
         return tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
 
-# %% ../nbs/60_conditioning.ipynb #c117
-def save_conditioned(model, process, folder): # Conditioned, its Process; gets denoiser/, conditioner_0/ ..., process/
-    "Net, conditioners and process, side by side"
-    folder = Path(folder)
-    save_component(model.net, folder/'denoiser')
-    for i, c in enumerate(model.conditioners): save_component(c, folder/f'conditioner_{i}')
-    for old in [*folder.glob('conditioner_*')]: # of a model with more conditioners, saved here before
-        if int(old.name.split('_')[1]) >= len(model.conditioners): shutil.rmtree(old)
-    process.save(folder/'process')
+# %% ../nbs/60_conditioning.ipynb #n602
+def class_conditioner(latents, seed=0): # `Latents` of labelled images; of the weights
+    "A `ClassConditioner`, untrained, and the label of each image (n,); raises `UserError` if there are none"
+    if latents.labels is None: raise UserError('these images have no classes: put each class into a folder of its own')
+    with torch.random.fork_rng():
+        torch.manual_seed(stream(seed, 'classes'))
+        return ClassConditioner(latents.classes), latents.labels
 
-def load_conditioned(folder): # as `save_conditioned` left it -> (Conditioned in eval mode, Process)
-    "What was saved there. Language models are not copied: they are loaded by name"
-    folder = Path(folder)
-    parts = sorted(folder.glob('conditioner_*'), key=lambda o: int(o.name.split('_')[1]))
-    model = Conditioned(load_component(folder/'denoiser'), *map(load_component, parts))
-    return model.eval(), Process.load(folder/'process')
+def make_conditional(folder, latents, p, # run folder: gets denoiser/, process/, scheduler/; `Latents`; a `Preset`
+    conditioner, conds, **kw):           # makes the tokens; (n,) what it reads for each image; as for `make_denoiser`
+    "The `Conditioned` denoiser of a run in eval mode, and its `Process`: loaded, or trained now for `p.steps` steps"
+    build = lambda shape, p: Conditioned(conditional(unet_for(shape, p), conditioner.dim), conditioner)
+    told = dict(conditioner=type(conditioner).__name__, conditions=fingerprint(conds=conds.tolist()))
+    return make_denoiser(folder, latents, p, build=build, conds=conds, **told, **kw)

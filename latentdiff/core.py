@@ -60,6 +60,7 @@ class Preset:
     ae_lr: float = 2e-3     # highest learning rate of the autoencoder
     ae_kl: float = 1e-3     # weight of its KL term: more makes latents that forgive errors, and reconstructions softer
     lr: float = 1e-3        # highest learning rate of the denoiser
+    sampler: str|None = None # of the samples; None: the default of `sample`
 
     def __repr__(self):
         own = f'widths {self.ae_widths}, {self.latent_channels} latent channels, {self.ae_steps:,} steps'
@@ -83,7 +84,7 @@ DATASETS = ('rooms', 'fashion_mnist', 'mnist', 'lsun_bedroom', 'stanford_cars', 
 _SMALL = dict(n=None, ae_pretrained=None, ae_widths=(64,128), widths=(128,256))
 _FOR_DATA = {
     ('cpu', 'rooms'): dict(size=64, n=6000, ae_widths=(32,64), latent_channels=6, ae_steps=350, ae_lr=8e-3, ae_kl=5e-3,
-        widths=(64,96), steps=720, lr=4e-3, bs=32, n_eval=500, minutes=5.4, gb=2.2),
+        widths=(64,96), steps=760, lr=4e-3, bs=32, n_eval=500, sample_steps=32, sampler='ddpm'),
     ('cpu', 'lsun_bedroom'): dict(size=64, n=10_000, ae_widths=(64,128), latent_channels=6, ae_steps=8000,
         widths=(96,192), depth=2, steps=12_000, bs=32),
     ('cpu', 'smallnorb'): dict(size=96, n=10_000, ae_widths=(64,128), ae_steps=4000, steps=8000, bs=32),

@@ -143,7 +143,7 @@ def orthogonalise(x, coefs=(3.4445, -4.775, 2.0315), steps=5): # matrices (n,r,c
     (a, b, c), gram, eye = coefs, x@x.mT, torch.eye(x.shape[1], device=x.device)
     total = eye
     for _ in range(steps):
-        q = a*eye + b*gram + c*gram@gram
+        q = torch.baddbmm(a*eye + b*gram, gram, gram, alpha=c)
         gram, total = q@gram@q, q@total
     return total@x
 
@@ -151,8 +151,8 @@ def orthogonalise(x, coefs=(3.4445, -4.775, 2.0315), steps=5): # matrices (n,r,c
 class Muon(torch.optim.AdamW):
     "Convolutions, unless very thin, follow their orthogonalised momentum (Jordan et al. 2024), everything else AdamW"
     def __init__(self, params, lr=1e-3, momentum=.95, **kw): # share of the old momentum kept; as for AdamW
-        super().__init__(params, lr, **kw)
-        self.momentum = momentum
+        super().__init__(params, lr, fused=True, **kw)
+        self.momentum, self._step_supports_amp_scaling = momentum, False   # `move` wants gradients that are unscaled
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -170,8 +170,9 @@ class Muon(torch.optim.AdamW):
         for p in ps: self.state[p] = self.state[p] or new(p)
         m, g = [self.state[p]['exp_avg'] for p in ps], [p.grad for p in ps]
         torch._foreach_lerp_(m, g, 1 - self.momentum)
-        x = torch.stack(torch._foreach_lerp(g, m, self.momentum))        # Nesterov's look ahead
-        moves = .2*max(x[0, 0].numel(), x.shape[1])**.5*orthogonalise(x.flatten(2)).view(x.shape)
+        ahead = torch._foreach_lerp(g, m, self.momentum)                 # Nesterov's look ahead
+        x = torch.stack([o.movedim(1, -1) for o in ahead])               # channels last, as they lie in memory
+        moves = .2*max(x[0, 0].numel(), x.shape[1])**.5*orthogonalise(x.flatten(2)).view(x.shape).movedim(-1, 2)
         torch._foreach_mul_(ps, 1 - lr*weight_decay)
         torch._foreach_add_(ps, list(moves), alpha=-lr)
         for p in ps: p.grad = None

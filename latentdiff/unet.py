@@ -260,23 +260,26 @@ def unet_for(shape, p): # (c, h, w) of one latent, and a `Preset`
 
 def make_denoiser(folder, latents, p, # run folder: gets unet/, process/, scheduler/; from `make_latents`; a `Preset`
     seed=0, device=None, # of weights, order and noise; None: default_device()
-    remake=False, cbs=() # train again if made from something else, or raise `UserError`? callbacks that watch
-): # (UNet in eval mode on the device, Process)
+    remake=False, cbs=(), # train again if made from something else, or raise `UserError`? callbacks that watch
+    build=unet_for, conds=None, **told # (shape of a latent, `p`) -> untrained; (n,) what it is told of each image;
+): # what that depends on -> (denoiser in eval mode on the device, Process)
     "The denoiser of a run: loaded, or trained now for `p.steps` steps and saved"
     folder, process = Path(folder), Process('flow', 'velocity', 'logit_normal')
     parents, recipe = dict(latents=latents.fingerprint), dict(bs=p.bs, lr=p.lr, seed=seed)
     network = dict(widths=p.widths, depth=p.depth, attn_levels=p.attn_levels)
-    settings = dict(**recipe, **network, process=asdict(process), optimizer='Muon')
+    settings = dict(**recipe, **network, process=asdict(process), optimizer='Muon', **told)
     checkpoint = Checkpoint(folder/'checkpoints'/'unet', fingerprint(**parents, **settings))
     def make(out):
         torch.manual_seed(seed)
-        net, z = unet_for(latents.mean.shape[1:], p), [latents.tensor(o) for o in ('train', 'valid')]
+        net, z = build(latents.mean.shape[1:], p), [latents.tensor(o) for o in ('train', 'valid')]
+        if conds is not None: z = [(x, conds[latents.idxs(o)]) for x, o in zip(z, ('train', 'valid'))]
         learn = train_denoiser(net, process, *z, steps=p.steps, **recipe, device=device, cbs=cbs, checkpoint=checkpoint)
         save_process(process, folder)
         save_component(net, out)
         return learn.history
-    unet = artefact(folder/'unet', make, parents, dict(**settings, steps=p.steps), remake)
-    return load_component(unet).to(device or default_device()), Process.load(folder/'process')
+    name = 'unet' if conds is None else 'denoiser'   # diffusers knows no network that is told something our way
+    made_at = artefact(folder/name, make, parents, dict(**settings, steps=p.steps), remake)
+    return load_component(made_at).to(device or default_device()), Process.load(folder/'process')
 
 # %% ../nbs/30_unet.ipynb #c097
 @torch.no_grad()

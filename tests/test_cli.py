@@ -1,13 +1,13 @@
 "The console commands, each in a process of its own: what they leave behind, and one clear line for every bad input."
 import json, os, random, re, shlex, shutil, subprocess, sys, tarfile, time
 from html import unescape
-import numpy as np, pytest
+import numpy as np, pytest, torch
 from fastcore.basics import AttrDict
 from PIL import Image
 from pathlib import Path
 import latentdiff
 from latentdiff.core import locked
-from latentdiff.data import open_images
+from latentdiff.data import npz_pixels, open_images
 from latentdiff.report import report
 
 # Importing torch takes seconds, so it is done once: the server imports it and forks a child for each command, which then
@@ -329,6 +329,7 @@ def test_bad_calls_of_sample(cli, run, tmp_path):
     one_line(cli('sample', run.folder), '--out')
     one_line(cli('sample', run.folder, '--sampler', 'magic', '--out', tmp_path/'o'), 'magic', 'heun')
     one_line(cli('sample', run.folder, '--n', '0', '--out', tmp_path/'o'), '--n')
+    one_line(cli('sample', run.folder, '--class', 'cat', '--out', tmp_path/'o'), 'without classes')
     one_line(cli('sample', run.folder, '--out', tmp_path), 'exists')
     assert not list(tmp_path.iterdir())
 
@@ -348,3 +349,18 @@ def test_sample_overwrites_nothing(cli, run, tmp_path, option, where):
     (tmp_path/'kept.txt').write_text('mine')
     one_line(cli('sample', run.folder, '--n', 2, option, tmp_path/where), where.split('/')[-1], option)
     assert (tmp_path/'kept.txt').read_text()=='mine' and len(list(tmp_path.iterdir()))==1
+
+# --- the zoo, and what it can be told -------------------------------------------------------------------------------
+
+def test_the_zoo_draws_by_name(cli, tmp_path):
+    "Of every class as many, and the same seed gives the same garments in another class's shape."
+    for name, classes in (('a', 'bag,trouser'), ('b', 'bag')):
+        r = cli('sample', 'fashion_mnist32', '--n', 4, '--steps', 4, '--class', classes, '--guidance', 2, '--npz', tmp_path/f'{name}.npz')
+        assert r.rc == 0, r.err
+    a, b = (npz_pixels(tmp_path/f'{o}.npz').float() for o in 'ab')
+    assert torch.equal(a[::2], b[::2]) and (a[1::2] - b[1::2]).abs().mean() > 5
+
+def test_classes_that_are_not_there(cli, tmp_path):
+    one_line(cli('sample', 'fashion_mnist32', '--class', 'sock', '--out', tmp_path/'o'), 'sock', 'trouser')
+    one_line(cli('sample', 'fashion_mnist33', '--out', tmp_path/'o'), 'fashion_mnist33', 'fashion_mnist32')
+    assert not (tmp_path/'o').exists()

@@ -1,13 +1,15 @@
 "Cross-attention against diffusers on copied weights; masks, dropping and guidance against closed forms; text against the models it wraps."
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 import pytest, torch
 from torch import nn
 from diffusers.models.attention_processor import Attention
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 import latentdiff.conditioning
 from latentdiff.conditioning import (ClassConditioner, Conditioned, ConditionalUNet, CrossAttention, FactorReader, StyleConditioner, TextConditioner,
-                                     attention_maps, conditional, guide, load_conditioned, save_conditioned, text_encoder, train_reader)
-from latentdiff.core import UserError, load_component, save_component
+                                     attention_maps, class_conditioner, conditional, guide, make_conditional, text_encoder, train_reader)
+from latentdiff.core import UserError, load_component, preset, save_component
 from latentdiff.data import from_uint8
 from latentdiff.noisify import Process
 from latentdiff.sampling import euler, optimal_denoiser, sample, start_noise, time_steps
@@ -399,17 +401,70 @@ def test_all_three_saved_and_loaded(tmp_path):
     parts = ClassConditioner(['a', 'b'], 384), StyleConditioner(1, 384), TextConditioner()
     model = Conditioned(randomise(ConditionalUNet(**SHAPE, dim=384)), *map(randomise, parts))
     cond = ['a', 'b'], noise(2, 1, 32, 32), ['a red bed', 'a rug']
-    save_conditioned(model, FLOW, tmp_path)
-    again,process = load_conditioned(tmp_path)
+    again = load_component(save_component(model, tmp_path/'denoiser'))
     draw = lambda m: sample(guide(m, cond, 2.), FLOW, 2, (2, 8, 8), steps=3, bs=2, device='cpu')
-    assert process == FLOW and gap(draw(model), draw(again)) < 1e-5
-    assert sum(f.stat().st_size for f in (tmp_path/'conditioner_2').iterdir()) < 1000
+    assert gap(draw(model), draw(again)) < 1e-5 and again.drop == model.drop
+    ours = sum(4*p.numel() for p in model.parameters())
+    assert sum(f.stat().st_size for f in (tmp_path/'denoiser').iterdir()) < ours + 30_000
 
 def test_saving_forgets_an_earlier_model_with_more_conditioners(tmp_path):
     "What is loaded is what was saved last, in its order, also past ten."
-    net = ConditionalUNet(dim=8, **SHAPE)
+    net, names = ConditionalUNet(dim=8, **SHAPE), lambda: [list(c.config.classes) for c in load_component(tmp_path/'denoiser').conditioners]
     many = [ClassConditioner([f'class {i}'], 8) for i in range(11)]
-    save_conditioned(Conditioned(net, *many), FLOW, tmp_path)
-    assert [list(c.config.classes) for c in load_conditioned(tmp_path)[0].conditioners] == [[f'class {i}'] for i in range(11)]
-    save_conditioned(Conditioned(net, many[3]), FLOW, tmp_path)
-    assert [list(c.config.classes) for c in load_conditioned(tmp_path)[0].conditioners] == [['class 3']]
+    save_component(Conditioned(net, *many), tmp_path/'denoiser')
+    assert names() == [[f'class {i}'] for i in range(11)]
+    save_component(Conditioned(net, many[3]), tmp_path/'denoiser')
+    assert names() == [['class 3']]
+
+def test_a_saved_part_that_is_not_one_of_ours(tmp_path):
+    folder = save_component(Conditioned(ConditionalUNet(dim=8, **SHAPE), ClassConditioner(['a'], 8)), tmp_path/'denoiser')
+    config = json.loads((folder/'config.json').read_text())
+    config['conditioners'][0]['_class_name'] = 'Popen'
+    (folder/'config.json').write_text(json.dumps(config))
+    with pytest.raises(UserError, match='no class named Popen') as e: load_component(folder)
+    one_line(e)
+
+def test_images_of_no_class_say_nothing():
+    c = ClassConditioner(['cat', 'dog'], 8)
+    tokens, mask = c(torch.tensor([1, -1]))
+    assert mask.tolist() == [[True], [False]] and torch.equal(tokens[0, 0], c.embedding.weight[1])
+
+# --- in a run -------------------------------------------------------------------------------------------------------
+
+class Two:
+    "Latents of two classes: of the one -1 everywhere, of the other 1; the last quarter is held out."
+    fingerprint, classes, labels = 'two', ['low', 'high'], torch.arange(256) % 2
+    train_idxs, valid_idxs = torch.arange(192), torch.arange(192, 256)
+    mean = ((labels*2. - 1).view(-1, 1, 1, 1) + .1*noise(256, 2, 4, 4)).numpy()
+    def idxs(self, split): return self.train_idxs if split == 'train' else self.valid_idxs
+    def tensor(self, split): return torch.from_numpy(self.mean)[self.idxs(split)]
+
+@pytest.fixture(scope='module')
+def told(tmp_path_factory):
+    "A run folder whose denoiser listens, and how to make it."
+    folder, p = tmp_path_factory.mktemp('run'), replace(preset('tiny'), widths=(16,32), steps=150, lr=4e-3, bs=32)
+    make = lambda p=p, **kw: make_conditional(folder, Two(), p, *class_conditioner(Two()), device='cpu', **kw)
+    return folder, make, p, make()
+
+def test_a_run_listens(told):
+    "Its denoiser, guided, draws what is asked for: class low is -1, class high 1."
+    folder, make, p, (net, process) = told
+    z = sample(guide(net, ['low', 'high']*16, 1.), process, 32, (2, 4, 4), steps=10, bs=32, device='cpu').mean((1, 2, 3))
+    assert (z[::2] - -1).abs().max() < .5 and (z[1::2] - 1).abs().max() < .5
+
+def test_a_run_that_listens_is_made_once(told, capsys):
+    folder, make, p, (net, process) = told
+    again, same = make()
+    assert same == process and not capsys.readouterr().out
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values()))
+    assert not (folder/'unet').exists() and (folder/'scheduler').exists()
+
+def test_other_conditions_are_another_run(told):
+    "The same latents with other labels are not the same denoiser."
+    folder, make, p, _ = told
+    with pytest.raises(UserError, match='made with conditions') as e:
+        make_conditional(folder, Two(), p, ClassConditioner(['low', 'high']), 1 - Two.labels, device='cpu')
+    one_line(e)
+
+def test_no_classes_to_listen_to():
+    with pytest.raises(UserError, match='folder of its own'): class_conditioner(SimpleNamespace(labels=None))

@@ -4,12 +4,14 @@ import numpy as np, pytest, torch
 from diffusers import AutoencoderKL, UNet2DModel
 from matplotlib.figure import Figure
 from latentdiff.autoencoder import KLAutoencoder
+from latentdiff.conditioning import ClassConditioner, Conditioned, ConditionalUNet, guide
 from latentdiff.commands import settings_of, write_npz, write_pngs
 from latentdiff.core import UserError
 from latentdiff.data import npz_pixels
 from latentdiff.noisify import Process
-from latentdiff.pipeline import KIDCurve, LatentDiffusionPipeline, path_of
+from latentdiff.pipeline import KIDCurve, LatentDiffusionPipeline, path_of, zoo
 from latentdiff.report import kid_curve
+from latentdiff.sampling import sample
 from latentdiff.unet import UNet, train_denoiser
 
 def small(latent_channels=4, process=Process('flow', 'velocity', 'logit_normal'), seed=0):
@@ -122,3 +124,47 @@ def test_the_floor_is_drawn_where_it_is():
     kid_curve(ax, [(.5, .3, .01), (1., .2, .01)], dict(kid_floor=.02, kid_floor_se=.03))
     assert [o.get_ydata()[0] for o in ax.get_lines() if o.get_linestyle() == '--'] == [.02]
     assert [o.get_position()[1] for o in ax.texts] == [.02]
+
+# --- with conditions ------------------------------------------------------------------------------------------------
+
+def listening(seed=0):
+    "An untrained pipeline that can be told a class, and in which it matters."
+    p = small(seed=seed)
+    p.denoiser = Conditioned(ConditionalUNet(4, widths=(16,32), depth=1, attn_levels=(1,), dim=8), ClassConditioner(['cat', 'dog'], 8))
+    for o in p.denoiser.parameters(): torch.nn.init.normal_(o, std=.2 if o.ndim > 1 else 1.)
+    p.denoiser.eval()
+    return p
+
+def test_a_condition_is_guidance_batch_by_batch():
+    p = listening()
+    want = sample(guide(p.denoiser, ['cat', 'dog', 'cat', 'dog'], 3.), p.process, 4, (4, 8, 8), 3, bs=4, device='cpu')
+    torch.testing.assert_close(p.latents(4, 3, bs=4, cond=['cat', 'dog'], guidance=3.), want)
+    torch.testing.assert_close(p.latents(3, 3, bs=2, cond=['cat', 'dog'], guidance=3.), want[:3], atol=1e-4, rtol=1e-4)
+    assert torch.equal(p.latents(2, 3, bs=2, cond='dog'), p.latents(2, 3, bs=2, cond=[1]))
+    assert (p(2, 3, cond='cat') - p(2, 3, cond='dog')).abs().max() > .01
+
+def test_without_guidance_the_condition_does_not_count():
+    p = listening()
+    torch.testing.assert_close(p.latents(2, 3, cond='cat', guidance=0.), p.latents(2, 3), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(p.latents(2, 3, cond='cat', negative='cat', guidance=5.), p.latents(2, 3, cond='cat', guidance=1.), atol=1e-3, rtol=1e-3)
+
+def test_a_pipeline_that_listens_is_saved_and_loaded(tmp_path):
+    p = listening()
+    p.save_pretrained(tmp_path)
+    index = json.loads((tmp_path/'model_index.json').read_text())
+    assert index['denoiser'] == ['latentdiff.conditioning', 'Conditioned'] and not (tmp_path/'unet').exists()
+    again = LatentDiffusionPipeline.from_pretrained(tmp_path, 'cpu')
+    assert torch.equal(again(3, 3, cond='dog'), p(3, 3, cond='dog'))
+
+def test_a_condition_for_one_that_cannot_listen():
+    with pytest.raises(UserError, match='trained without') as e: small()(2, 2, cond='cat')
+    assert '\n' not in str(e.value)
+
+def test_half_precision_weights_load_as_float32(tmp_path):
+    p = small()
+    want = p(2, 3)
+    p.autoencoder.half(), p.denoiser.half()
+    p.save_pretrained(tmp_path)
+    again = LatentDiffusionPipeline.from_pretrained(tmp_path, 'cpu')
+    assert next(again.denoiser.parameters()).dtype == torch.float32
+    torch.testing.assert_close(again(2, 3), want, atol=.05, rtol=0)

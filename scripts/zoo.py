@@ -1,0 +1,155 @@
+"""Train one of the pipelines that come with the package, score it, and pack it into latentdiff/zoo:
+
+    python scripts/zoo.py fashion_mnist32
+    python scripts/zoo.py bedrooms64 --data lsun_bedroom
+
+It goes on where it was stopped. Weights are packed in float16, and everything that the card says of them is measured with the
+packed ones.
+"""
+import argparse, random, re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+import torch
+from latentdiff.autoencoder import make_autoencoder
+from latentdiff.conditioning import TextConditioner, class_conditioner, make_conditional, train_reader
+from latentdiff.core import made, preset, runs_home, write_json, write_whole
+from latentdiff.data import from_uint8, image_grid, open_images
+from latentdiff.kid_eval import evaluate, features, make_judge, nearest_neighbours
+from latentdiff.noisify import make_latents
+from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.report import save_png
+from latentdiff.unet import make_denoiser
+
+HERE = Path(__file__).parent.parent
+
+@dataclass
+class Recipe:
+    data: str       # what `open_images` opens, unless told otherwise
+    changes: dict   # of the preset `cpu` for that data
+    by: str         # 'class', 'caption', or 'nothing': what the denoiser is told
+    guidance: float # with which it is scored and shown
+    n: int          # samples behind KID and FID
+    what: str       # the first sentence of the card
+    call: str       # how to draw
+    terms: str      # of the data
+    flaws: str      # what it does badly, seen in its samples
+
+RECIPES = dict(
+    fashion_mnist32=Recipe('fashion_mnist', dict(ae_steps=3000, ae_lr=5e-3, widths=(64,96), steps=4600, lr=4e-3, bs=32), 'class', 1.5, 2048,
+        'Garments, grey, 32 px, by class.', "16, cond=['dress', 'bag']",
+        'Fashion-MNIST by Zalando SE (Xiao, Rasul and Vollgraf 2017), MIT licence', '-'),
+    rooms64=Recipe('rooms', dict(n=12_000, latent_channels=8, ae_kl=2e-3, ae_steps=2500, ae_lr=5e-3, steps=5000), 'caption', 1.5, 1000,
+        "Drawn bedrooms, 64 px, by caption. Needs the extra `text`: `pip install 'latentdiff[text]'`.",
+        "16, cond='a bedroom with a red bed on the left, a window at night and a lit lamp'",
+        '`rooms`, drawn by this package itself, Apache 2.0', '-'))
+
+def shortened(caption, rng):
+    "The caption without some of its parts, so that 'not mentioned' comes to mean 'as you like'"
+    things = [o for o in re.split(', | and ', caption.removeprefix('a bedroom with ')) if rng.random() > .3]
+    start = ', '.join(things[:-1]) + ' and ' if len(things) > 1 else ''
+    return 'a bedroom with ' + start + things[-1] if things else 'a bedroom'
+
+def denoiser(recipe, folder, latents, p, seed):
+    "Trained on what the recipe tells it"
+    if recipe.by == 'nothing': return make_denoiser(folder, latents, p, seed)
+    if recipe.by == 'class': told = class_conditioner(latents, seed)
+    else:
+        rng, text = random.Random(seed), TextConditioner()
+        told = text, text.rows([shortened(o, rng) for o in latents.captions])
+    return make_conditional(folder, latents, p, *told, seed=seed)
+
+def pack(pipe, place):
+    "Save the pipeline in half precision, and load it again as a reader will"
+    pipe.autoencoder.half()
+    pipe.denoiser.half()
+    pipe.save_pretrained(place)
+    return LatentDiffusionPipeline.from_pretrained(place)
+
+def told_at_random(recipe, images, n):
+    "What the samples behind the scores are told: each class equally often, or the captions of held-out images"
+    if recipe.by == 'class': return [i % len(images.classes) for i in range(n)]
+    if recipe.by == 'caption': return [images.captions[images.valid_idxs[i % len(images.valid_idxs)]] for i in range(n)]
+
+def closest(pipe, images, px):
+    "Mean distance of samples, and of as many held-out images, to the nearest training image, between latents, each number of variance 1"
+    with torch.no_grad(): z = lambda x: torch.cat([pipe.autoencoder.encode(from_uint8(o)).flatten(1) for o in x.split(64)])
+    train, valid = z(images.pixels(images.train_idxs)), z(images.pixels(images.valid_idxs[:len(px)]))
+    return [nearest_neighbours(o, train)[1].mean().item()/train.shape[1]**.5 for o in (z(px), valid)]
+
+def measure(pipe, recipe, folder, images, seed):
+    "Everything that the card says, a dict; the samples"
+    cond = told_at_random(recipe, images, recipe.n)
+    px = pipe.pixels(recipe.n, 20, seed=seed, bs=32, **(dict(cond=cond, guidance=recipe.guidance) if cond else {}))
+    judge, floor = make_judge(folder, images, seed), images.train_idxs[-recipe.n:]
+    d = evaluate(px, features(judge, images, idxs=images.valid_idxs), judge, features(judge, images, idxs=floor), seed)
+    if recipe.by == 'class':
+        reader = train_reader(images.pixels(images.train_idxs), images.labels[images.train_idxs, None], seed=seed + 1)
+        right = lambda x, y: (reader.read(x)[:, 0] == y).float().mean().item()
+        d |= dict(obeyed=right(px, torch.tensor(cond)), real_obeyed=right(images.pixels(images.valid_idxs), images.labels[images.valid_idxs]))
+    d['nearest'], d['nearest_real'] = closest(pipe, images, px[:256])
+    return d, px
+
+CARD = """# {name}
+
+{what}
+
+    from latentdiff.pipeline import LatentDiffusionPipeline
+    pipe = LatentDiffusionPipeline.from_pretrained('{name}')
+    images = pipe({call})
+
+| | |
+|---|---|
+| data | {terms}; {n_train:,} pictures of {size} px for training, {n_real:,} held out |
+| autoencoder | {ae_params:.2f}M parameters, latents {latent}, {ae_steps:,} steps of {bs}; PSNR {psnr:.1f} dB (mean over {n_ae:,} held-out pictures) |
+| denoiser | {net_params:.2f}M parameters, {steps:,} steps of {bs}, Muon at {lr:g}, seed {seed} |
+| machine | {machine}; {hours:.1f} hours in all |
+| KID, times 1,000 | {kid:.2f} ± {kid_se:.2f}, real against real {kid_floor:.2f} ± {kid_floor_se:.2f} |
+| FID | {fid:.2f}, real against real {fid_floor:.2f} |
+| protocol | {n_fake:,} samples{asked}, DPM-Solver++(2M) with 20 steps, seed {seed}, against the held-out pictures; features of {extractor} |
+| training pictures | {nearest:.2f} from a sample to the nearest one, {nearest_real:.2f} from a held-out picture (root mean square between latents, 256 of each) |
+{obeys}
+## What it does badly
+
+{flaws}
+"""
+
+def machine():
+    "What this is, in words"
+    cpu = torch.backends.cpu.get_cpu_capability()
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{cpu} CPU'
+    return f'{name}, {torch.get_num_threads()} thread' + 's'*(torch.get_num_threads() > 1)
+
+def card(name, recipe, p, folder, images, latents, pipe, seed, d):
+    "README.md of the packed pipeline"
+    ae, net = (made(folder/o) for o in ('autoencoder', 'unet' if recipe.by == 'nothing' else 'denoiser'))
+    params = lambda o: sum(x.numel() for x in o.parameters())/1e6
+    hours = sum(made(folder/o)['seconds'] for o in ('autoencoder', 'latents', 'unet' if recipe.by == 'nothing' else 'denoiser'))/3600
+    asked = {'class': f', each class equally often, guidance {recipe.guidance:g}', 'caption': f', captions of held-out pictures, guidance {recipe.guidance:g}'}
+    obeys = (f"| obedience | a classifier that is right about {d['real_obeyed']:.1%} of the held-out pictures finds what was asked for in "
+             f"{d['obeyed']:.1%} of the samples |\n") if 'obeyed' in d else ''
+    facts = dict(n_train=len(images.train_idxs), n_real=len(images.valid_idxs), size=p.size, ae_params=params(pipe.autoencoder),
+        net_params=params(pipe.denoiser), latent='x'.join(map(str, pipe.latent_shape)), psnr=ae['facts']['psnr'], n_ae=ae['facts']['n'],
+        ae_steps=p.ae_steps, steps=p.steps, bs=p.bs, lr=p.lr, machine=machine(), hours=hours, seed=seed, asked=asked.get(recipe.by, ''), obeys=obeys)
+    return CARD.format(name=name, **{**asdict(recipe), **d, **facts})
+
+def main():
+    a = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    a.add_argument('name', choices=RECIPES)
+    a.add_argument('--data', help='as for latentdiff-run')
+    a.add_argument('--seed', type=int, default=0)
+    a = a.parse_args()
+    recipe, seed = RECIPES[a.name], a.seed
+    p = replace(preset('cpu', recipe.data), **recipe.changes)
+    folder, images = runs_home()/a.name, open_images(a.data or recipe.data, p.size, p.n, seed=seed)
+    print(images, p, sep='\n', flush=True)
+    ae = make_autoencoder(folder, images, p, seed)
+    latents = make_latents(folder, images, ae, p, flip=False if recipe.by == 'caption' else None)
+    net, process = denoiser(recipe, folder, latents, p, seed)
+    pipe = pack(LatentDiffusionPipeline(ae, net, process, p.size), HERE/'latentdiff'/'zoo'/a.name)
+    d, px = measure(pipe, recipe, folder, images, seed)
+    write_json(folder/'measured.json', d, 1)
+    write_whole(HERE/'latentdiff'/'zoo'/a.name/'README.md', card(a.name, recipe, p, folder, images, latents, pipe, seed, d))
+    save_png(image_grid(from_uint8(px[:40]), nrow=10), folder/'grid.png')
+    print(d)
+
+if __name__ == '__main__': main()
