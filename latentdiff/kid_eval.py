@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RELEASES', 'poly_kernel', 'kernel_sums', 'pair_variance', 'cross_moments', 'point_variance', 'kid_variance', 'finite',
-           'kid', 'subset_kids', 'kid_subsets', 'covariance_factor', 'frechet', 'FeatureMetric', 'KID', 'FID',
-           'gaussian_stats', 'fid', 'Extractor', 'EfficientNetFeatures', 'inception_weights', 'InceptionFeatures',
-           'GreyClassifier', 'train_classifier', 'ClassifierFeatures', 'make_judge', 'as_pixels', 'features', 'halves',
-           'evaluate', 'nearest_neighbours']
+           'kid', 'subset_kids', 'kid_subsets', 'kid_blocks', 'covariance_factor', 'frechet', 'FeatureMetric', 'KID',
+           'FID', 'gaussian_stats', 'fid', 'Extractor', 'EfficientNetFeatures', 'inception_weights',
+           'InceptionFeatures', 'GreyClassifier', 'train_classifier', 'ClassifierFeatures', 'make_judge', 'as_pixels',
+           'features', 'halves', 'evaluate', 'nearest_neighbours']
 
 # %% ../nbs/50_kid_eval.ipynb #c004
 import hashlib, math, pickle, time
@@ -112,6 +112,16 @@ def kid_subsets(a, b,             # features (m,d), (n,d)
     draws = np.array([[rng.choice(len(x), size, replace=False) for x in (a, b)] for _ in range(n)])
     k = subset_kids(finite(a), finite(b), *torch.as_tensor(draws).unbind(1))
     return k.mean().item(), k.std(correction=0).item()
+
+# %% ../nbs/50_kid_eval.ipynb #n502
+def kid_blocks(a, b,             # features (m,d), (n,d)
+               size=200, seed=0): # images of each set in a block; of the order in which they are cut into blocks
+    "KID as the mean over disjoint blocks, and its standard error (Zaremba et al. 2013): for sets of ten thousands"
+    n = min(len(a), len(b))//size
+    if n < 8: raise UserError(f'8 blocks of {size} need {8*size} images a set; got {min(len(a), len(b))}: use kid')
+    order = lambda x, k: torch.randperm(len(x), generator=torch.Generator().manual_seed(stream(seed, 'blocks', k)))
+    k = subset_kids(finite(a), finite(b), *(order(x, i)[:n*size].view(n, size) for i, x in enumerate((a, b))))
+    return k.mean().item(), k.std().item()/n**.5
 
 # %% ../nbs/50_kid_eval.ipynb #c047
 def covariance_factor(s): # covariance (d,d)

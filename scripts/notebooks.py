@@ -41,7 +41,12 @@ def directives(cell):
 
 def shown(cells, leave_out=('hide', 'default_exp')):
     "`cells` as a reader should see them: without those that hold one of `leave_out`; `echo: false` keeps only outputs."
-    return [c | dict(source=bare(c)) for c in cells if not directives(c) & set(leave_out)]
+    return [c | dict(source=bare(c), alt=alt(c)) for c in cells if not directives(c) & set(leave_out)]
+
+def alt(cell):
+    "What the picture is that `cell` draws, from its line `#| fig-alt: ...`; empty without one."
+    found = re.search(r'^#\|\s*fig-alt:\s*(.+)$', cell['source'], re.M)
+    return found[1] if found else ''
 
 def bare(cell):
     "The source of `cell` without directives."

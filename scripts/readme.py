@@ -9,13 +9,13 @@ def from_root(text):
     "`text` with links that start in nbs/ turned into links that start in the root."
     return LINK.sub(lambda m: m[1] + posixpath.normpath('nbs/' + m[2]), text)
 
-def output(out, files):
-    "One output as markdown; a picture is added to `files`, {path: bytes}."
+def output(out, files, alt):
+    "One output as markdown; a picture, which shows `alt`, is added to `files`, {path: bytes}."
     data = out.get('data', {})
     if 'image/png' in data:
         path = f'nbs/images/index-{len(files)}.png'
         files[path] = base64.b64decode(data['image/png'])
-        return f'![The pipeline, with real pictures]({path})'
+        return f'![{alt}]({path})'
     text = ''.join(out.get('text', '') or data.get('text/plain', ''))
     return '\n'.join(f'    {l}' for l in text.splitlines())
 
@@ -38,7 +38,7 @@ def render(nb):
 def code(c, files):
     "The code cell `c` as markdown parts."
     source = [] if not c['source'].strip() else [f"``` python\n{c['source']}\n```"]
-    return source + [output(o, files) for o in c['outputs']]
+    return source + [output(o, files, c['alt']) for o in c['outputs']]
 
 if __name__ == '__main__':
     files = render(read(NBS/'index.ipynb'))

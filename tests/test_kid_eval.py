@@ -40,6 +40,29 @@ def test_kid_unequal_sizes_equal_the_mean_of_torchmetrics_subsets(m, n):
     want = mean_off(poly_kernel(a, a)) + mean_off(poly_kernel(b, b)) - 2*poly_kernel(a, b).mean().item()
     assert K.kid(a, b)[0] == pytest.approx(want, rel=1e-6)
 
+def test_blocks_are_disjoint_and_their_mean_is_unbiased():
+    "Over many draws the mean of the blocks is that of `kid`, its own error is the spread, and no image is used twice or left out."
+    pairs = [(draw(480, 6, 2*i), draw(400, 6, 2*i + 1, shift=.2)) for i in range(60)]
+    blocks, whole = (torch.tensor([f(*o) for o in pairs]) for f in (functools.partial(K.kid_blocks, size=50), K.kid))
+    assert (blocks[:, 0] - whole[:, 0]).mean().abs() < 3*blocks[:, 0].std()/60**.5
+    assert blocks[:, 1].mean() == pytest.approx(blocks[:, 0].std().item(), rel=.35)
+    used = []
+    keep = lambda a, b, ia, ib: used.extend([ia, ib]) or torch.zeros(len(ia))
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(K, 'subset_kids', keep)
+        K.kid_blocks(draw(480), draw(400), size=50)
+    assert [sorted(set(o.flatten().tolist())) == sorted(o.flatten().tolist()) for o in used] == [True, True] and used[1].numel() == 400
+
+def test_blocks_do_not_mind_the_order():
+    "Two halves of one set of two classes, both sorted by class: still zero within three errors, as the sets are alike."
+    a, b = (torch.cat([draw(400, 6, s), draw(400, 6, s + 1, shift=2.)]) for s in (0, 5))
+    value, se = K.kid_blocks(a, b, size=50)
+    assert abs(value) < 3*se
+    assert K.kid_blocks(a, b, size=50, seed=1) != (value, se) == K.kid_blocks(a, b, size=50)
+
+def test_too_few_for_blocks():
+    with pytest.raises(UserError, match='8 blocks of 200 need 1600'): K.kid_blocks(draw(1000), draw(2000))
+
 @pytest.mark.parametrize('m,n', SIZES)
 def test_subsets_equal_torch_fidelity(m, n):
     from torch_fidelity.metric_kid import kid_features_to_metric

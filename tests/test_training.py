@@ -446,7 +446,7 @@ def test_muon_is_torchs_on_matrices_and_adamw_elsewhere():
     other = [nn.Parameter(p.detach().clone()) for p in (conv.bias, *rest)]
     ours = Muon([*conv.parameters(), *rest], 3e-3, weight_decay=.1)
     theirs = torch.optim.Muon([matrix], 3e-3, weight_decay=.1, momentum=.95, nesterov=True, adjust_lr_fn='match_rms_adamw')
-    adamw = torch.optim.AdamW(other, 3e-3, weight_decay=.1)
+    adamw = torch.optim.AdamW(other, 3e-3, weight_decay=.1, fused=True)
     start = conv.weight.detach().clone()
     for k in range(6):
         g = torch.Generator().manual_seed(k)
@@ -457,6 +457,23 @@ def test_muon_is_torchs_on_matrices_and_adamw_elsewhere():
     moved = (conv.weight - start).flatten(1)
     assert (conv.weight.flatten(1) - matrix).norm() < .01*moved.norm()     # torch's works in bfloat16
     for p, o in zip((conv.bias, *rest), other): assert torch.equal(p, o)
+
+def test_muon_sees_unscaled_gradients_and_skips_bad_ones():
+    "With a loss scaled by a power of two it takes the same steps to the bit; where a gradient overflows, none"
+    def steps(scaler, factors=(1., 1., 1.)):
+        torch.manual_seed(0)
+        conv, g = nn.Conv2d(16, 16, 3), torch.Generator().manual_seed(1)
+        opt = Muon(conv.parameters(), 1e-2)
+        for f in factors:
+            loss = (conv(torch.randn(2, 16, 4, 4, generator=g))*f).square().mean()
+            (scaler.scale(loss) if scaler else loss).backward()
+            if scaler: scaler.step(opt), scaler.update()
+            else: opt.step()
+            opt.zero_grad()
+        return conv.weight.detach()
+    plain, scaled = steps(None), steps(torch.amp.GradScaler('cpu', init_scale=2.**12))
+    assert torch.equal(plain, scaled)
+    assert torch.equal(steps(None, ()), steps(torch.amp.GradScaler('cpu', init_scale=2.**12), (float('inf'),)))
 
 def test_muon_goes_on_from_its_state():
     "Saved and loaded after three steps, three more end at the same bits"
