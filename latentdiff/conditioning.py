@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CrossAttention', 'ConditionalUNet', 'conditional', 'ClassConditioner', 'Conditioned', 'guide', 'FactorReader',
            'train_reader', 'minilm_folder', 'text_encoder', 'TextConditioner', 'attention_maps', 'StyleConditioner',
-           'class_conditioner', 'make_conditional']
+           'conditions_of', 'check_condition', 'class_conditioner', 'text_conditioner', 'make_conditional']
 
 # %% ../nbs/60_conditioning.ipynb #c005
 import json, torch, torch.nn.functional as F
@@ -331,12 +331,28 @@ class StyleConditioner(nn.Module, ConfigMixin):
         return tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
 
 # %% ../nbs/60_conditioning.ipynb #n602
+def conditions_of(images): # `Images`, or their `Latents`
+    "What a denoiser can be told of these: of 'class' and 'text' those that there are"
+    return [k for k, there in (('class', images.labels is not None), ('text', any(images.captions or ()))) if there]
+
+def check_condition(kind, images): # 'class' or 'text'
+    "Raise `UserError` if these images have none"
+    if kind in conditions_of(images): return
+    raise UserError({'class': 'these images have no classes: put each class into a folder of its own',
+                     'text': 'these images have no captions: write them to a metadata.csv'}[kind])
+
 def class_conditioner(latents, seed=0): # `Latents` of labelled images; of the weights
     "A `ClassConditioner`, untrained, and the label of each image (n,); raises `UserError` if there are none"
-    if latents.labels is None: raise UserError('these images have no classes: put each class into a folder of its own')
+    check_condition('class', latents)
     with torch.random.fork_rng():
         torch.manual_seed(stream(seed, 'classes'))
         return ClassConditioner(latents.classes), latents.labels
+
+def text_conditioner(latents, seed=0): # `Latents` of images with captions; not used: it has no weights to train
+    "A `TextConditioner`, and the row of each image's caption (n,); raises `UserError` if there are none"
+    check_condition('text', latents)
+    text = TextConditioner()
+    return text, text.rows(latents.captions)
 
 def make_conditional(folder, latents, p, # run folder: gets denoiser/, process/, scheduler/; `Latents`; a `Preset`
     conditioner, conds, **kw):           # makes the tokens; (n,) what it reads for each image; as for `make_denoiser`

@@ -53,10 +53,10 @@ def check_channels(denoiser, channels):
 # %% ../nbs/80_pipeline.ipynb #n801
 @patch
 def listening(self:LatentDiffusionPipeline, n, bs, # how many latents, a multiple of bs
-    cond=None,                   # a label or caption for all, or a list, repeated as often as need be; None: say nothing
+    cond=None,                   # a label or caption for all, or a list, repeated as need be; None: say nothing
     guidance=2., negative=None): # its scale, see `guide`; a label or caption to move away from
-    "The denoiser; with a condition, a list of guided ones, one for each batch"
-    if cond is None: return self.denoiser
+    "A denoiser for each batch: always the same, or with a condition guided to what that batch shall show"
+    if cond is None: return [self.denoiser]*(n//bs)
     if not isinstance(self.denoiser, Conditioned):
         raise UserError('this denoiser was trained without classes and captions: leave the condition away')
     conds = [cond] if isinstance(cond, (str, int)) else list(cond)
@@ -70,8 +70,8 @@ def latents(self:LatentDiffusionPipeline, n, # how many
     seed=0, bs=16, **told):    # of the start noise; latents at a time; as `listening` takes it
     "Draw `n` latents, float32 (n, *latent_shape) on the CPU; latent `i` depends on `seed` and `i` alone"
     full = -(-n//bs)*bs   # whole batches only: in a batch of another size the same sums may be done in another order
-    net = self.listening(full, bs, **told)
-    return sample(net, self.process, full, self.latent_shape, steps, sampler, seed, bs, self.device)[:n]
+    nets = self.listening(full, bs, **told)
+    return sample(nets, self.process, full, self.latent_shape, steps, sampler, seed, bs, self.device)[:n]
 
 # %% ../nbs/80_pipeline.ipynb #c021
 @patch
@@ -97,10 +97,11 @@ def pixels(self:LatentDiffusionPipeline, n=8, steps=20, sampler=SAMPLER, seed=0,
     images = (self.decode(b, bs) for b in z.split(64*bs))
     return torch.cat([to_uint8(x)[:, :x.shape[1]] for x in images])
 
-def path_of(pipe, n, steps, seed): # a `LatentDiffusionPipeline`; images; steps of the sampler; of the start noise
+def path_of(pipe, n, steps, seed, **told): # a `LatentDiffusionPipeline`; images; sampler steps; of the noise; as above
     "The way from noise to image: a list of (t, noisy latents, guess of the clean ones), steps+1 long"
     x = start_noise(pipe.process, (n, *pipe.latent_shape), seed, pipe.device)
-    with torch.inference_mode(): return denoise_path(pipe.denoiser, pipe.process, x, time_steps(pipe.process, steps))
+    net, = pipe.listening(n, n, **told)
+    with torch.inference_mode(): return denoise_path(net, pipe.process, x, time_steps(pipe.process, steps))
 
 # %% ../nbs/80_pipeline.ipynb #n102
 def expectation(pipe, n, steps, sampler, bs, **told):

@@ -44,9 +44,9 @@ def labelled(im, cols, rows):
     return to_pil(fig)
 
 # %% ../nbs/parts/report.ipynb #c010
-def path_picture(pipe, steps, seed, n=3, cols=8):
+def path_picture(pipe, steps, seed, n=3, cols=8, **told): # ...; what the samples shall show, as the pipeline takes it
     "PIL image: for each of `n` seeds a row of x_t and a row of the guess of x_0, decoded, from noise to image"
-    path = path_of(pipe, n, steps, seed)
+    path = path_of(pipe, n, steps, seed, **told)
     path = [path[i] for i in np.linspace(0, len(path) - 1, cols).astype(int)]
     x, x0 = (torch.stack([pipe.decode(p[k]) for p in path], 1) for k in (1, 2)) # (n, cols, c, h, w)
     rows = torch.stack([x, x0], 1).flatten(0, 2)

@@ -364,3 +364,48 @@ def test_classes_that_are_not_there(cli, tmp_path):
     one_line(cli('sample', 'fashion_mnist32', '--class', 'sock', '--out', tmp_path/'o'), 'sock', 'trouser')
     one_line(cli('sample', 'fashion_mnist33', '--out', tmp_path/'o'), 'fashion_mnist33', 'fashion_mnist32')
     assert not (tmp_path/'o').exists()
+
+# --- told classes or captions ---------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def two_colours(tmp_path_factory):
+    "A folder of two classes, dark and bright pictures, with captions in metadata.csv."
+    folder, lines = tmp_path_factory.mktemp('colours')/'photos', ['file_name,text']
+    for name, (low, high) in dict(dark=(0, 40), bright=(200, 256)).items():
+        (folder/name).mkdir(parents=True)
+        for i in range(60):
+            grey = np.random.default_rng(i + low).integers(low, high, 3)
+            Image.fromarray(np.tile(grey.astype(np.uint8), (32, 32, 1))).save(folder/name/f'{i}.png')
+            lines.append(f'{name}/{i}.png,a {name} picture')
+    (folder/'metadata.csv').write_text('\n'.join(lines))
+    return folder
+
+@pytest.mark.parametrize('kind,option', [('auto', '--class'), ('text', '--prompt')])
+def test_a_run_that_is_told(cli, two_colours, tmp_path, kind, option):
+    "Its samples are dark where dark ones are asked for; the same command again does nothing; it can be trained further."
+    folder = tmp_path/'run'
+    args = '--data', two_colours, '--preset', 'tiny', '--condition', kind, '--out', folder
+    r = cli('run', *args)
+    assert r.rc == 0, r.err
+    assert 'nothing to do' in cli('run', *args).out
+    for name in ('dark', 'bright'):
+        asked = name if option == '--class' else f'a {name} picture'
+        r = cli('sample', folder, '--n', 16, option, asked, '--npz', tmp_path/f'{name}.npz')
+        assert r.rc == 0, r.err
+    dark, bright = (npz_pixels(tmp_path/f'{o}.npz').float().mean() for o in ('dark', 'bright'))
+    assert dark + 40 < bright, (dark, bright)
+    index = json.loads((folder/'model_index.json').read_text())
+    assert index['denoiser'] == ['latentdiff.conditioning', 'Conditioned'] and not (folder/'unet').exists()
+    settings = json.loads((folder/'samples'/'made.json').read_text())['settings']
+    assert settings['condition'] == dict(auto='class', text='text')[kind] and settings['guidance'] == 2
+    if kind == 'text': return
+    assert cli('train', folder, '--more', 5).rc == 0
+    assert json.loads((folder/'denoiser'/'made.json').read_text())['settings']['steps'] == 45
+
+def test_conditions_that_cannot_be(cli, two_colours, tmp_path):
+    start = '--preset', 'tiny', '--out', tmp_path/'run', '--data'
+    one_line(cli('run', *start, two_colours, '--condition', 'smell'), 'smell', 'auto')
+    (tmp_path/'a').mkdir()
+    for f in two_colours.glob('*/*.png'): shutil.copy(f, tmp_path/'a'/f'{f.parent.name}-{f.name}')
+    one_line(cli('run', *start, tmp_path/'a', '--condition', 'class'), 'classes', 'folder of its own')
+    one_line(cli('run', *start, tmp_path/'a', '--condition', 'text'), 'captions', 'metadata.csv')

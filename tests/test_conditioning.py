@@ -433,7 +433,7 @@ def test_images_of_no_class_say_nothing():
 
 class Two:
     "Latents of two classes: of the one -1 everywhere, of the other 1; the last quarter is held out."
-    fingerprint, classes, labels = 'two', ['low', 'high'], torch.arange(256) % 2
+    fingerprint, classes, captions, labels = 'two', ['low', 'high'], None, torch.arange(256) % 2
     train_idxs, valid_idxs = torch.arange(192), torch.arange(192, 256)
     mean = ((labels*2. - 1).view(-1, 1, 1, 1) + .1*noise(256, 2, 4, 4)).numpy()
     def idxs(self, split): return self.train_idxs if split == 'train' else self.valid_idxs
@@ -467,4 +467,4 @@ def test_other_conditions_are_another_run(told):
     one_line(e)
 
 def test_no_classes_to_listen_to():
-    with pytest.raises(UserError, match='folder of its own'): class_conditioner(SimpleNamespace(labels=None))
+    with pytest.raises(UserError, match='folder of its own'): class_conditioner(SimpleNamespace(labels=None, captions=None))
