@@ -76,7 +76,8 @@ class Preset:
 _MACHINES = dict(tiny='two CPU cores', cpu='two CPU cores without AVX-512', gpu='a T4')
 PRESETS = {p.name: p for p in (
     Preset('tiny', 'rooms', 32, 384, (64,), 4, 4, 30, (32,64), 1, (1,), 40, 64, 64, 10),
-    Preset('cpu', 'fashion_mnist', 32, None, (64,), 4, 4, 500, (64,128), 1, (1,), 1600, 64, 1000, 20),
+    Preset('cpu', 'fashion_mnist', 32, None, (64,), 4, 4, 1000, (64,96), 1, (1,), 1600, 32, 1000, 20,
+           ae_lr=5e-3, lr=4e-3),
     Preset('gpu', 'lsun_bedroom', 256, 10_000, (64,128,256), 2, 4, 5000, (128,256,512,768), 2, (2,3), 20_000, 32, 2000,
            30, ae_pretrained='stabilityai/sd-vae-ft-ema'))}
 
@@ -84,10 +85,10 @@ DATASETS = ('rooms', 'fashion_mnist', 'mnist', 'lsun_bedroom', 'stanford_cars', 
 _SMALL = dict(n=None, ae_pretrained=None, ae_widths=(64,128), widths=(128,256))
 _FOR_DATA = {
     ('cpu', 'rooms'): dict(size=64, n=6000, ae_widths=(32,64), latent_channels=6, ae_steps=350, ae_lr=8e-3, ae_kl=5e-3,
-        widths=(64,96), steps=760, lr=4e-3, bs=32, n_eval=500, sample_steps=32, sampler='ddpm'),
+        steps=760, n_eval=500, sample_steps=32, sampler='ddpm'),
     ('cpu', 'lsun_bedroom'): dict(size=64, n=10_000, ae_widths=(64,128), latent_channels=6, ae_steps=8000,
-        widths=(96,192), depth=2, steps=12_000, bs=32),
-    ('cpu', 'smallnorb'): dict(size=96, n=10_000, ae_widths=(64,128), ae_steps=4000, steps=8000, bs=32),
+        widths=(96,192), depth=2, steps=12_000, ae_lr=2e-3, lr=2e-3),
+    ('cpu', 'smallnorb'): dict(size=96, n=10_000, ae_widths=(64,128), ae_steps=4000, steps=8000, ae_lr=2e-3, lr=2e-3),
     ('gpu', 'rooms'): dict(size=64, ae_pretrained=None),
     **{('gpu', o): {**_SMALL, 'size': 32, 'ae_widths': (64,), 'ae_patch': 4} for o in ('fashion_mnist', 'mnist')},
     ('gpu', 'smallnorb'): {**_SMALL, 'size': 96}}

@@ -8,8 +8,9 @@ from notebooks import NBS, notebooks, read, shown
 def page(path, exporter):
     "The HTML of the notebook at `path`, links to notebooks turned into links to pages."
     nb = read(path)
-    nb['cells'] = shown(nb['cells'])
+    nb['cells'] = [c for c in shown(nb['cells']) if not c['source'].startswith('<!-- notebook only -->')]
     for c in nb['cells']:
+        if c['cell_type'] == 'code' and not c['source']: c['metadata']['transient'] = dict(remove_source=True)   # no empty box
         if c['cell_type'] == 'markdown': c['source'] = re.sub(r'\]\((?!https?:)([^)\s]+)\.ipynb', r'](\1.html', c['source'])
     return exporter.from_notebook_node(nbformat.reads(json.dumps(nb), as_version=4))[0] # `reads` joins the lines of outputs
 

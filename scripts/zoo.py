@@ -38,7 +38,7 @@ RECIPES = dict(
     fashion_mnist32=Recipe('fashion_mnist', dict(ae_steps=3000, ae_lr=5e-3, widths=(64,96), steps=4600, lr=4e-3, bs=32), 'class', 1.5, 2048,
         'Garments, grey, 32 px, by class.', "16, cond=['dress', 'bag']",
         'Fashion-MNIST by Zalando SE (Xiao, Rasul and Vollgraf 2017), MIT licence', '-'),
-    rooms64=Recipe('rooms', dict(n=12_000, latent_channels=8, ae_kl=2e-3, ae_steps=2500, ae_lr=5e-3, steps=5000), 'caption', 1.5, 1000,
+    rooms64=Recipe('rooms', dict(n=12_000, latent_channels=8, ae_kl=2e-3, ae_steps=2500, ae_lr=5e-3, steps=3600), 'caption', 1.5, 1000,
         "Drawn bedrooms, 64 px, by caption. Needs the extra `text`: `pip install 'latentdiff[text]'`.",
         "16, cond='a bedroom with a red bed on the left, a window at night and a lit lamp'",
         '`rooms`, drawn by this package itself, Apache 2.0', '-'))

@@ -232,6 +232,14 @@ def test_docs_build(docs, tmp_path):
     pages = {str(Path(n).with_suffix('.html')) for n in NAMES}
     assert links[0] <= pages and links[1] == {str(Path(n).with_suffix('.html')) for n in LESSONS + LABS + PARTS}
 
+def test_docs_have_no_empty_boxes_and_no_notes_on_what_is_hidden(tmp_path):
+    "A cell that keeps only its output has no box for its source on the page."
+    build(tmp_path, [NBS/'index.ipynb'])
+    page = (tmp_path/'index.html').read_text()
+    boxes = re.findall(r'<div class="jp-CodeMirrorEditor[^>]*>(.*?)</div>\s*</div>', page, re.S)
+    assert len(boxes) > 3 and all(text_of(o) for o in boxes) and 'The run behind it' in page
+    assert 'notebook only' not in page
+
 TABLE = ['<table border="1">\n', '<tr><td>a&lt;b</td></tr>\n', '</table>']
 OUTPUTS = [dict(output_type='stream', name='stdout', text=['one line\n', 'another <b>line</b>\n']),
            dict(output_type='display_data', metadata={}, data={'text/plain': ['first: 1\n', 'second: 2']}),
