@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['data', 'training', 'autoencoder', 'noisify', 'unet', 'sampling', 'kid_eval', 'conditioning', 'pipeline', 'report',
            'QUICK', 'GOALS', 'run_cli', 'encode_cli', 'above_zero', 'preset_of', 'settings_of', 'Run', 'to_hwc',
-           'write_npz', 'plain_output', 'one_line_errors', 'new_place', 'train_cli', 'write_pngs', 'sample_cli',
-           'side_of', 'eval_cli']
+           'write_npz', 'plain_output', 'one_line_errors', 'new_place', 'train_cli', 'told_by', 'check_kind',
+           'write_pngs', 'sample_cli', 'side_of', 'eval_cli']
 
 # %% ../nbs/90_commands.ipynb #c004
 import importlib, io, json, math, platform, sys
@@ -108,8 +108,8 @@ def autoencoder(self:Run):
 @patch(as_prop=True)
 def condition(self:Run):
     "What the denoiser is told of an image: 'class', 'text' or None; of 'auto' the first that the images have"
-    kind = self.settings['condition']
-    if kind == 'auto': return next(iter(conditioning.conditions_of(self.images)), None)
+    kind = self.settings.get('condition')
+    if kind == 'auto': kind = next(iter(conditioning.conditions_of(self.images)), None)
     if kind: conditioning.check_condition(kind, self.images)
     return kind
 
@@ -143,11 +143,12 @@ def real_features(self:Run):
 # %% ../nbs/90_commands.ipynb #c020
 @patch(as_prop=True)
 def asked(self:Run):
-    "What samples shall show: each class in turn, or the captions of held-out images; nothing without a condition"
+    "What samples shall show: the classes or captions of held-out images, shuffled; nothing without a condition"
     if not self.condition: return {}
-    if self.condition == 'class': return dict(cond=range(len(self.images.classes)), guidance=2.)
-    captions = [self.images.captions[i] for i in self.images.valid_idxs]
-    return dict(cond=[o for o in captions if o], guidance=2.)
+    said = self.images.labels.tolist() if self.condition == 'class' else self.images.captions
+    of = lambda idxs: [said[i] for i in idxs if said[i] not in ('', -1)]
+    conds = of(self.images.valid_idxs) or of(self.images.train_idxs)
+    return dict(cond=[conds[i] for i in np.random.default_rng(self.seed).permutation(len(conds))], guidance=2.)
 
 @patch(as_prop=True)
 def denoiser(self:Run):
@@ -156,7 +157,7 @@ def denoiser(self:Run):
     kw = dict(seed=self.seed, device=self.device, remake=True, cbs=pipeline.KIDCurve(self.score))
     if not self.condition: return self.once('denoiser', lambda: unet.make_denoiser(*given, **kw))
     tell = conditioning.class_conditioner if self.condition == 'class' else conditioning.text_conditioner
-    make = lambda: conditioning.make_conditional(*given, *tell(self.latents, self.seed), **kw)
+    make = lambda: conditioning.make_conditional(*given, *tell(self.images, self.seed), **kw)
     return self.once('denoiser', make)
 
 @patch(as_prop=True)
@@ -199,13 +200,15 @@ def draw(self:Run, folder):
 
 @patch
 def grid(self:Run, px):
-    "PIL image of the first 64 samples; if they were told a class, the first eight of each, a row a class"
+    "PIL image of the first 64 samples; if they were told a class, up to eight of each, a row a class"
     import torch
     if self.condition != 'class': return data.image_grid(data.from_uint8(px[:64]), nrow=8)
-    rows = [px[i::len(self.images.classes)][:8] for i in range(len(self.images.classes))]
-    n = min(map(len, rows))
-    im = data.image_grid(data.from_uint8(torch.cat([o[:n] for o in rows])), nrow=n)
-    return report.labelled(im, ['']*n, self.images.classes)
+    cond = self.asked['cond']
+    asked = torch.tensor([cond[i % len(cond)] for i in range(len(px))])
+    rows = {k: px[asked == k][:8] for k in asked.unique()[:16].tolist()}
+    pad = lambda x: torch.cat([x, x.new_full((8 - len(x), *x.shape[1:]), 255)])
+    im = data.image_grid(data.from_uint8(torch.cat([pad(o) for o in rows.values()])), nrow=8)
+    return report.labelled(im, ['']*8, [self.images.classes[k] for k in rows])
 
 # %% ../nbs/90_commands.ipynb #c026
 @patch
@@ -299,7 +302,8 @@ def fix_steps(self:Run):
 def announce(self:Run):
     "Print what will be done, on what, how long the trainings will take, and in how much memory"
     p, (a, d) = self.p, self.step_times()
-    print(f"{self.settings['data']}: {self.images!r}\n{p!r}\nseed {self.seed}, into {self.folder}")
+    told = f', told {self.condition}' if self.condition else ''
+    print(f"{self.settings['data']}: {self.images!r}\n{p!r}\nseed {self.seed}{told}, into {self.folder}")
     gb = 1.3*training.peak_gb(self.device) + 2*min(1.5e9, len(self.images)*self.images.channels*p.size**2)/1e9
     print(f'training takes about {(p.ae_steps*a + p.steps*d)/60:.1f} min and {gb:.1f} GB on this machine as it is now: '
           f'{p.ae_steps if a else 0:,} steps of the autoencoder, {p.steps:,} of the denoiser', flush=True)
@@ -308,15 +312,15 @@ def announce(self:Run):
 def go(self:Run, goals=GOALS):
     "Make what is not there yet; `UserError` if another process is at it"
     if not self.folder.exists(): new_place(self.folder, '--out')
-    fresh = not (self.folder/'run.json').exists()
+    fresh, _ = not (self.folder/'run.json').exists(), self.condition
     self.fix_steps()
     if fresh: self.announce()       # errors in data and settings come before anything is written
     self.folder.mkdir(parents=True, exist_ok=True)
     stamp = lambda: {o: o.stat().st_mtime_ns for o in self.folder.glob('**/*.json')}   # each part has its made.json
     with locked(self.folder):
         before = stamp()
+        if fresh or read_json(self.folder/'run.json', 'delete it').get('settings') != self.settings: self.write()
         if fresh:
-            self.write()
             if self.images.skipped: write_json(self.folder/'skipped.json', self.images.skipped, indent=1)
         for k in goals: getattr(self, k)
     done = 'is finished: nothing to do' if before == stamp() else f'{training.peak_gb(self.device):.1f} GB at most'
@@ -389,14 +393,30 @@ def train_cli(
     r = Run(run, read_json(Path(run)/'run.json', f'this is not a run folder; {hint}').get('settings', {}))
     if not made(r.folder/'latents'): raise UserError(f'{run} has no latents: run latentdiff-encode on it first.')
     if more:
-        done = made(r.folder/'unet') or made(r.folder/'denoiser')
+        done = made(r.folder/('denoiser' if r.condition else 'unet'))
         if not done: raise UserError(f'{run} has no finished denoiser: run latentdiff-train without --more first.')
         r.settings['steps'] = done['settings']['steps'] + more
         r.p = preset_of(r.settings)
-        r.write()
     r.go(('denoiser', 'pipeline'))
 
 # %% ../nbs/90_commands.ipynb #c046
+def told_by(Class, prompt, guidance, negative):
+    "What to draw, as a pipeline takes it; `UserError` for options that contradict one another or say nothing"
+    given = {k: v for k, v in (('class', Class), ('prompt', prompt)) if v is not None}
+    if len(given) > 1: raise UserError('--class and --prompt are two ways to say what to draw: give one of them.')
+    for k, v in given.items():
+        if not v.strip(' ,'): raise UserError(f'--{k} is empty: say what to draw, or leave it away.')
+    told = {k: v for k, v in (('guidance', guidance), ('negative', negative)) if v is not None}
+    if told and not given: raise UserError(f'--{[*told][0]} needs --class or --prompt: say what to draw.')
+    if Class: told['cond'] = [o.strip() for o in Class.split(',')]
+    return told | {'cond': prompt} if prompt else told
+
+def check_kind(pipe, run, Class, prompt):
+    "`UserError` if `pipe` was not trained with what it is told"
+    found = [type(o).__name__ for o in getattr(pipe.denoiser, 'conditioners', ())]
+    for v, kind, what in ((Class, 'ClassConditioner', 'classes'), (prompt, 'TextConditioner', 'captions')):
+        if v and kind not in found: raise UserError(f'{run} was trained without {what}: leave the option away.')
+
 def write_pngs(folder, px):
     "One PNG an image, 00000.png onwards, in a folder that appears when it is complete"
     from PIL import Image
@@ -417,17 +437,17 @@ def sample_cli(
     bs:int=16,              # images at a time; images are the same to the bit only for the same number
     Class:str=None,         # what to draw, in a run that was trained with classes; several with commas between
     prompt:str=None,        # the same in words, in a run that was trained with captions
-    guidance:float=2.,      # how much to exaggerate what is asked for; 1: not at all
+    guidance:float=None,    # how much to exaggerate what is asked for; 1: not at all; default: 2
     negative:str=None       # class or words to stay away from
 ):
     "Draw images from a trained run, as PNGs, as one array, or both"
     above_zero(n=n, steps=steps, bs=bs)
     if not (out or npz): raise UserError('Say where the images should go: --out FOLDER, --npz FILE, or both.')
+    told = told_by(Class, prompt, guidance, negative)
     for path, option in ((out, '--out'), (npz, '--npz')):
         if path: new_place(path, option)
     pipe = pipeline.LatentDiffusionPipeline.from_pretrained(run)
-    cond = [o.strip() for o in Class.split(',')] if Class else prompt
-    told = dict(cond=cond, guidance=guidance, negative=negative) if cond else {}
+    check_kind(pipe, run, Class, prompt)
     print(f'{n:,} images into {out or npz}: {pipeline.expectation(pipe, n, steps, sampler, bs, **told)}', flush=True)
     px = to_hwc(pipe.pixels(n, steps, sampler, seed, bs, **told))
     if npz: write_npz(npz, px)

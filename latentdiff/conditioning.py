@@ -107,6 +107,7 @@ class ClassConditioner(nn.Module, ConfigMixin):
     def number(self, label): # a class's name or number
         classes = list(self.config.classes)
         if label in classes: return classes.index(label)
+        if isinstance(label, str) and label.isdecimal(): label = int(label)
         if isinstance(label, int) and 0 <= label < len(classes): return label
         raise UserError(f"no class {label!r}: give 0 to {len(classes)-1} or one of {', '.join(map(str, classes))}")
 
@@ -130,6 +131,9 @@ class Conditioned(nn.Module, ConfigMixin):
 
     def save_config(self, folder):
         "Write config.json, that of every part in it: they are saved and loaded as one network"
+        for o in (self.net, *self.conditioners):
+            if isinstance(o, ConfigMixin): continue
+            raise UserError(f'{type(o).__name__} has no config to save: derive it from ConfigMixin, as ours are')
         net, *parts = (json.loads(o.to_json_string()) for o in (self.net, *self.conditioners))
         d = dict(_class_name='Conditioned', net=net, conditioners=parts, drop=self.drop)
         write_json(Path(folder)/self.config_name, d, 2)
@@ -138,7 +142,7 @@ class Conditioned(nn.Module, ConfigMixin):
     def from_config(cls, config): # a dict, as `save_config` writes it
         "The same network, untrained. Language models are not part of it: they are loaded by name"
         net, *parts = (find_class(o['_class_name']).from_config(o) for o in (config['net'], *config['conditioners']))
-        return cls(net, *parts, drop=config['drop'])
+        return cls(net, *parts, drop=float(config['drop']))
 
     def keep(self, b, device=None):
         "(b, conditioners) bool: which conditions a training step may see, from torch's own generator"
@@ -333,30 +337,34 @@ class StyleConditioner(nn.Module, ConfigMixin):
 # %% ../nbs/60_conditioning.ipynb #n602
 def conditions_of(images): # `Images`, or their `Latents`
     "What a denoiser can be told of these: of 'class' and 'text' those that there are"
-    return [k for k, there in (('class', images.labels is not None), ('text', any(images.captions or ()))) if there]
+    several = images.labels is not None and len(images.labels[images.labels >= 0].unique()) > 1
+    return [k for k, there in (('class', several), ('text', any(images.captions or ()))) if there]
 
 def check_condition(kind, images): # 'class' or 'text'
-    "Raise `UserError` if these images have none"
-    if kind in conditions_of(images): return
-    raise UserError({'class': 'these images have no classes: put each class into a folder of its own',
-                     'text': 'these images have no captions: write them to a metadata.csv'}[kind])
+    "Raise `UserError` if these images have no such thing, or the language model is missing"
+    hints = {'class': 'these images are not of two or more classes: put each class into a folder of its own',
+             'text': 'these images have no captions: write them to a metadata.csv'}
+    if kind not in hints: raise UserError(f"there is no condition {kind!r}: choose class or text")
+    if kind not in conditions_of(images): raise UserError(hints[kind])
+    if kind == 'text': text_encoder('minilm')
 
-def class_conditioner(latents, seed=0): # `Latents` of labelled images; of the weights
+def class_conditioner(images, seed=0): # with labels; of the weights
     "A `ClassConditioner`, untrained, and the label of each image (n,); raises `UserError` if there are none"
-    check_condition('class', latents)
+    check_condition('class', images)
     with torch.random.fork_rng():
         torch.manual_seed(stream(seed, 'classes'))
-        return ClassConditioner(latents.classes), latents.labels
+        return ClassConditioner(images.classes), images.labels
 
-def text_conditioner(latents, seed=0): # `Latents` of images with captions; not used: it has no weights to train
+def text_conditioner(images, seed=0): # with captions; not used: it has no weights to train
     "A `TextConditioner`, and the row of each image's caption (n,); raises `UserError` if there are none"
-    check_condition('text', latents)
+    check_condition('text', images)
     text = TextConditioner()
-    return text, text.rows(latents.captions)
+    return text, text.rows(images.captions)
 
 def make_conditional(folder, latents, p, # run folder: gets denoiser/, process/, scheduler/; `Latents`; a `Preset`
     conditioner, conds, **kw):           # makes the tokens; (n,) what it reads for each image; as for `make_denoiser`
     "The `Conditioned` denoiser of a run in eval mode, and its `Process`: loaded, or trained now for `p.steps` steps"
     build = lambda shape, p: Conditioned(conditional(unet_for(shape, p), conditioner.dim), conditioner)
-    told = dict(conditioner=type(conditioner).__name__, conditions=fingerprint(conds=conds.tolist()))
+    said = fingerprint(conds=conds.tolist(), captions=list(getattr(conditioner, 'places', ())))
+    told = dict(conditioner=json.loads(conditioner.to_json_string()), conditions=said)
     return make_denoiser(folder, latents, p, build=build, conds=conds, **told, **kw)

@@ -250,7 +250,7 @@ def load_component(folder): # as `save_component` left it
     config = read_json(Path(folder)/'config.json', 'it is not the folder of a saved component')
     try: module = find_class(config.get('_class_name')).from_config(config)
     except UserError: raise
-    except (TypeError, RuntimeError, KeyError, ValueError) as e:
+    except (TypeError, RuntimeError, KeyError, ValueError, AttributeError) as e:
         why = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise UserError(f'{folder}/config.json does not describe a network ({why}): save it again') from e
     load_weights(module, Path(folder)/weights_name(module))

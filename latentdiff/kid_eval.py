@@ -117,6 +117,7 @@ def kid_subsets(a, b,             # features (m,d), (n,d)
 def kid_blocks(a, b,             # features (m,d), (n,d)
                size=200, seed=0): # images of each set in a block; of the order in which they are cut into blocks
     "KID as the mean over disjoint blocks, and its standard error (Zaremba et al. 2013): for sets of ten thousands"
+    if size < 4: raise UserError(f'blocks of {size} images are too small: take 4 or more')
     n = min(len(a), len(b))//size
     if n < 8: raise UserError(f'8 blocks of {size} need {8*size} images a set; got {min(len(a), len(b))}: use kid')
     order = lambda x, k: torch.randperm(len(x), generator=torch.Generator().manual_seed(stream(seed, 'blocks', k)))

@@ -6,7 +6,7 @@
 __all__ = ['LatentDiffusionPipeline', 'check_channels', 'path_of', 'expectation', 'KIDCurve', 'load_part', 'zoo']
 
 # %% ../nbs/80_pipeline.ipynb #c006
-import importlib.resources, shutil, time
+import importlib.resources, math, shutil, time
 from pathlib import Path
 import diffusers, torch
 from fastai.callback.core import Callback
@@ -56,12 +56,17 @@ def listening(self:LatentDiffusionPipeline, n, bs, # how many latents, a multipl
     cond=None,                   # a label or caption for all, or a list, repeated as need be; None: say nothing
     guidance=2., negative=None): # its scale, see `guide`; a label or caption to move away from
     "A denoiser for each batch: always the same, or with a condition guided to what that batch shall show"
+    if cond is None and negative is not None: raise UserError('there is a negative, but no condition: say what to draw')
     if cond is None: return [self.denoiser]*(n//bs)
     if not isinstance(self.denoiser, Conditioned):
         raise UserError('this denoiser was trained without classes and captions: leave the condition away')
-    conds = [cond] if isinstance(cond, (str, int)) else list(cond)
-    rows, negative = [conds[i % len(conds)] for i in range(n)], None if negative is None else [negative]
-    return [guide(self.denoiser, rows[i:i+bs], guidance, negative) for i in range(0, n, bs)]
+    if not math.isfinite(guidance): raise UserError(f'guidance is {guidance}: give a number, such as 2')
+    several = lambda o: [o] if isinstance(o, (str, int)) else o.tolist() if hasattr(o, 'tolist') else list(o)
+    conds, negative = several(cond), None if negative is None else several(negative)
+    if not conds: raise UserError('the list of conditions is empty: leave it away, or say what to draw')
+    with torch.no_grad(): self.denoiser.tokens(list(dict.fromkeys(conds)))   # what cannot be drawn is found before
+    rows = [conds[i % len(conds)] for i in range(n)]
+    return (guide(self.denoiser, rows[i:i+bs], guidance, negative) for i in range(0, n, bs))
 
 # %% ../nbs/80_pipeline.ipynb #c017
 @patch
@@ -189,7 +194,7 @@ def from_pretrained(cls:LatentDiffusionPipeline,
     device=None # default: the GPU if there is one
 ):
     "The pipeline in `folder`, ready to draw"
-    folder = Path(folder) if Path(folder).is_dir() else zoo().get(str(folder), Path(folder))
+    folder = Path(folder) if (Path(folder)/'model_index.json').exists() else zoo().get(str(folder), Path(folder))
     if not folder.is_dir():
         names = ', '.join(zoo())
         raise UserError(f'There is no run folder {folder}: make one with latentdiff-run, or take one of {names}.')

@@ -184,16 +184,16 @@ def evaluating(net): # a module, or any callable
         if training: net.train()
 
 # %% ../nbs/40_sampling.ipynb #c073
-def sample(net, process,              # denoiser: `net(x_t, time) -> prediction`, or a list, one a batch; its process
+def sample(net, process,              # denoiser: `net(x_t, time) -> prediction`, or one for each batch; its process
            n, shape,                  # how many samples; of one: (c, h, w) or (d,)
            steps=20, sampler=SAMPLER, # a name in `SAMPLERS`, or a function like them
            seed=0,                    # sample `i` is made from (seed, i), whatever `n` and `bs` are
            bs=128, device=None):      # samples a batch, where there are more; None: the GPU if there is one
     "(n, *shape) float32 standardised latents on the CPU, made from noise"
     step, ts, bs = _sampler_of(sampler), time_steps(process, steps), min(n, bs)
-    nets = net if isinstance(net, list) else [net]*math.ceil(n/bs)
-    bar, out = Bar(steps*len(nets), f'drawing {n:,} samples'), []
-    for i, net in zip(range(0, n, bs), nets):
+    batches = math.ceil(n/bs)
+    bar, out = Bar(steps*batches, f'drawing {n:,} samples'), []
+    for i, net in zip(range(0, n, bs), [net]*batches if callable(net) else net, strict=True):
         gens = generators(seed, bs, i)
         x = levels(process, ts[0])[1]*noise_like(torch.empty(bs, *shape, device=device or default_device()), gens)
         with evaluating(net), torch.inference_mode():

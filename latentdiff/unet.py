@@ -268,7 +268,8 @@ def make_denoiser(folder, latents, p, # run folder: gets unet/, process/, schedu
     parents, recipe = dict(latents=latents.fingerprint), dict(bs=p.bs, lr=p.lr, seed=seed)
     network = dict(widths=p.widths, depth=p.depth, attn_levels=p.attn_levels)
     settings = dict(**recipe, **network, process=asdict(process), optimizer='Muon', **told)
-    checkpoint = Checkpoint(folder/'checkpoints'/'unet', fingerprint(**parents, **settings))
+    name = 'unet' if conds is None else 'denoiser'   # diffusers knows no network that is told something our way
+    checkpoint = Checkpoint(folder/'checkpoints'/name, fingerprint(**parents, **settings))
     def make(out):
         torch.manual_seed(seed)
         net, z = build(latents.mean.shape[1:], p), [latents.tensor(o) for o in ('train', 'valid')]
@@ -277,7 +278,6 @@ def make_denoiser(folder, latents, p, # run folder: gets unet/, process/, schedu
         save_process(process, folder)
         save_component(net, out)
         return learn.history
-    name = 'unet' if conds is None else 'denoiser'   # diffusers knows no network that is told something our way
     made_at = artefact(folder/name, make, parents, dict(**settings, steps=p.steps), remake)
     return load_component(made_at).to(device or default_device()), Process.load(folder/'process')
 

@@ -6,6 +6,7 @@ from fastcore.basics import AttrDict
 from PIL import Image
 from pathlib import Path
 import latentdiff
+from latentdiff.commands import Run, settings_of
 from latentdiff.core import locked
 from latentdiff.data import npz_pixels, open_images
 from latentdiff.report import report
@@ -360,6 +361,14 @@ def test_the_zoo_draws_by_name(cli, tmp_path):
     a, b = (npz_pixels(tmp_path/f'{o}.npz').float() for o in 'ab')
     assert torch.equal(a[::2], b[::2]) and (a[1::2] - b[1::2]).abs().mean() > 5
 
+@pytest.mark.parametrize('options,words', [
+    (('--class', ''), ('--class', 'empty')), (('--prompt', ' '), ('--prompt', 'empty')), (('--class', 'bag', '--prompt', 'a bag'), ('one of them',)),
+    (('--negative', 'bag'), ('--negative', '--class')), (('--guidance', 3), ('--guidance', '--class')), (('--prompt', 'a bag'), ('without captions',)),
+    (('--class', 'bag', '--guidance', 'nan'), ('guidance', 'number')), (('--class', 'bag', '--negative', 'sock'), ('sock', 'trouser'))])
+def test_what_cannot_be_drawn_is_said_in_one_line(cli, tmp_path, options, words):
+    one_line(cli('sample', 'fashion_mnist32', '--n', 2, '--out', tmp_path/'o', *options), *words)
+    assert not (tmp_path/'o').exists()
+
 def test_classes_that_are_not_there(cli, tmp_path):
     one_line(cli('sample', 'fashion_mnist32', '--class', 'sock', '--out', tmp_path/'o'), 'sock', 'trouser')
     one_line(cli('sample', 'fashion_mnist33', '--out', tmp_path/'o'), 'fashion_mnist33', 'fashion_mnist32')
@@ -401,6 +410,39 @@ def test_a_run_that_is_told(cli, two_colours, tmp_path, kind, option):
     if kind == 'text': return
     assert cli('train', folder, '--more', 5).rc == 0
     assert json.loads((folder/'denoiser'/'made.json').read_text())['settings']['steps'] == 45
+
+def test_a_run_of_before_there_were_conditions(cli, run, tmp_path):
+    "Its settings say nothing of them, and it goes on."
+    folder = shutil.copytree(run.folder, tmp_path/'run')
+    d = json.loads((folder/'run.json').read_text())
+    del d['settings']['condition']
+    (folder/'run.json').write_text(json.dumps(d))
+    for verb in (('train', folder), ('run', *run.args, '--out', folder)):
+        r = cli(*verb)
+        assert r.rc == 0, r.err
+
+class Told:
+    "Images of which only some are labelled or have captions."
+    def __init__(self, labels, captions, valid):
+        self.labels, self.captions, self.classes = torch.tensor(labels), captions, [f'class {i}' for i in range(max(labels) + 1)]
+        self.valid_idxs, self.train_idxs = torch.tensor(valid), torch.tensor([i for i in range(len(labels)) if i not in valid])
+
+def told_run(tmp_path, kind, images):
+    r = Run(tmp_path/'none', settings_of('rooms', 'tiny', condition=kind))
+    r.kept['images'] = images
+    return r
+
+def test_samples_are_told_what_held_out_images_are(tmp_path):
+    "In their shares; never a class without a picture, and captions of training pictures if those held out have none."
+    images = Told([0, 1, 1, 1, -1, 3]*8, ['', '', 'a', '', '', '']*8, [*range(0, 48, 6), *range(1, 48, 6), *range(4, 48, 6)])
+    assert sorted(told_run(tmp_path, 'class', images).asked['cond']) == [0]*8 + [1]*8
+    assert set(told_run(tmp_path, 'text', images).asked['cond']) == {'a'}
+
+def test_a_grid_of_many_classes(tmp_path):
+    "Sixteen rows at most, though there are a hundred classes and fewer samples."
+    images = Told(list(range(100))*2, None, list(range(100)))
+    im = told_run(tmp_path, 'class', images).grid(torch.zeros(64, 3, 8, 8, dtype=torch.uint8))
+    assert im.height < 17*120
 
 def test_conditions_that_cannot_be(cli, two_colours, tmp_path):
     start = '--preset', 'tiny', '--out', tmp_path/'run', '--data'

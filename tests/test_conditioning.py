@@ -424,6 +424,21 @@ def test_a_saved_part_that_is_not_one_of_ours(tmp_path):
     with pytest.raises(UserError, match='no class named Popen') as e: load_component(folder)
     one_line(e)
 
+def test_a_conditioner_without_a_config_is_not_saved(tmp_path):
+    model = Conditioned(ConditionalUNet(dim=8, **SHAPE), nn.Identity())
+    with pytest.raises(UserError, match='Identity has no config') as e: save_component(model, tmp_path/'denoiser')
+    one_line(e)
+
+def test_other_captions_are_another_run():
+    "Captions are told by their rows in a table; two tables with the same rows are not the same."
+    def said(captions):
+        conditioner, seen = SimpleNamespace(places={o: i for i, o in enumerate(captions)}, to_json_string=lambda: '{}'), {}
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(latentdiff.conditioning, 'make_denoiser', lambda *args, **kw: seen.update(kw))
+            make_conditional(None, None, None, conditioner, torch.arange(2))
+        return seen['conditions']
+    assert said(['a red bed', 'a blue bed']) == said(['a red bed', 'a blue bed']) != said(['a cat', 'a dog'])
+
 def test_images_of_no_class_say_nothing():
     c = ClassConditioner(['cat', 'dog'], 8)
     tokens, mask = c(torch.tensor([1, -1]))

@@ -148,6 +148,17 @@ def test_without_guidance_the_condition_does_not_count():
     torch.testing.assert_close(p.latents(2, 3, cond='cat', guidance=0.), p.latents(2, 3), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(p.latents(2, 3, cond='cat', negative='cat', guidance=5.), p.latents(2, 3, cond='cat', guidance=1.), atol=1e-3, rtol=1e-3)
 
+@pytest.mark.parametrize('cond', [torch.tensor([0, 1]), np.array([0, 1]), ['cat', 'dog'], ['0', '1'], range(2)], ids=str)
+def test_conditions_of_every_kind(cond):
+    p = listening()
+    assert torch.equal(p.latents(4, 2, bs=4, cond=cond), p.latents(4, 2, bs=4, cond=['cat', 'dog', 'cat', 'dog']))
+
+@pytest.mark.parametrize('told,words', [(dict(cond=[]), 'empty'), (dict(cond='cow'), 'cat, dog'), (dict(negative='cat'), 'no condition'),
+                                        (dict(cond='cat', guidance=float('inf')), 'number'), (dict(cond='cat', negative='cow'), 'cat, dog')])
+def test_conditions_that_cannot_be_drawn(told, words):
+    with pytest.raises(UserError, match=words) as e: listening()(2, 2, **told)
+    assert '\n' not in str(e.value)
+
 def test_a_pipeline_that_listens_is_saved_and_loaded(tmp_path):
     p = listening()
     p.save_pretrained(tmp_path)
