@@ -121,7 +121,7 @@ def expectation(pipe, n, steps, sampler, bs, **told):
 class KIDCurve(Callback):
     "Score the averaged weights at some points of a training; it goes on as if nothing had happened"
     run_valid = False
-    def __init__(self, score, at=(.25, .5, .75, 1.)): # (net, process) -> (KID, standard error); shares of the steps
+    def __init__(self, score, at=(.25, .5, 1.)): # (net, process) -> (KID, standard error); shares of the steps
         self.score, self.at = score, at
 
     def after_batch(self):

@@ -274,7 +274,8 @@ def make_denoiser(folder, latents, p, # run folder: gets unet/, process/, schedu
         torch.manual_seed(seed)
         net, z = build(latents.mean.shape[1:], p), [latents.tensor(o) for o in ('train', 'valid')]
         if conds is not None: z = [(x, conds[latents.idxs(o)]) for x, o in zip(z, ('train', 'valid'))]
-        learn = train_denoiser(net, process, *z, steps=p.steps, **recipe, device=device, cbs=cbs, checkpoint=checkpoint)
+        kw = dict(device=device, checkpoint=checkpoint, rounds=5, cbs=cbs)
+        learn = train_denoiser(net, process, *z, steps=p.steps, **recipe, **kw)
         save_process(process, folder)
         save_component(net, out)
         return learn.history
