@@ -85,7 +85,7 @@ DATASETS = ('rooms', 'fashion_mnist', 'mnist', 'lsun_bedroom', 'stanford_cars', 
 _SMALL = dict(n=None, ae_pretrained=None, ae_widths=(64,128), widths=(128,256))
 _FOR_DATA = {
     ('cpu', 'rooms'): dict(size=64, n=6000, ae_widths=(32,64), latent_channels=6, ae_steps=350, ae_lr=8e-3, ae_kl=5e-3,
-        steps=680, n_eval=500, sample_steps=26, sampler='ddpm', minutes=5.5, gb=2.2),
+        steps=680, n_eval=500, sample_steps=26, sampler='ddpm', minutes=6.8, gb=2.2),
     ('cpu', 'lsun_bedroom'): dict(size=64, n=10_000, ae_widths=(64,128), latent_channels=6, ae_steps=8000,
         widths=(96,192), depth=2, steps=12_000, ae_lr=2e-3, lr=2e-3),
     ('cpu', 'smallnorb'): dict(size=96, n=10_000, ae_widths=(64,128), ae_steps=4000, steps=8000, ae_lr=2e-3, lr=2e-3),
