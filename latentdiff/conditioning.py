@@ -169,7 +169,7 @@ class Conditioned(nn.Module, ConfigMixin):
 def context_of(net, cond):
     "Tokens and mask for the bare denoiser, from whatever `net` takes"
     conds = cond if isinstance(cond, tuple) else (cond,)
-    tokens, mask = net.tokens(*conds) if isinstance(net, Conditioned) else (*conds, None)[:2]
+    tokens, mask = net.tokens(*conds) if hasattr(net, 'conditioners') else (*conds, None)[:2]
     return tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask
 
 def fitted(tokens, mask, b, n):
@@ -189,7 +189,7 @@ def guide(net, # Conditioned, or a bare net(x, time, tokens, mask)
     against = (tokens, torch.zeros_like(mask)) if negative is None else context_of(net, negative)
     b, n = len(tokens), max(tokens.shape[1], against[0].shape[1])
     both = [torch.cat(o) for o in zip(fitted(*against, b, n), fitted(tokens, mask, b, n))]
-    bare = net.net if isinstance(net, Conditioned) else net
+    bare = net.net if hasattr(net, 'conditioners') else net
     def guided(x, time, cond=None):
         if len(x) != b: raise UserError(f'{b} conditions for {len(x)} images: give one for each, and `sample` bs={b}')
         without, with_ = bare(torch.cat([x, x]), torch.cat([time, time]), *both).chunk(2)

@@ -16,7 +16,7 @@ from .core import weights_name, write_json
 from .data import to_uint8
 from .autoencoder import fit_bs
 from .noisify import Process, save_process
-from .conditioning import Conditioned, guide
+from .conditioning import guide
 from .sampling import SAMPLER, denoise_path, evaluations, sample, start_noise, time_steps
 from .training import peak_gb
 
@@ -58,7 +58,7 @@ def listening(self:LatentDiffusionPipeline, n, bs, # how many latents, a multipl
     "A denoiser for each batch: always the same, or with a condition guided to what that batch shall show"
     if cond is None and negative is not None: raise UserError('there is a negative, but no condition: say what to draw')
     if cond is None: return [self.denoiser]*(n//bs)
-    if not isinstance(self.denoiser, Conditioned):
+    if not hasattr(self.denoiser, 'conditioners'):
         raise UserError('this denoiser was trained without classes and captions: leave the condition away')
     if not math.isfinite(guidance): raise UserError(f'guidance is {guidance}: give a number, such as 2')
     several = lambda o: [o] if isinstance(o, (str, int)) else o.tolist() if hasattr(o, 'tolist') else list(o)
