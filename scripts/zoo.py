@@ -38,13 +38,13 @@ RECIPES = dict(
         'Garments, grey, 32 px, by class.', "16, cond=['dress', 'bag']",
         'Fashion-MNIST by Zalando SE (Xiao, Rasul and Vollgraf 2017), MIT licence',
         'Straps of sandals and handles of bags break into pieces; prints, checks and stripes become blotches; a sleeve may end in a smear, and now and '
-        'then a bag has no shape. Guidance above 3 makes garments plain and white.'),
+        'then a bag has no shape. At guidance 4 bags are plainer, at 8 all of them are white.'),
     rooms64=Recipe('rooms', dict(n=12_000, latent_channels=8, ae_kl=2e-3, ae_steps=2500, ae_lr=5e-3, steps=3600), 'caption', 1.5, 1000,
         "Drawn bedrooms, 64 px, by caption. Needs the extra `text`: `pip install 'latentdiff[text]'`.",
         "16, cond='a bedroom with a red bed on the left, a window at night and a lit lamp'",
         '`rooms`, drawn by this package itself, Apache 2.0',
         'On walls and floors one sees the squares of 8 px that the autoencoder works in, most of all in dark rooms. A headboard may melt into the wall, and a rug into the '
-        'floor. What no caption of `rooms` says (a chair, two beds, a yellow rug) is left out or replaced without a word.'))
+        'floor. What no caption of `rooms` says, such as a yellow rug, is replaced without a word.'))
 
 def shortened(caption, rng):
     "The caption without some of its parts, so that 'not mentioned' comes to mean 'as you like'"

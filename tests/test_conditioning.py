@@ -3,6 +3,7 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 import pytest, torch
+from safetensors.torch import load_file
 from torch import nn
 from diffusers.models.attention_processor import Attention
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -404,8 +405,7 @@ def test_all_three_saved_and_loaded(tmp_path):
     again = load_component(save_component(model, tmp_path/'denoiser'))
     draw = lambda m: sample(guide(m, cond, 2.), FLOW, 2, (2, 8, 8), steps=3, bs=2, device='cpu')
     assert gap(draw(model), draw(again)) < 1e-5 and again.drop == model.drop
-    ours = sum(4*p.numel() for p in model.parameters())
-    assert sum(f.stat().st_size for f in (tmp_path/'denoiser').iterdir()) < ours + 30_000
+    assert not [k for k in load_file(tmp_path/'denoiser'/'weights.safetensors') if k.startswith('conditioners.2')]
 
 def test_saving_forgets_an_earlier_model_with_more_conditioners(tmp_path):
     "What is loaded is what was saved last, in its order, also past ten."

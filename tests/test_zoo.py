@@ -58,9 +58,9 @@ def test_rooms_are_those_that_the_caption_says(rooms):
     assert day.mean() > night.mean() + .1
 
 def test_rooms_look_like_rooms(rooms):
-    "Against rooms nobody trained on: the autoencoder keeps edges, and samples score better than real rooms under a blur."
-    images = open_images('rooms', 64, 64, seed=987)
+    "Against rooms nobody trained on: the autoencoder keeps edges, and samples score far better than real rooms under a blur."
+    images = open_images('rooms', 64, 128, seed=987)
     real, judge = images.pixels(), EfficientNetFeatures(device='cpu')
     assert quality(rooms.autoencoder, real[:32])['psnr'] > 29
     f, blurred = features(judge, real), torch.nn.functional.avg_pool2d(real.float(), 5, 1, 2).round().to(torch.uint8)
-    assert kid(features(judge, to_uint8(rooms(32, 12))), f)[0] < .8*kid(features(judge, blurred), f)[0]
+    assert kid(features(judge, to_uint8(rooms(64, 20))), f)[0] < .5*kid(features(judge, blurred), f)[0]
