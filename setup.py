@@ -44,7 +44,7 @@ setup(
     ] + [f'Programming Language :: Python :: {v}' for v in python_versions()],
     python_requires = f">={cfg['min_python']}",
     packages = [cfg['lib_path']],
-    package_data = {cfg['lib_path']: ['zoo/*/*', 'zoo/*/*/*']},
+    package_data = {cfg['lib_path']: ['lesson.mplstyle', 'zoo/*/*', 'zoo/*/*/*']},
     install_requires = words('requirements'),
     extras_require = {'eval': words('eval_requirements'), 'text': words('text_requirements'),
                       'dev': words('dev_requirements') + words('text_requirements')},

@@ -48,18 +48,23 @@ def image_grid(images, nrow=8, pad=1): # (b,c,h,w) float in [-1,1]; pictures a r
 
 # %% ../nbs/00_data.ipynb #c030
 def show_images(
-    images, nrow=8,       # (b,c,h,w) float in [-1,1]; pictures a row
-    titles=None, scale=.9 # one string a picture; inches a picture
+    images, nrow=8,         # (b,c,h,w) float in [-1,1]; pictures a row
+    titles=None, scale=1.2, # one string a picture; inches a picture
+    rows=None, cols=None    # names of the rows, to their left, and of the columns, above the first row
 ):
-    "Show pictures in rows, with a title each if given"
-    nrow, lines = min(nrow, len(images)), max(t.count('\n') + 1 for t in titles) if titles else 0
-    rows, top = -(-len(images)//nrow), .15*lines
-    fig, axs = plt.subplots(rows, nrow, figsize=(nrow*scale, rows*(scale + top)), dpi=80, squeeze=False)
-    for ax in axs.flat: ax.axis('off')
-    for i, im in enumerate(to_uint8(images).cpu()):
-        axs.flat[i].imshow(im.permute(1, 2, 0), interpolation='nearest')
-        if titles: axs.flat[i].set_title(titles[i], fontsize=7, pad=2)
-    fig.subplots_adjust(0, 0, 1, 1 - top/(rows*(scale + top)), .03, .03 + top/scale)
+    "Show pictures in rows, with a title each, or with names of rows and columns, if given"
+    nrow, rows = min(nrow, len(images)), rows or []
+    n, titles = -(-len(images)//nrow), titles or cols or []
+    above = .17*max((t.count('\n') + 1 for t in titles), default=0)*(1 if cols else -(-len(images)//nrow))
+    left = .08*max((len(line) for r in rows for line in r.split('\n')), default=0)
+    fig, axs = plt.subplots(n, nrow, figsize=(left + nrow*scale, above + n*scale), squeeze=False, layout='constrained', dpi=100)
+    fig.get_layout_engine().set(w_pad=.02, h_pad=.02, wspace=0, hspace=0)
+    for ax in axs.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    for ax, im in zip(axs.flat, to_uint8(images).cpu()): ax.imshow(im.permute(1, 2, 0), interpolation='nearest')
+    for ax, t in zip(axs.flat, titles): ax.set_title(t, fontsize=9, pad=2)
+    for ax, r in zip(axs[:,0], rows): ax.set_ylabel(r, rotation=0, ha='right', va='center', fontsize=9)
     plt.show()
 
 # %% ../nbs/00_data.ipynb #c095

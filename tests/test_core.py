@@ -39,6 +39,23 @@ def test_a_run_has_a_folder_of_its_own(monkeypatch, tmp_path):
     monkeypatch.setenv('LATENTDIFF_RUNS', str(tmp_path))
     assert run_folder(preset('cpu', '/data/cats.tar.gz/'), 3) == tmp_path/'cats-cpu-64px-seed3'
 
+@pytest.mark.parametrize('data', [None, 'rooms', 'fashion_mnist', 'mnist', 'photos/of/mine', 'smallnorb/lit'])
+def test_a_preset_is_whole(data):
+    "What a row for other data leaves out comes from the bedrooms' row, and fits there"
+    p, home = preset('cpu', data), preset('cpu', 'lsun_bedroom')
+    assert home == preset('cpu') and home.size == 64
+    assert (p.sampler == 'ddpm') == (data in (None, 'rooms')) and (p.n is None) == (data in ('fashion_mnist', 'mnist'))
+    assert p.steps > 10*home.steps if data == 'photos/of/mine' else p.steps < 10*home.steps
+
+# --- exercises
+
+def test_an_exercise_says_not_yet_and_never_stops(capsys):
+    def wrong(): assert 1 == 2, 'two\nlines'
+    def missing(): raise NotImplementedError
+    for o in (wrong, missing, lambda: 1/0, lambda: None): exercise(o)
+    assert capsys.readouterr().out.splitlines() == ['not yet: ' + o for o in
+        ('AssertionError two lines assert 1 == 2', 'NotImplementedError', 'ZeroDivisionError division by zero')] + ['right']
+
 # --- streams
 
 def test_only_what_was_measured_is_promised():
@@ -289,7 +306,7 @@ def test_fingerprints():
 
 HOLD = """
 import sys, time
-from latentdiff.core import locked
+from latentdiff.core import exercise, locked
 with locked(sys.argv[1]):
     print('locked', flush=True)
     time.sleep(60)
