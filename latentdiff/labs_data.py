@@ -10,7 +10,8 @@ import gzip, hashlib, math, numpy as np, pandas as pd, scipy.io, struct, torch, 
 from pathlib import Path
 from fastai.data.external import URLs
 from .core import UserError, data_home, file_md5, write_whole
-from .data import FileImages, Images, download, fit_pixels, known_folder, pick, split_of, unpacked
+from .data import FileImages, Images, fit_pixels, pick, split_of
+from .files import download, known_folder, unpacked
 
 # %% ../nbs/parts/labs_data.ipynb #c162
 _BODIES = dict(sedan='Sedan', suv='SUV', coupe='Coupe', convertible='Convertible', hatchback='Hatchback', wagon='Wagon',

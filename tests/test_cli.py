@@ -8,7 +8,8 @@ from pathlib import Path
 import latentdiff
 from latentdiff.commands import Run, settings_of
 from latentdiff.core import locked
-from latentdiff.data import npz_pixels, open_images
+from latentdiff.data import open_images
+from latentdiff.files import npz_pixels
 from latentdiff.report import report
 
 # Importing torch takes seconds, so it is done once: the server imports it and forks a child for each command, which then

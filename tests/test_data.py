@@ -5,10 +5,10 @@ from PIL import Image
 from fastai.data.external import URLs
 from torchvision.datasets import MNIST
 
-from latentdiff import data as D
+from latentdiff import data as D, files as W
 from errors import one_line
-from latentdiff.data import (Picture, as_images, download, from_uint8, image_dls, image_grid, load_pixels, npz_pixels, open_images,
-    split_of, to_rgb, to_uint8)
+from latentdiff.data import Picture, as_images, from_uint8, image_dls, image_grid, open_images, split_of, to_uint8
+from latentdiff.files import download, hub_folder, load_pixels, npz_pixels, to_rgb
 from latentdiff.rooms import ROOM_FACTORS, room_caption, room_factors, rooms
 
 @pytest.fixture(autouse=True)
@@ -607,9 +607,9 @@ def files_of(n, start=0):
     return files
 
 def test_shard_names():
-    assert D._shard_names('a/{008..011}.tar') == ['a/008.tar', 'a/009.tar', 'a/010.tar', 'a/011.tar']
-    assert D._shard_names('{9..10}.tar?x=1') == ['9.tar?x=1', '10.tar?x=1']
-    for bad in ('{5..4}.tar', '{0..9999999}.tar', '{0..9}{0..9}.tar', '{a,b}.tar'): assert 'shards' in one_line(D._shard_names, bad)
+    assert W.shard_names('a/{008..011}.tar') == ['a/008.tar', 'a/009.tar', 'a/010.tar', 'a/011.tar']
+    assert W.shard_names('{9..10}.tar?x=1') == ['9.tar?x=1', '10.tar?x=1']
+    for bad in ('{5..4}.tar', '{0..9999999}.tar', '{0..9}{0..9}.tar', '{a,b}.tar'): assert 'shards' in one_line(W.shard_names, bad)
 
 def test_shards(tmp_path):
     spec = shards_of(tmp_path/'s', [files_of(10), files_of(10, 10), files_of(10, 20)])

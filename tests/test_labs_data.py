@@ -6,7 +6,8 @@ from scipy.io import savemat
 
 from latentdiff import labs_data as D
 from latentdiff.core import UserError
-from latentdiff.data import from_uint8, load_pixels, open_images, to_uint8
+from latentdiff.data import from_uint8, open_images, to_uint8
+from latentdiff.files import load_pixels
 from test_data import home, left, one_line, png, server, tar_of
 
 def write_norb(path, array):

@@ -7,7 +7,7 @@ from latentdiff.autoencoder import KLAutoencoder
 from latentdiff.conditioning import ClassConditioner, Conditioned, ConditionalUNet, guide
 from latentdiff.commands import settings_of, write_npz, write_pngs
 from latentdiff.core import UserError
-from latentdiff.data import npz_pixels
+from latentdiff.files import npz_pixels
 from latentdiff.noisify import Process
 from latentdiff.pipeline import KIDCurve, LatentDiffusionPipeline, path_of, zoo
 from latentdiff.report import kid_curve
