@@ -10,6 +10,9 @@ def page(path, exporter):
     nb = read(path)
     nb['cells'] = [c for c in shown(nb['cells']) if not c['source'].startswith('<!-- notebook only -->')]
     for c in nb['cells']:
+        alt = c.pop('alt')
+        for o in c.get('outputs', []):
+            if alt and 'image/png' in o.get('data', {}): o['metadata']['alt'] = alt
         if c['cell_type'] == 'code' and not c['source']: c['metadata']['transient'] = dict(remove_source=True)   # no empty box
         if c['cell_type'] == 'markdown': c['source'] = re.sub(r'\]\((?!https?:)([^)\s]+)\.ipynb', r'](\1.html', c['source'])
     return exporter.from_notebook_node(nbformat.reads(json.dumps(nb), as_version=4))[0] # `reads` joins the lines of outputs
