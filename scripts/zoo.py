@@ -51,7 +51,7 @@ RECIPES = dict(
             widths=(64,128), depth=1, attn_levels=(1,), steps=5000, lr=4e-3, bs=32), 'nothing', 1, 1000,
         'Bedrooms, photographs, 64 px.', '16',
         'the first 9,000 bedrooms by name of the part of LSUN (Yu et al. 2015) that fast.ai keeps, for research, not for sale',
-        '', 1000, 800))
+        '', 1000, 600))
 
 def shortened(caption, rng):
     "The caption without some of its parts, so that 'not mentioned' comes to mean 'as you like'"

@@ -7,7 +7,7 @@ from latentdiff.data import open_images, to_uint8
 from latentdiff.kid_eval import EfficientNetFeatures, features, kid
 from latentdiff.pipeline import LatentDiffusionPipeline, zoo
 
-NAMES = ['fashion_mnist32', 'rooms64']
+NAMES = ['bedrooms64', 'fashion_mnist32', 'rooms64']
 weight = lambda folder: sum(f.stat().st_size for f in folder.rglob('*') if f.is_file())
 
 @pytest.fixture(scope='module')
@@ -64,3 +64,10 @@ def test_rooms_look_like_rooms(rooms):
     assert quality(rooms.autoencoder, real[:32])['psnr'] > 29
     f, blurred = features(judge, real), torch.nn.functional.avg_pool2d(real.float(), 5, 1, 2).round().to(torch.uint8)
     assert kid(features(judge, to_uint8(rooms(64, 20))), f)[0] < .5*kid(features(judge, blurred), f)[0]
+
+def test_bedrooms_are_as_photographs_are():
+    "What 1,000 photographs of the set have on average, measured once: brightness .05, deviation .52, and .092 between neighbours, which blur lessens"
+    x = LatentDiffusionPipeline.from_pretrained('bedrooms64', 'cpu')(64, 20)
+    assert x.shape == (64, 3, 64, 64) and abs(x.mean() - .05) < .1 and abs(x.std() - .52) < .1
+    assert .06 < x.diff(dim=-1).abs().mean() < .13
+    assert torch.cdist(x.flatten(1), x.flatten(1)).add(torch.eye(64)*1e3).min() > 20                # no two are alike
