@@ -120,7 +120,7 @@ CARD = """# {name}
 | | |
 |---|---|
 | data | {terms}; {n_train:,} pictures of {size} px for training, {n_real:,} held out |
-| autoencoder | {ae_params:.2f}M parameters, latents {latent}, {ae_steps:,} steps of {bs}{sharp}; PSNR {psnr:.1f} dB (mean over {n_ae:,} held-out pictures) |
+| autoencoder | {ae_params:.2f}M parameters, latents {latent}, {ae_steps:,} steps of {bs}{sharp}; PSNR {psnr:.1f} dB (pooled over {n_ae:,} held-out pictures) |
 | denoiser | {net_params:.2f}M parameters, {steps:,} steps of {bs}, Muon at {lr:g}, seed {seed} |
 | machine | {machine}; {hours:.1f} hours in all |
 | KID | {kid:.4f} ± {kid_se:.4f}, real against real {kid_floor:.4f} ± {kid_floor_se:.4f} |
