@@ -1,12 +1,13 @@
-# Two commands matter: `make demo` and `make test`. Both make .venv by themselves, from Python and the package index alone.
+# Three commands matter: `make lessons`, `make demo` and `make test`. They make .venv by themselves, from Python and the package index alone.
 VENV := .venv
 BIN := $(VENV)/bin
 META := settings.ini setup.py pyproject.toml
 .DELETE_ON_ERROR:
-.PHONY: demo test readme docs wheel wheel-check colab-check clean
+.PHONY: demo lessons test readme docs wheel wheel-check colab-check clean
 
 help:
 	@echo "make demo         train, sample and evaluate on the embedded data set; writes runs/demo/report.html"
+	@echo "make lessons      JupyterLab with the lessons, in copies of your own"
 	@echo "make test         every notebook at the tiny preset, and the other tests"
 	@echo "make readme       README.md from nbs/index.ipynb"
 	@echo "make docs         the lessons as web pages in _docs"
@@ -15,6 +16,11 @@ help:
 
 demo: $(BIN)/.demo
 	$(BIN)/latentdiff-run --data rooms --preset cpu --out runs/demo
+
+# Copies: what you run and change stays yours, and git sees nothing of it.
+lessons: $(BIN)/.dev
+	mkdir -p lessons && (cp -Rn nbs/. lessons/ || test -f lessons/00_data.ipynb)
+	$(BIN)/jupyter lab lessons/00_data.ipynb
 
 # One thread a worker: two workers with two threads each are slower than two with one.
 test: $(BIN)/.dev

@@ -1,1 +1,4 @@
-__version__ = "0.1.0"
+import warnings
+
+__version__ = "0.2.0"
+warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated', category=FutureWarning)  # fastai uses it

@@ -59,10 +59,22 @@ def badge(path, cfg):
     return f'[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]({url})'
 
 def setup_cell(cfg):
-    "The cell that installs the package on Colab."
+    "The cell that installs the package on Colab, as it was released."
     return f'''#| eval: false
-# On Colab this installs the package and leaves the preinstalled torch alone; elsewhere it does nothing.
-![ -e /content ] && pip install -q "{cfg['lib_name']}[eval] @ git+https://github.com/{cfg['user']}/{cfg['repo']}"'''
+# On Colab, choose a GPU first: Runtime > Change runtime type > T4 GPU. This line installs the package there and leaves Colab's torch alone.
+![ -e /content ] && pip install -q "{cfg['lib_name']}[eval] @ git+https://github.com/{cfg['user']}/{cfg['repo']}@v{cfg['version']}"
+# To keep what you train on your Drive, remove the # from the next two lines.
+# from google.colab import drive; drive.mount('/content/drive')
+# %env LATENTDIFF_RUNS=/content/drive/MyDrive/latentdiff
+import latentdiff'''
 
-if __name__ == '__main__':
+def set_up(path, cfg):
+    "Give the notebook at `path` the set-up cell of this version, in place of another one's."
+    nb = json.loads(path.read_text(encoding='utf-8'))
+    cell = next(c for c in nb['cells'] if '![ -e /content ]' in ''.join(c['source']))
+    cell['source'] = setup_cell(cfg).splitlines(keepends=True)
+    path.write_text(json.dumps(nb, indent=1, sort_keys=True, ensure_ascii=False) + '\n', encoding='utf-8')
+
+if __name__ == '__main__': # after the version in settings.ini has changed
+    for p in notebooks(): set_up(p, settings())
     for p in set(notebooks()) - set(parts()): ask_for_gpu(p) # the workshop trains nothing worth a GPU

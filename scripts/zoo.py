@@ -9,9 +9,9 @@ import argparse, random, re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch
-from latentdiff.autoencoder import make_autoencoder
+from latentdiff.autoencoder import make_autoencoder, quality, sharpen_decoder, some_pixels
 from latentdiff.conditioning import TextConditioner, class_conditioner, make_conditional, train_reader
-from latentdiff.core import made, preset, read_json, runs_home, write_json, write_whole
+from latentdiff.core import artefact, load_component, made, preset, read_json, runs_home, save_component, write_json, write_whole
 from latentdiff.data import from_uint8, image_grid, open_images
 from latentdiff.kid_eval import evaluate, features, make_judge, nearest_neighbours
 from latentdiff.noisify import make_latents
@@ -33,6 +33,7 @@ class Recipe:
     terms: str      # of the data
     flaws: str      # what it does badly, seen in its samples
     held: int = 0   # how many, the last by name, are kept for the scores; 0: the split that every data set has
+    sharpen: int = 0 # steps in which the decoder learns from a discriminator, after everything else
 
 RECIPES = dict(
     fashion_mnist32=Recipe('fashion_mnist', dict(ae_steps=3000, ae_lr=5e-3, widths=(64,96), steps=4600, lr=4e-3, bs=32), 'class', 1.5, 2048,
@@ -50,7 +51,7 @@ RECIPES = dict(
             widths=(64,128), depth=1, attn_levels=(1,), steps=5000, lr=4e-3, bs=32), 'nothing', 1, 1000,
         'Bedrooms, photographs, 64 px.', '16',
         'the first 9,000 bedrooms by name of the part of LSUN (Yu et al. 2015) that fast.ai keeps, for research, not for sale',
-        '', 1000))
+        '', 1000, 800))
 
 def shortened(caption, rng):
     "The caption without some of its parts, so that 'not mentioned' comes to mean 'as you like'"
@@ -66,6 +67,16 @@ def denoiser(recipe, folder, latents, p, seed):
         rng, text = random.Random(seed), TextConditioner()
         told = text, text.rows([shortened(o, rng) for o in latents.captions])
     return make_conditional(folder, latents, p, *told, seed=seed)
+
+def sharpened(recipe, folder, images, seed):
+    "The autoencoder with a decoder that a discriminator and feature loss have taught; its latents are what they were"
+    def make(out):
+        ae, pixels = load_component(folder/'autoencoder'), [some_pixels(images, o, seed, 8000) for o in ('train', 'valid')]
+        sharpen_decoder(ae, *pixels, recipe.sharpen, flip=True, seed=seed)
+        save_component(ae, out)
+        return quality(ae, pixels[1])
+    of = dict(autoencoder=made(folder/'autoencoder')['fingerprint'])
+    return load_component(artefact(folder/'sharpened', make, of, dict(steps=recipe.sharpen, seed=seed)))
 
 def pack(pipe, place):
     "Save the pipeline in half precision, and load it again as a reader will"
@@ -109,7 +120,7 @@ CARD = """# {name}
 | | |
 |---|---|
 | data | {terms}; {n_train:,} pictures of {size} px for training, {n_real:,} held out |
-| autoencoder | {ae_params:.2f}M parameters, latents {latent}, {ae_steps:,} steps of {bs}; PSNR {psnr:.1f} dB (mean over {n_ae:,} held-out pictures) |
+| autoencoder | {ae_params:.2f}M parameters, latents {latent}, {ae_steps:,} steps of {bs}{sharp}; PSNR {psnr:.1f} dB (mean over {n_ae:,} held-out pictures) |
 | denoiser | {net_params:.2f}M parameters, {steps:,} steps of {bs}, Muon at {lr:g}, seed {seed} |
 | machine | {machine}; {hours:.1f} hours in all |
 | KID | {kid:.4f} ± {kid_se:.4f}, real against real {kid_floor:.4f} ± {kid_floor_se:.4f} |
@@ -122,6 +133,10 @@ CARD = """# {name}
 {flaws}
 """
 
+def stages_of(recipe):
+    "The folders of what was trained"
+    return ['autoencoder', 'latents', 'unet' if recipe.by == 'nothing' else 'denoiser', *['sharpened']*bool(recipe.sharpen)]
+
 def machine():
     "What this is, in words"
     cpu = torch.backends.cpu.get_cpu_capability()
@@ -130,13 +145,14 @@ def machine():
 
 def card(name, recipe, p, folder, images, latents, pipe, seed, d):
     "README.md of the packed pipeline"
-    ae, net = (made(folder/o) for o in ('autoencoder', 'unet' if recipe.by == 'nothing' else 'denoiser'))
+    stages = stages_of(recipe)
+    ae, net = made(folder/('sharpened' if recipe.sharpen else 'autoencoder')), made(folder/stages[2])
     params = lambda o: sum(x.numel() for x in o.parameters())/1e6
-    hours = sum(made(folder/o)['seconds'] for o in ('autoencoder', 'latents', 'unet' if recipe.by == 'nothing' else 'denoiser'))/3600
+    hours = sum(made(folder/o)['seconds'] for o in stages)/3600
     asked = {'class': f', each class equally often, guidance {recipe.guidance:g}', 'caption': f', captions of held-out pictures, guidance {recipe.guidance:g}'}
     obeys = (f"| obedience | a classifier that is right about {d['real_obeyed']:.1%} of the held-out pictures finds what was asked for in "
              f"{d['obeyed']:.1%} of the samples |\n") if 'obeyed' in d else ''
-    facts = dict(n_train=len(images.train_idxs), n_real=len(images.valid_idxs), size=p.size, ae_params=params(pipe.autoencoder),
+    facts = dict(sharp=f', then {recipe.sharpen:,} of the decoder against a discriminator' if recipe.sharpen else '', n_train=len(images.train_idxs), n_real=len(images.valid_idxs), size=p.size, ae_params=params(pipe.autoencoder),
         net_params=params(pipe.denoiser), latent='x'.join(map(str, pipe.latent_shape)), psnr=ae['facts']['psnr'], n_ae=ae['facts']['n'],
         ae_steps=p.ae_steps, steps=p.steps, bs=p.bs, lr=p.lr, machine=machine(), hours=hours, seed=seed, asked=asked.get(recipe.by, ''), obeys=obeys)
     return CARD.format(name=name, **{**asdict(recipe), **d, **facts})
@@ -155,8 +171,9 @@ def main():
     ae = make_autoencoder(folder, images, p, seed)
     latents = make_latents(folder, images, ae, p, flip=False if recipe.by == 'caption' else None)
     net, process = denoiser(recipe, folder, latents, p, seed)
+    if recipe.sharpen: ae = sharpened(recipe, folder, images, seed)
     pipe = pack(LatentDiffusionPipeline(ae, net, process, p.size), HERE/'latentdiff'/'zoo'/a.name)
-    of = made(folder/('unet' if recipe.by == 'nothing' else 'denoiser'))['fingerprint']
+    of = ' '.join(made(folder/o)['fingerprint'] for o in stages_of(recipe)[2:])
     if not (folder/'measured.json').exists() or read_json(folder/'measured.json', 'delete it').get('of') != of:
         d, px = measure(pipe, recipe, folder, images, seed)
         d['of'] = of

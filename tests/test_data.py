@@ -699,3 +699,53 @@ def test_rooms_are_drawn_once_if_they_fit(monkeypatch, fits):
     first, again = images.pixels([3, 99, 4]), images.pixels()
     assert torch.equal(again[[3, 99, 4]], first) and torch.equal(again, rooms(100, 16)) and torch.equal(images.pixels(), again)
     assert len(drawn) == (100 if fits else 203)
+
+# --- the Hub
+
+def hub_of(folder, n=6, path=None, rename={}, **features):
+    "A folder of parquet such as the Hub keeps: `n` rooms with the columns that `features` name"
+    from datasets import Dataset, Features, Image as HubImage
+    rows = [{rename.get(k, k): v for k, v in dict(image=dict(bytes=png(i), path=path and path.format(i)), label=i % 3 - 1,
+                                                  text=f'room, number {i}', other=i).items() if k == 'image' or k in features} for i in range(n)]
+    folder.mkdir(parents=True)
+    kinds = {rename.get('image', 'image'): HubImage(), **{rename.get(k, k): v for k, v in features.items()}}
+    Dataset.from_list(rows, Features(kinds)).to_parquet(folder/'train-00000.parquet')
+    return str(folder)
+
+def test_the_first_n_of_the_hub(tmp_path, home):
+    "The bedrooms' real columns: one, called image. Files as they came, once; a split that does not move"
+    spec = hub_of(tmp_path/'lsun', path='{:05d}.png')
+    images = open_images(f'hub:{spec}', 32, n=4)
+    assert images.names == [f'{i:06d}.png' for i in range(4)] and images.labels is None and images.captions is None
+    assert torch.equal(images.pixels(), torch.stack([load_pixels(png(i), 32) for i in range(4)]))
+    (tmp_path/'lsun'/'train-00000.parquet').unlink()                   # it is not asked again
+    assert open_images(f'hub:{spec}', 32, n=4).fingerprint == images.fingerprint
+
+def test_classes_and_captions_of_the_hub(tmp_path):
+    from datasets import ClassLabel, Value
+    spec = hub_of(tmp_path/'x', label=ClassLabel(names=['../up', 'b/c']), text=Value('string'), other=Value('int64'))
+    images = open_images(f'hub:{spec}', 32, n=10)
+    told = dict(zip((o.split('/')[-1] for o in images.names), zip(images.labels.tolist(), images.captions)))
+    assert images.classes == ['--up', 'b-c']                           # no folder outside, none inside another
+    assert {k: c for k, (c, _) in told.items()} == {f'{i:06d}.png': i % 3 - 1 for i in range(6)}
+    assert all(text == f'room, number {int(k[:6])}' for k, (_, text) in told.items())
+
+def test_columns_can_be_named(tmp_path, home):
+    from datasets import Value
+    spec = hub_of(tmp_path/'x', rename=dict(image='photo', text='title'), text=Value('string'))
+    assert open_images(f'hub:{spec}', 32, n=3).captions is None
+    assert open_images(f'hub:{spec}?caption=title&image=photo', 32, n=3).captions == [f'room, number {i}' for i in range(3)]
+    for column in ('caption=names', 'image=picture'): assert 'only photo, title' in one_line(open_images, f'hub:{spec}?{column}', 32)
+    assert 'cannot be had' in one_line(open_images, f'hub:{spec}?split=test', 32)
+    assert not [o for o in home.rglob('*') if '.new' in o.name]
+
+def test_bedrooms_of_the_hub(tmp_path, home, monkeypatch):
+    "So many from the Hub; from the archive where there is one; without both, one line with the way out"
+    monkeypatch.setattr(D, 'LSUN_HUB', hub_of(tmp_path/'lsun'))
+    images = open_images('lsun_bedroom', 32, n=5)
+    assert len(images) == 5 and images.kind == 'lsun_bedroom'
+    save(home/'lsun_bedroom'/'mine.jpg')
+    assert open_images('lsun_bedroom', 32, n=5).names == ['mine.jpg']
+    (home/'lsun_bedroom'/'mine.jpg').unlink()
+    monkeypatch.setattr(D, 'LSUN_HUB', str(tmp_path/'nowhere'))
+    assert 'LATENTDIFF_PRESET=tiny' in one_line(open_images, 'lsun_bedroom', 32, 7)

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/'scripts'))
 from colab_check import RUNTIMES, additions, index_answers, there, unmet, wanted
 from docs import build
-from notebooks import GPU, NBS, ask_for_gpu, badge, directives, labs, lessons, notebooks, parts, read, settings, setup_cell
+from notebooks import GPU, NBS, alt, ask_for_gpu, badge, directives, labs, lessons, notebooks, parts, read, settings, setup_cell
 from readme import render
 
 CFG = settings()
@@ -240,6 +240,18 @@ def test_docs_have_no_empty_boxes_and_no_notes_on_what_is_hidden(tmp_path):
     boxes = re.findall(r'<div class="jp-CodeMirrorEditor[^>]*>(.*?)</div>\s*</div>', page, re.S)
     assert len(boxes) > 3 and all(text_of(o) for o in boxes) and 'The run behind it' in page
     assert 'notebook only' not in page
+
+def test_docs_say_what_a_picture_shows():
+    "The words behind `fig-alt` are the alternative text of the picture on the page"
+    from docs import HTMLExporter, page
+    said = re.search(r'#\| fig-alt: (.+)', next(c['source'] for c in code_cells('00_data.ipynb') if 'fig-alt' in c['source']))[1]
+    assert f'alt="{said}"' in page(NBS/'00_data.ipynb', HTMLExporter())
+
+@pytest.mark.parametrize('name', LESSONS + LABS)
+def test_pictures_have_words_for_who_cannot_see_them(name):
+    "Every cell with a picture says in `#| fig-alt:` what it shows"
+    drawn = [c for c in code_cells(name) if any('image/png' in o.get('data', {}) for o in c['outputs'])]
+    assert not [c['source'] for c in drawn if not alt(c)]
 
 TABLE = ['<table border="1">\n', '<tr><td>a&lt;b</td></tr>\n', '</table>']
 OUTPUTS = [dict(output_type='stream', name='stdout', text=['one line\n', 'another <b>line</b>\n']),
