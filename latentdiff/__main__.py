@@ -1,0 +1,18 @@
+"`python -m latentdiff VERB ...` is `latentdiff-VERB ...`, for where the commands are not on the PATH"
+import sys
+from latentdiff import commands
+
+VERBS = {k.removesuffix('_cli'): f for k, f in vars(commands).items() if k.endswith('_cli')}
+
+def chosen():
+    "The command that the first argument names, to find its options in the rest; without one, or with --help, a list"
+    verb, *options = sys.argv[1:] or ['--help']
+    if verb in ('-h', '--help'):
+        print('usage: python -m latentdiff VERB [options]; VERB --help lists the options\n')
+        for k, f in VERBS.items(): print(f'  {k:8} {f.__doc__}')
+        sys.exit()
+    if verb not in VERBS: sys.exit(f"python -m latentdiff: no verb '{verb}', only {', '.join(VERBS)}")
+    sys.argv = [f'latentdiff-{verb}', *options]
+    return VERBS[verb]
+
+if __name__ == '__main__': chosen()() # `call_parse` looks at sys.argv if the script itself calls, not a function of it
