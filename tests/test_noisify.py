@@ -98,6 +98,15 @@ def test_t_of_inverts_the_ratio(s):
     assert Process(s).t_of(torch.tensor([0.])).item() == 0
 
 @pytest.mark.parametrize('s', SCHEDULES)
+def test_all_schedules_are_one_line(s):
+    "y = x/(alpha+sigma) is (1-tau) x0 + tau eps with tau = sigma/(alpha+sigma), whatever the schedule"
+    x, e = torch.randn(2, 9, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    p, tau = Process(s), torch.linspace(.05, .95, 9)
+    t = p.t_of(tau/(1-tau))
+    total = sum(p.levels(t))[:,None,None,None]
+    assert gap(p.add_noise(x, e, t)/total, Process().add_noise(x, e, tau)) < 1e-4
+
+@pytest.mark.parametrize('s', SCHEDULES)
 @pytest.mark.parametrize('dtype', [torch.half, torch.bfloat16])
 def test_half_precision_levels_are_computed_in_float32(s, dtype):
     "0.3 is another number in half precision, but its levels are the float32 levels of that number"
