@@ -97,6 +97,29 @@ def test_edm_equals_diffusers(sampler, theirs):
     flip = lambda xin, t: -net(xin, t)       # EDM's F is -v at sigma_data = 1
     close(sampler(net, p, x, ts), drive(sch, flip, x))
 
+K_DIFFUSION = dict(euler=[-.04683, .36576, -.74259, .11768, .67451], heun=[-.02924, .36896, -.73678, .16401, .70974],
+                   dpmpp_2m=[-.03056, .36906, -.74257, .16828, .71838])
+
+@pytest.mark.parametrize('schedule', ['edm', 'flow'])
+@pytest.mark.parametrize('sampler', list(K_DIFFUSION))
+def test_equals_k_diffusion(schedule, sampler):
+    """What `sample_euler`, `sample_heun` and `sample_dpmpp_2m` of k-diffusion 0.1.1.post1 return for the same denoiser, start
+    and 12 Karras sigmas (first five values of the second sample): recorded, because that package is not installed here"""
+    p = Process(schedule, 'v'); ts = time_steps(p, 12, 'karras')
+    net = optimal_denoiser(p, torch.randn(5, 4, 3, 3, generator=torch.Generator().manual_seed(3)), .3)
+    x = levels(p, ts[0])[1]*torch.linspace(-2, 2, 72).view(2, 4, 3, 3).roll(1, -1)
+    kw = dict(straight=False) if sampler == 'heun' else {}
+    close(SAMPLERS[sampler](net, p, x, ts, **kw)[1].flatten()[:5], torch.tensor(K_DIFFUSION[sampler]), 3e-5)
+
+@pytest.mark.parametrize('n,uniform_wins', [(5, False), (10, True), (20, True), (30, True), (40, False), (80, False)])
+def test_where_dpmpp_2m_wants_uniform_times(n, uniform_wins):
+    "On the straight line with Gaussian data: at 10 to 30 steps uniform times end nearer than even steps in lambda"
+    p = Process('flow', 'velocity'); net = optimal_denoiser(p, torch.zeros(1, 64).double(), .5)
+    def error(spacing):
+        ts = time_steps(p, n, spacing); x = start_noise(p, (16, 64), t=ts[0]).double()
+        return (dpmpp_2m(net, p, x, ts) - exact(p, x, ts[0], .5)).abs().max()
+    assert (error('uniform') < error('logsnr')) == uniform_wins
+
 # --- exact solutions ---------------------------------------------------------------------------------------------------
 
 def gaussian(p, std): return optimal_denoiser(p, torch.zeros(1, *SHAPE[1:]).double(), std)
