@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RELEASES', 'poly_kernel', 'kernel_sums', 'pair_variance', 'cross_moments', 'point_variance', 'kid_variance', 'finite',
            'kid', 'Extractor', 'EfficientNetFeatures', 'as_pixels', 'features', 'covariance_factor', 'frechet',
-           'gaussian_stats', 'fid', 'evaluate', 'halves', 'nearest_neighbours', 'subset_kids', 'kid_subsets',
+           'gaussian_stats', 'fid', 'halves', 'evaluate', 'nearest_neighbours', 'subset_kids', 'kid_subsets',
            'kid_blocks', 'FeatureMetric', 'KID', 'FID', 'inception_weights', 'InceptionFeatures', 'GreyClassifier',
            'train_classifier', 'ClassifierFeatures', 'make_judge']
 
@@ -176,6 +176,12 @@ def fid(a, b): # features (m,d), (n,d) -> float
     if min(len(a), len(b)) < 2: raise UserError(f'FID needs at least 2 images in each set; got {len(a)} and {len(b)}')
     return frechet(*gaussian_stats(finite(a)), *gaussian_stats(finite(b)))
 
+# %% ../nbs/50_kid_eval.ipynb #c089
+def halves(x, seed=0):
+    "Two sets of equal size, split from one at random"
+    a, b = torch.randperm(len(x), generator=torch.Generator().manual_seed(stream(seed, 'halves'))).chunk(2)
+    return x[a[:len(b)]], x[b]
+
 # %% ../nbs/50_kid_eval.ipynb #c093
 def evaluate(fake, real,       # images or features, as `features` takes them
              extractor,        # pixels -> features
@@ -189,12 +195,6 @@ def evaluate(fake, real,       # images or features, as `features` takes them
     scores = dict(kid=k, kid_se=se, kid_floor=k0, kid_floor_se=se0, fid=fid(f, r), fid_floor=fid(a, b))
     return dict(**scores, n_fake=len(f), n_real=len(r), n_floor=(len(a), len(b)), extractor=extractor.name,
                 device=str(extractor.device), seed=seed, seconds=round(time.time() - start, 1))
-
-# %% ../nbs/50_kid_eval.ipynb #c089
-def halves(x, seed=0):
-    "Two sets of equal size, split from one at random"
-    a, b = torch.randperm(len(x), generator=torch.Generator().manual_seed(stream(seed, 'halves'))).chunk(2)
-    return x[a[:len(b)]], x[b]
 
 # %% ../nbs/50_kid_eval.ipynb #c108
 def nearest_neighbours(fake,  # (n,d) features, or images of any one range, which are compared pixel by pixel
