@@ -6,8 +6,9 @@
 __all__ = ['as_double', 'PSNR', 'ssim_map', 'SSIM', 'psnr', 'ssim', 'patch_pca', 'AEBlock', 'conv_encoder', 'conv_decoder',
            'posterior_sample', 'Autoencoder', 'KLAutoencoder', 'pca_start', 'kl_loss', 'efficientnet_lite0',
            'FeatureLoss', 'AELoss', 'channel_stats', 'fit_bs', 'batches_for', 'quality', 'Reconstruct', 'ValidMetric',
-           'ae_learner', 'train_autoencoder', 'PretrainedKL', 'PretrainedTiny', 'TAEBlock', 'taef2_encoder',
-           'taef2_decoder', 'TAEF2', 'open_autoencoder', 'some_pixels', 'make_autoencoder']
+           'ae_learner', 'train_autoencoder', 'PretrainedKL', 'PatchDiscriminator', 'hinge_loss', 'adaptive_weight',
+           'Adversary', 'sharpen_decoder', 'PretrainedTiny', 'TAEBlock', 'taef2_encoder', 'taef2_decoder', 'TAEF2',
+           'open_autoencoder', 'some_pixels', 'make_autoencoder']
 
 # %% ../nbs/10_autoencoder.ipynb #c004
 import importlib.util, os, re, safetensors.torch, torch, torch.nn.functional as F
@@ -365,6 +366,68 @@ class PretrainedKL(Autoencoder):
     def from_config(cls, config, **kw):
         model = {k: v for k, v in config.items() if k[0] != '_' and k not in ('latents_mean', 'latents_std')}
         return cls(model, config.get('latents_mean'), config.get('latents_std'))
+
+# %% ../nbs/10_autoencoder.ipynb #g001
+class PatchDiscriminator(nn.Sequential):
+    "Images (b,c,h,w) -> one logit for each patch (b,1,h/8,w/8), high for real ones (Isola et al. 2017, section 3.2.2)"
+    def __init__(self, cin=3, width=32): # channels of the images; of the first level
+        widths, layers = (cin, width, 2*width, 4*width), []
+        for i, (a, b) in enumerate(zip(widths, widths[1:])):
+            layers += [nn.Conv2d(a, b, 4, 2, padding=1), *([nn.BatchNorm2d(b)] if i else []), nn.LeakyReLU(.2)]
+        super().__init__(*layers, _conv(widths[-1], 1))
+
+# %% ../nbs/10_autoencoder.ipynb #g002
+def hinge_loss(real, fake): # logits of real pictures; of reconstructions
+    "What a discriminator minimises: nothing is gained beyond 1 and -1 (Lim and Ye 2017)"
+    return .5*(F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+# %% ../nbs/10_autoencoder.ipynb #g003
+def adaptive_weight(rec, adv, last, eps=1e-4, most=1e4): # two losses; the last layer's weight
+    "How many times larger the gradient of `rec` is, at the last layer (Esser et al. 2021, eq. 7)"
+    a, b = (torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (rec, adv))
+    return (a/(b + eps)).clamp(max=most)
+
+# %% ../nbs/10_autoencoder.ipynb #g004
+class Adversary(Callback):
+    "Train a discriminator beside a `KLAutoencoder`; from step `start` on its opinion is part of the loss"
+    order, run_valid = -10, False   # before the loss is checked
+    def __init__(self, start, weight, lr, seed, width): # ; of its term; its learning rate; of its first weights
+        self.start, self.weight, self.lr, self.seed, self.width = start, weight, lr, seed, width
+
+    def before_fit(self):
+        self.log = []
+        with torch.random.fork_rng():
+            torch.manual_seed(stream(self.seed, 'discriminator'))
+            self.net = PatchDiscriminator(self.model.config.in_channels, self.width).to(self.dls.device)
+        self.d_opt = torch.optim.Adam(self.net.parameters(), self.lr, betas=(.5, .9))
+
+    def after_loss(self):
+        adv, rec = -self.net(self.pred[0]).mean(), self.learn.loss_grad
+        weight = adaptive_weight(rec, adv, self.model.decoder[-2].weight)
+        if len(self.log) >= self.start: self.learn.loss_grad = rec + self.weight*weight*adv
+
+    def after_step(self):
+        real, fake = self.net(self.yb[0]), self.net(self.pred[0].detach())
+        self.d_opt.zero_grad()
+        hinge_loss(real, fake).backward()
+        self.d_opt.step()
+        self.log.append(torch.stack([real.mean(), fake.mean()]).detach())
+
+# %% ../nbs/10_autoencoder.ipynb #g005
+def sharpen_decoder(ae, x_train, x_valid, steps,            # a finished `KLAutoencoder`; pictures as for `ae_learner`
+                    feature_weight=.5, adversary_weight=.5, # of the feature loss; of the adversarial term, 0: without
+                    start=None, lr=2e-3, d_lr=5e-4,         # its first step, None: after a quarter; highest rates
+                    bs=16, flip=False, seed=0, width=32, device=None): # see `ae_learner`; of the `PatchDiscriminator`
+    "Train its decoder further, in place; the encoder and its scale stay, so latents stay valid; returns the Learner"
+    if not isinstance(ae, KLAutoencoder): raise UserError(f'only a KLAutoencoder can be sharpened, not {type(ae).__name__}')
+    ae.requires_grad_(False)
+    for part in (ae.decoder, ae.line_out): part.requires_grad_(True)
+    start = steps//4 if start is None else start
+    cbs = [Adversary(start, adversary_weight, d_lr, seed, width)] if adversary_weight else []
+    learn = ae_learner(ae, x_train, x_valid, bs, flip, seed, 0., feature_weight, device, cbs)
+    fit_steps(learn, steps, lr=lr, seed=seed, rounds=1)
+    ae.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
+    return learn
 
 # %% ../nbs/10_autoencoder.ipynb #c160
 def _hub(load, spec, **kw):
