@@ -26,7 +26,7 @@ from fastai.callback.training import GradientClip
 from .core import WEIGHTS, UserError, artefact, data_home, default_device, file_md5, find_class, fingerprint
 from .core import load_component, load_weights, read_json, save_component, stream, write_whole
 from .data import FITS, as_images
-from .training import Checkpoint, DeviceLoader, fit_steps, muon, zero_init
+from .training import Checkpoint, DeviceLoader, adamw, fit_steps, muon, zero_init
 
 # %% ../nbs/10_autoencoder.ipynb #c040
 def _conv(cin, cout, k=3, stride=1): return nn.Conv2d(cin, cout, k, stride, padding=k//2)
@@ -510,8 +510,8 @@ class FeatureLoss(nn.Module):
 
 # %% ../nbs/10_autoencoder.ipynb #g005
 def sharpen_decoder(ae, x_train, x_valid, steps,            # a finished `KLAutoencoder`; pictures as for `ae_learner`
-                    feature_weight=.5, adversary_weight=.5, # of the feature loss; of the adversarial term, 0: without
-                    start=None, lr=2e-3, d_lr=5e-4,         # its first step, None: after a quarter; highest rates
+                    feature_weight=.2, adversary_weight=.3, # of the feature loss; of the adversarial term, 0: without
+                    start=None, lr=1e-3, d_lr=2e-4,         # its first step, None: after a quarter; highest rates
                     bs=16, flip=False, seed=0, width=32, device=None): # see `ae_learner`; of the `PatchDiscriminator`
     "Train its decoder further, in place; the encoder and its scale stay, so latents stay valid; returns the Learner"
     if not isinstance(ae, KLAutoencoder): raise UserError(f'only a KLAutoencoder can be sharpened, not {type(ae).__name__}')
@@ -519,7 +519,7 @@ def sharpen_decoder(ae, x_train, x_valid, steps,            # a finished `KLAuto
     for part in (ae.decoder, ae.line_out): part.requires_grad_(True)
     start = steps//4 if start is None else start
     cbs = [Adversary(start, adversary_weight, d_lr, seed, width)] if adversary_weight else []
-    learn = ae_learner(ae, x_train, x_valid, bs, flip, seed, 0., feature_weight, device, cbs)
+    learn = ae_learner(ae, x_train, x_valid, bs, flip, seed, 0., feature_weight, device, cbs, adamw)
     fit_steps(learn, steps, lr=lr, seed=seed, rounds=1)
     ae.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
     return learn
