@@ -280,7 +280,7 @@ def test_sharpening_stops_at_what_is_not_finite(finished, x):
     with pytest.raises(UserError, match='finite number'): sharpened(finished, x, start=0, d_lr=1e30)
 
 def test_only_ours_can_be_sharpened(x):
-    with pytest.raises(UserError, match='not Flat'): sharpen_decoder(Flat(), x, x, 1)
+    with pytest.raises(UserError, match='no Flat'): sharpen_decoder(Flat(), x, x, 1)
 
 def test_feature_loss_alone_brings_features_nearer(finished, x):
     pytest.importorskip('efficientnet_lite_pytorch')
