@@ -1,5 +1,5 @@
 "The autoencoder: shapes, scale, metrics against torchmetrics, training, diffusers' own both ways, the maker."
-import json, os
+import copy, json, os
 from dataclasses import replace
 import pytest, torch
 from diffusers import AutoencoderKL, AutoencoderTiny
@@ -221,6 +221,73 @@ def test_learner_accepts_every_autoencoder(x):
     flat = Flat()
     learn = train_autoencoder(flat, x[:40], x[40:], epochs=1, device='cpu')
     assert len(learn.recorder.values[0]) == 4 and len(flat.config.latent_std) == 7
+
+# --- the discriminator, and the decoder trained against it
+
+def test_hinge_loss_is_its_formula():
+    real, fake = torch.tensor([2., .5, -1.]), torch.tensor([-3., 0., 2.])
+    assert hinge_loss(real, fake).item() == pytest.approx(.5*((0 + .5 + 2)/3 + (0 + 1 + 3)/3))
+    assert hinge_loss(torch.tensor([1.]), torch.tensor([-1.])) == 0
+
+def test_adaptive_weight_is_the_ratio_of_gradients():
+    w = torch.tensor([3., 4.], requires_grad=True)
+    rec, adv = 6*w[0] + 8*w[1], (w**2).sum()                  # gradients (6, 8) and (6, 8)
+    assert adaptive_weight(rec, adv, w).item() == pytest.approx(10/(10 + 1e-4))
+    assert adaptive_weight(rec, 0*adv, w) == 1e4 and not adaptive_weight(rec, adv, w).requires_grad
+    x, last = images(2, 3, 8), torch.nn.Conv2d(3, 3, 3, padding=1)
+    rec, adv = (last(x) - x).abs().mean(), -last(x).square().mean()
+    g = [torch.cat([o.flatten() for o in torch.autograd.grad(l, last.weight, retain_graph=True)]).norm() for l in (rec, adv)]
+    assert adaptive_weight(rec, adv, last.weight).item() == pytest.approx((g[0]/(g[1] + 1e-4)).item(), rel=1e-6)
+
+def test_patch_discriminator_sees_patches():
+    torch.manual_seed(0)
+    net, a = PatchDiscriminator(3, 8).eval(), images(1, 3, 64)
+    b = a.clone()
+    b[..., :8, :8] = 0
+    assert net(a).shape == (1, 1, 8, 8)
+    changed = (net(a) != net(b))[0, 0]
+    assert changed[0, 0] and not changed[4:].any() and not changed[:, 4:].any()
+
+@pytest.fixture(scope='module')
+def finished(x): return quick(x)
+
+def sharpened(ae, x, steps=6, **kw):
+    ae = copy.deepcopy(ae)
+    return ae, sharpen_decoder(ae, x[:40], x[40:], steps, **{'feature_weight': 0., 'bs': 8, 'width': 8, 'device': 'cpu', **kw})
+
+def test_sharpening_leaves_the_latents_alone(finished, x):
+    ae, learn = sharpened(finished, x)
+    im, old, new = as_images(x), finished.state_dict(), ae.state_dict()
+    assert torch.equal(ae.encode(im), finished.encode(im)) and ae.config == finished.config
+    changed = {k for k in old if not torch.equal(old[k], new[k])}
+    assert changed and all(k.split('.')[0] in ('decoder', 'line_out') for k in changed)
+    assert not ae.training and not any(p.requires_grad for p in ae.parameters()) and len(learn.adversary.log) == 6
+
+def test_sharpening_is_repeatable_to_the_bit(finished, x):
+    run = lambda **kw: sharpened(finished, x, **kw)[0]
+    torch.manual_seed(1)
+    a = run()
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.rand(1) == after               # the global generator was left alone
+    b, seed, late, alone = run(), run(seed=1), run(start=6), run(adversary_weight=0.)
+    assert same(a, b) and not same(a, seed) and not same(a, late) and same(late, alone)
+
+def test_sharpening_stops_at_what_is_not_finite(finished, x):
+    bad = x.float()/127.5 - 1
+    bad[:40] = float('nan')
+    with pytest.raises(UserError, match='not a finite number'): sharpened(finished, bad)
+    with pytest.raises(UserError, match='finite number'): sharpened(finished, x, start=0, d_lr=1e30)
+
+def test_only_ours_can_be_sharpened(x):
+    with pytest.raises(UserError, match='no Flat'): sharpen_decoder(Flat(), x, x, 1)
+
+def test_feature_loss_alone_brings_features_nearer(finished, x):
+    pytest.importorskip('efficientnet_lite_pytorch')
+    f, im = FeatureLoss(), as_images(x[40:])
+    before, after = (f(a.decode(a.encode(im)), im) for a in
+                     (finished, sharpened(finished, x, 15, feature_weight=1., adversary_weight=0.)[0]))
+    assert after < before
 
 # --- saving and loading
 
