@@ -514,7 +514,7 @@ def sharpen_decoder(ae, x_train, x_valid, steps,            # a finished `KLAuto
                     start=None, lr=1e-3, d_lr=2e-4,         # its first step, None: after a quarter; highest rates
                     bs=16, flip=False, seed=0, width=32, device=None): # see `ae_learner`; of the `PatchDiscriminator`
     "Train its decoder further, in place; the encoder and its scale stay, so latents stay valid; returns the Learner"
-    if not isinstance(ae, KLAutoencoder): raise UserError(f'only a KLAutoencoder can be sharpened, no {type(ae).__name__}')
+    if not isinstance(ae, KLAutoencoder): raise UserError(f'sharpening is for a KLAutoencoder, no {type(ae).__name__}')
     ae.requires_grad_(False)
     for part in (ae.decoder, ae.line_out): part.requires_grad_(True)
     start = steps//4 if start is None else start
