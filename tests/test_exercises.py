@@ -15,7 +15,7 @@ def exercises(cells):
         if not c['source'].startswith('# exercise'): continue
         check, solution = cells[i + 1], cells[i + 2]
         assert check['cell_type'] == 'code' and check['source'].startswith('@exercise'), f"no check behind {c['source']!r}"
-        found = re.search(r'<details><summary>Solution</summary>\n\n```python\n(.*?)\n```\n\n</details>', solution['source'], re.S)
+        found = re.search(r'<details><summary>Solution</summary>\n\n```python\n(.*?)\n```\n.*</details>', solution['source'], re.S)
         assert found, f"no folded solution behind {c['source']!r}"
         yield c['source'], check['source'], found[1]
 
