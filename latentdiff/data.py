@@ -58,7 +58,8 @@ def show_images(
     n, titles = -(-len(images)//nrow), titles or cols or []
     above = .17*max((t.count('\n') + 1 for t in titles), default=0)*(1 if cols else -(-len(images)//nrow))
     left = .08*max((len(line) for r in rows for line in r.split('\n')), default=0)
-    fig, axs = plt.subplots(n, nrow, figsize=(left + nrow*scale, above + n*scale), squeeze=False, layout='constrained', dpi=100)
+    fig, axs = plt.subplots(n, nrow, squeeze=False, layout='constrained', dpi=100,
+                            figsize=(left + nrow*scale, above + n*scale))
     fig.get_layout_engine().set(w_pad=.02, h_pad=.02, wspace=0, hspace=0)
     for ax in axs.flat:
         ax.set(xticks=[], yticks=[])
