@@ -26,7 +26,7 @@ from fastai.callback.training import GradientClip
 from .core import WEIGHTS, UserError, artefact, data_home, default_device, file_md5, find_class, fingerprint
 from .core import load_component, load_weights, read_json, save_component, stream, write_whole
 from .data import FITS, as_images
-from .training import Checkpoint, DeviceLoader, adamw, fit_steps, muon, zero_init
+from .training import Checkpoint, DeviceLoader, Graphed, adamw, fit_steps, muon, zero_init
 
 # %% ../nbs/10_autoencoder.ipynb #c040
 def _conv(cin, cout, k=3, stride=1): return nn.Conv2d(cin, cout, k, stride, padding=k//2)
@@ -293,7 +293,7 @@ def ae_learner(ae, x_train, x_valid,      # an `Autoencoder`; uint8 pixels (n,c,
                       DeviceLoader(x_valid[:250], bs=bs, seed=seed, device=device))
     return Learner(dls, ae.to(device, memory_format=torch.channels_last), AELoss(kl_weight, feature_weight, device),
                    opt_func=opt_func, metrics=[ValidMetric(PSNR), ValidMetric(SSIM)],
-                   cbs=[Reconstruct(), GradientClip(1.), *cbs])
+                   cbs=[Reconstruct(), GradientClip(1.), *cbs, Graphed()])
 
 # %% ../nbs/10_autoencoder.ipynb #c114
 def train_autoencoder(ae, x_train, x_valid,                    # as for `ae_learner`, which gets `kw`

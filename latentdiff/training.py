@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['adamw', 'muon', 'largest_divisor', 'zero_init', 'peak_gb', 'DeviceLoader', 'EMA', 'mixed_precision', 'no_sync',
-           'orthogonalise', 'Muon', 'step_time', 'seconds_per_step', 'decay_start', 'rate', 'Checkpoint', 'StepByStep',
-           'Keeper', 'fit_steps']
+           'Graphed', 'orthogonalise', 'Muon', 'step_time', 'seconds_per_step', 'decay_start', 'rate', 'Checkpoint',
+           'StepByStep', 'Keeper', 'fit_steps']
 
 # %% ../nbs/parts/training.ipynb #c004
 import json, safetensors.torch, sys, time, timeit, torch, torch.nn.functional as F
@@ -135,6 +135,21 @@ def no_sync(learn): # a fastai Learner
     if bar is not None: vars(bar)['after_batch'] = draw
     return learn
 
+# %% ../nbs/parts/training.ipynb #n006
+class Graphed(Callback):
+    "On CUDA, record the network's part of a training step once, and replay it"
+    order, run_valid = MixedPrecision.order + 1, False
+    def before_batch(self):
+        net = self.model
+        if 'forward' in vars(net) or not self.xb[0].is_cuda: return
+        if any(m._forward_hooks or m._forward_pre_hooks for m in net.modules()): return
+        kind, on = torch.get_autocast_dtype('cuda'), torch.is_autocast_enabled('cuda')
+        with torch.autocast('cuda', kind, on, cache_enabled=False):
+            torch.cuda.make_graphed_callables(net, tuple(o.clone() for o in self.xb), allow_unused_input=True)
+
+    def before_fit(self): vars(self.model).pop('forward', None)
+    after_fit = before_fit
+
 # %% ../nbs/parts/training.ipynb #n001
 def orthogonalise(x, coefs=(3.4445, -4.775, 2.0315), steps=5): # matrices (n,r,c); of the polynomial; how often
     "Nearly the same matrices with all singular values one ('Muon', Jordan et al. 2024)"
@@ -148,34 +163,47 @@ def orthogonalise(x, coefs=(3.4445, -4.775, 2.0315), steps=5): # matrices (n,r,c
     return total@x
 
 # %% ../nbs/parts/training.ipynb #n004
+def _moves(*ahead): # momenta (cout,cin,...)
+    "How far each is moved at rate 1: its orthogonalised form, as long as a step of AdamW"
+    shapes, moves = {}, [None]*len(ahead)
+    for i, o in enumerate(ahead): shapes.setdefault(o.shape, []).append(i)
+    for rows in shapes.values():
+        x = torch.stack([ahead[i].movedim(1, -1) for i in rows])         # channels last, as they lie in memory
+        y = .2*max(x[0, 0].numel(), x.shape[1])**.5*orthogonalise(x.flatten(2)).view(x.shape).movedim(-1, 2)
+        for i, o in zip(rows, y): moves[i] = o
+    return moves
+
 class Muon(torch.optim.AdamW):
     "Convolutions, unless very thin, follow their orthogonalised momentum (Jordan et al. 2024), everything else AdamW"
     def __init__(self, params, lr=1e-3, momentum=.95, **kw): # share of the old momentum kept; as for AdamW
         super().__init__(params, lr, fused=True, **kw)
-        self.momentum, self._step_supports_amp_scaling = momentum, False   # `move` wants gradients that are unscaled
+        self.momentum, self.recorded = momentum, {}
+        self._step_supports_amp_scaling = False   # `move` wants gradients that are unscaled
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            shapes = {}
-            for p in group['params']:
-                if p.ndim > 2 and p.grad is not None and min(p.flatten(1).shape) >= 16:
-                    shapes.setdefault(p.shape, []).append(p)
-            for ps in shapes.values(): self.move(ps, group['lr'], group['weight_decay'])
+            ps = [p for p in group['params'] if p.ndim > 2 and p.grad is not None and min(p.flatten(1).shape) >= 16]
+            if ps: self.move(ps, group['lr'], group['weight_decay'])
         return super().step(closure)
 
-    def move(self, ps, lr, weight_decay): # parameters (cout,cin,...) of one shape
+    def move(self, ps, lr, weight_decay): # parameters (cout,cin,...)
         "One step of all of them at once; their gradients are used up"
         new = lambda p: dict(step=torch.zeros(()), exp_avg=torch.zeros_like(p))   # the names that AdamW uses
         for p in ps: self.state[p] = self.state[p] or new(p)
         m, g = [self.state[p]['exp_avg'] for p in ps], [p.grad for p in ps]
         torch._foreach_lerp_(m, g, 1 - self.momentum)
         ahead = torch._foreach_lerp(g, m, self.momentum)                 # Nesterov's look ahead
-        x = torch.stack([o.movedim(1, -1) for o in ahead])               # channels last, as they lie in memory
-        moves = .2*max(x[0, 0].numel(), x.shape[1])**.5*orthogonalise(x.flatten(2)).view(x.shape).movedim(-1, 2)
         torch._foreach_mul_(ps, 1 - lr*weight_decay)
-        torch._foreach_add_(ps, list(moves), alpha=-lr)
+        torch._foreach_add_(ps, self.moves_for(len(ps), ahead)(*ahead), alpha=-lr)
         for p in ps: p.grad = None
+
+    def moves_for(self, n, ahead):
+        "`_moves`, on CUDA recorded once and replayed: its products are many and small"
+        if not ahead[0].is_cuda: return _moves
+        if n not in self.recorded:
+            self.recorded[n] = torch.cuda.make_graphed_callables(_moves, tuple(o.clone() for o in ahead))
+        return self.recorded[n]
 
 muon = partial(OptimWrapper, opt=Muon, weight_decay=.01)
 

@@ -14,7 +14,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from fastai.basics import DataLoaders, Learner, Path, partial, patch
 from fastai.callback.all import ActivationStats, GradientClip
 from .core import WEIGHTS, UserError, artefact, default_device, fingerprint, load_component, save_component, write_json
-from .training import Checkpoint, DeviceLoader, EMA, fit_steps, largest_divisor, mixed_precision, muon, zero_init
+from .training import Checkpoint, DeviceLoader, EMA, Graphed, fit_steps, largest_divisor, mixed_precision, muon
+from .training import zero_init
 from .noisify import NoisifyCB, Process, save_process
 
 # %% ../nbs/30_unet.ipynb #c020
@@ -238,7 +239,7 @@ def denoiser_learner(net, process, # denoiser: net(x_t, time) -> prediction; the
     valid = DeviceLoader(*(o[:1000] for o in (z_valid, *y_valid)), bs=2*bs, device=device)
     return Learner(DataLoaders(train, valid, device=device), net.to(device, memory_format=torch.channels_last),
                    loss_func=F.mse_loss, opt_func=opt_func,
-                   cbs=[NoisifyCB(process, seed=seed), EMA(), GradientClip(1.), *mixed_precision(device)])
+                   cbs=[NoisifyCB(process, seed=seed), EMA(), GradientClip(1.), *mixed_precision(device), Graphed()])
 
 def train_denoiser(net, process, z_train, z_valid,                   # as for `denoiser_learner`, which gets `kw`
                    steps=None, epochs=None, minutes=None,            # how long, in one of the three, see `fit_steps`

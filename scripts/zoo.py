@@ -50,13 +50,11 @@ RECIPES = dict(
         '`rooms`, drawn by this package itself, Apache 2.0',
         'On walls and floors one sees the squares of 8 px that the autoencoder works in, most of all in dark rooms. A headboard may melt into the wall, and a rug into the '
         'floor. What no caption of `rooms` says, such as a yellow rug, is replaced without a word.'),
-    bedrooms64=Recipe('lsun_bedroom', dict(n=None, size=64, ae_widths=(48,96), latent_channels=12, ae_kl=2e-3, ae_steps=3000, ae_lr=5e-3,
-            widths=(64,128), depth=1, attn_levels=(1,), steps=5000, lr=4e-3, bs=32), 'nothing', 1, 1000,
+    bedrooms64=Recipe('lsun_bedroom', dict(n=None, size=64, ae_widths=(64,128), ae_patch=2, latent_channels=4, ae_kl=1e-3, ae_steps=5000, ae_lr=4e-3,
+            widths=(64,128), depth=2, attn_levels=(1,), steps=16_000, lr=4e-3, bs=256), 'nothing', 1, 1000,
         'Bedrooms, as in photographs, 64 px.', '16',
         'the first 9,000 bedrooms by name of the part of LSUN (Yu et al. 2015) that fast.ai keeps, for research, not for sale',
-        'One guesses walls, beds and windows rather than sees them: edges and textures are those of photographs, but they seldom join to one bed, and lamps, '
-        'tables and people are blots. Sixty steps of DDPM draw softer rooms, KID 2.01. The decoder was sharpened by a first version of `sharpen_decoder`, with more weight on both terms; '
-        'on flat walls it leaves a faint grain.', 1000, sharpen=600))
+        'FLAWS', 1000, sharpen=3000))
 
 def shortened(caption, rng):
     "The caption without some of its parts, so that 'not mentioned' comes to mean 'as you like'"

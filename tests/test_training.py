@@ -9,9 +9,11 @@ from latentdiff import training
 from latentdiff.autoencoder import KLAutoencoder, ae_learner, train_autoencoder
 from latentdiff.core import UserError
 from latentdiff.data import from_uint8, open_images
+from latentdiff.noisify import Process
 from latentdiff.rooms import rooms
 from latentdiff.training import *
 from latentdiff.training import _DECAY as DECAY, _WARM as WARM
+from latentdiff.unet import UNet, train_denoiser
 
 # --- batches by number
 
@@ -491,3 +493,20 @@ def test_muon_goes_on_from_its_state():
     steps(opt, conv, range(3, 6))
     steps(other, again, range(3, 6))
     for p, q in zip(conv.parameters(), again.parameters()): assert torch.equal(p, q)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_a_recorded_step_is_the_step(monkeypatch):
+    "The losses and weights of a training do not change when network and Muon are recorded and replayed"
+    def train():
+        torch.manual_seed(0)
+        z = torch.randn(256, 4, 8, 8)
+        net = UNet(4, widths=(32, 64), depth=1, attn_levels=(1,))
+        return train_denoiser(net, Process('flow', 'velocity', 'uniform'), z, z[:64], steps=40, bs=32, rounds=2)
+    learn = train()
+    assert 'forward' not in vars(learn.model)
+    monkeypatch.setattr(Graphed, 'before_batch', lambda self: None)
+    monkeypatch.setattr(Muon, 'moves_for', lambda self, n, ahead: training._moves)
+    plain = train()
+    torch.testing.assert_close(torch.tensor(learn.recorder.losses), torch.tensor(plain.recorder.losses), rtol=2e-3, atol=0)
+    for a, b in zip(learn.model.parameters(), plain.model.parameters()): torch.testing.assert_close(a, b, rtol=.02, atol=2e-3)
