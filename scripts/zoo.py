@@ -59,7 +59,7 @@ RECIPES = dict(
         'tables and people are blots. Sixty steps of DDPM draw softer rooms, KID 2.01. The decoder was sharpened by a first version of `sharpen_decoder`, with more weight on both terms; '
         'on flat walls it leaves a faint grain.', 1000, sharpen=600))
 
-RECIPES['cars'] = Recipe('stanford_cars', dict(size=96, ae_widths=(64,128), ae_patch=4, latent_channels=8, ae_kl=2e-3, ae_steps=4000, ae_lr=5e-3,
+RECIPES['cars'] = Recipe('stanford_cars', dict(n=3000, size=96, ae_widths=(64,128), ae_patch=4, latent_channels=8, ae_kl=2e-3, ae_steps=4000, ae_lr=5e-3,
         widths=(64,128), depth=1, attn_levels=(0,1), steps=10_000, lr=4e-3, bs=64), 'car', 2, 1000,
     "Cars, as in photographs, 96 px, by name, body and colour, or a part of these. Needs the extra `text`: `pip install 'latentdiff[text]'`. " + zoo_cars.CARD,
     "16, cond='a red convertible'", zoo_cars.TERMS, 'Not looked at yet, and nothing is said of it here but that.', sharpen=1500)
@@ -193,8 +193,8 @@ def main():
         d, px = measure(pipe, recipe, folder, images, seed)
         d['of'] = of
         save_png(image_grid(from_uint8(px[:40]), nrow=10), folder/'grid.png')
-        if recipe.by == 'car': zoo_cars.pictures(pipe, images, px, folder, recipe.guidance, seed)
         write_json(folder/'measured.json', d, 1)
+        if recipe.by == 'car': zoo_cars.pictures(pipe, images, px, folder, recipe.guidance, seed)
     d = read_json(folder/'measured.json', 'delete it')
     write_whole(HERE/'latentdiff'/'zoo'/a.name/'README.md', card(a.name, recipe, p, folder, images, latents, pipe, seed, d))
     print(d)

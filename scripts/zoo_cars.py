@@ -30,8 +30,8 @@ MAKES = dict(AM='AM General', Aston='Aston Martin', Land='Land Rover')  # of two
 CARD = ('The whole width of a photograph of 128x96 is kept, the rows that a square lacks are mirrored ones; each is also seen moved, enlarged by up to a tenth and '
         'stretched. Colours are words that a rule gives to the pixels (red, orange, yellow, green, blue, black, silver, white; about half of the cars are not clear and got none).')
 TERMS = 'the first 3,000 training photographs of Stanford Cars (Krause et al. 2013), for research, not for sale; four views of each in training'
-OBEYS = ('| obedience | a linear judge that is right about the body of {real_body:.1%} of the held-out pictures, and of {back_body:.1%} after the autoencoder, is '
-         'in {body:.1%} of the samples; the rule finds the colour that was asked for in {colour:.1%}, and in {back_colour:.1%} of the held-out pictures after the autoencoder |\n')
+OBEYS = ('| obedience | a linear judge of the body sees the one asked for in {body:.1%} of the samples, the right one in {real_body:.1%} of the held-out pictures '
+         'and in {back_body:.1%} after the autoencoder; the rule sees the colour asked for in {colour:.1%}, and in {back_colour:.1%} of the held-out after the autoencoder |\n')
 
 # ---- photographs ----
 
@@ -95,11 +95,11 @@ def captions_of(name, colour, rng):
 
 class Cars(Images):
     "Photographs of cars in squares; of those to train on also three other views, with captions of their own"
-    def __init__(self, size, n=None, seed=0):
+    def __init__(self, size, n=3000, seed=0): # pixels a side; the first so many by name; of the views and captions
         cars = CarImages(16)
-        keep = list(range(len(cars)))[:n or 3000]
+        keep = list(range(len(cars)))[:n]
         x, names = photographs([cars.paths[i] for i in keep]), [f'{Path(cars.names[i]).stem}.jpg' for i in keep]
-        words = sum((colour_of(o) for o in x.split(500)), [])
+        words = packed()['words'] if packed() else sum((colour_of(o) for o in x.split(500)), [])
         told = [captions_of(cars.captions[i], c, random.Random(f'{seed}/{o}')) for i, c, o in zip(keep, words, names)]
         valid = {i for i, o in enumerate(names) if split_of(o) == 'valid'}
         rows = [(v, i) for v in (*range(1, VIEWS), 0) for i in range(len(keep)) if v == 0 or i not in valid]
@@ -113,20 +113,21 @@ class Cars(Images):
 # ---- the language model, or what it said ----
 
 @lru_cache
-def known():
-    "{caption: its tokens}, of a file that `pack` wrote; None if there is none"
+def packed():
+    "What `pack` wrote of captions: dict(words=the colour of each car, captions={caption: its tokens}); None: not packed"
     path = data_home()/'stanford_cars'/'captions.safetensors'
     if not path.exists(): return None
-    captions, d = read_json(path.with_suffix('.json'), 'pack again')['captions'], load_file(path)
-    return dict(zip(captions, d['tokens'].split(d['lengths'].tolist())))
+    note, d = read_json(path.with_suffix('.json'), 'pack again'), load_file(path)
+    return dict(words=note['words'], captions=dict(zip(note['captions'], d['tokens'].split(d['lengths'].tolist()))))
 
 class TextConditioner(conditioning.TextConditioner):
     "The same, which reads captions that were encoded elsewhere from a file; saved, it is the one of the package"
     dim = 384
     def encode(self, captions):
-        if known() is None: return super().encode(captions)
-        if lost := [o for o in captions if o not in known()]: raise UserError(f'{lost[0]!r} is not among the encoded captions')
-        found = [known()[o].float() for o in captions]
+        if packed() is None: return super().encode(captions)
+        known = packed()['captions']
+        if lost := [o for o in captions if o not in known]: raise UserError(f'{lost[0]!r} is not among the encoded captions')
+        found = [known[o].float() for o in captions]
         n = max(map(len, found))
         return (torch.stack([F.pad(o, (0, 0, 0, n - len(o))) for o in found]),
                 torch.tensor([[k < len(o) for k in range(n)] for o in found]))
@@ -139,13 +140,13 @@ def pack(out): # a folder
     home, images, cars = Path(out)/'stanford_cars', CarImages(16), Cars(32)
     (home/'cars_train').mkdir(parents=True)
     stems = [Path(o).stem for o in images.names[:3000]]
-    for o, stem in zip(photographs(images.paths[:3000]), stems): TF.to_pil_image(o).save(home/'cars_train'/f'{stem}.webp', quality=90, method=6)
-    pd.DataFrame(dict(fname=[f'{o}.webp' for o in stems], class_name=images.captions[:3000])).to_csv(home/'labels.csv', index=False)
+    for o, stem in zip(photographs(images.paths[:3000]), stems): TF.to_pil_image(o).save(home/'cars_train'/f'{stem}.jpg', 'webp', quality=90, method=6)
+    pd.DataFrame(dict(fname=[f'{o}.jpg' for o in stems], class_name=images.captions[:3000])).to_csv(home/'labels.csv', index=False)
     text, captions = conditioning.TextConditioner(), list(dict.fromkeys([*cars.captions, *sum(SHOWN, []), *ASKED]))
     text.rows(captions)
     tokens = [t[m].clone() for t, m in zip(text.table, text.used)]
     save_file(dict(tokens=torch.cat(tokens), lengths=torch.tensor([len(o) for o in tokens])), home/'captions.safetensors')
-    write_json(home/'captions.json', dict(captions=captions))
+    write_json(home/'captions.json', dict(captions=captions, words=cars.words[-len(stems):]))
 
 # ---- training ----
 
