@@ -19,6 +19,7 @@ from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.report import save_png
 from latentdiff.sampling import SAMPLER
 from latentdiff.unet import make_denoiser
+import zoo_cars
 
 HERE = Path(__file__).parent.parent
 
@@ -26,7 +27,7 @@ HERE = Path(__file__).parent.parent
 class Recipe:
     data: str       # what `open_images` opens, unless told otherwise
     changes: dict   # of the preset `cpu` for that data
-    by: str         # 'class', 'caption', or 'nothing': what the denoiser is told
+    by: str         # 'class', 'caption', 'car' (as in zoo_cars.py), or 'nothing': what the denoiser is told
     guidance: float # with which it is scored and shown
     n: int          # samples behind KID and FID
     what: str       # the first sentence of the card
@@ -56,6 +57,11 @@ RECIPES = dict(
         'the first 9,000 bedrooms by name of the part of LSUN (Yu et al. 2015) that fast.ai keeps, for research, not for sale',
         'FLAWS', 1000, sharpen=3000))
 
+RECIPES['cars'] = Recipe('stanford_cars', dict(n=3000, size=96, ae_widths=(64,128), ae_patch=4, latent_channels=8, ae_kl=2e-3, ae_steps=4000, ae_lr=5e-3,
+        widths=(64,128), depth=1, attn_levels=(0,1), steps=10_000, lr=4e-3, bs=64), 'car', 2, 1000,
+    "Cars, as in photographs, 96 px, by name, body and colour, or a part of these. Needs the extra `text`: `pip install 'latentdiff[text]'`. " + zoo_cars.CARD,
+    "16, cond='a red convertible'", zoo_cars.TERMS, 'Not looked at yet, and nothing is said of it here but that.', sharpen=1500)
+
 def shortened(caption, rng):
     "The caption without some of its parts, so that 'not mentioned' comes to mean 'as you like'"
     things = [o for o in re.split(', | and ', caption.removeprefix('a bedroom with ')) if rng.random() > .3]
@@ -65,6 +71,7 @@ def shortened(caption, rng):
 def denoiser(recipe, folder, latents, p, seed):
     "Trained on what the recipe tells it"
     if recipe.by == 'nothing': return make_denoiser(folder, latents, p, seed)
+    if recipe.by == 'car': return zoo_cars.denoiser(folder, latents, p, seed)
     if recipe.by == 'class': told = class_conditioner(latents, seed)
     else:
         rng, text = random.Random(seed), TextConditioner()
@@ -91,7 +98,7 @@ def pack(pipe, place):
 def told_at_random(recipe, images, n):
     "What the samples behind the scores are told: each class equally often, or the captions of held-out images"
     if recipe.by == 'class': return [i % len(images.classes) for i in range(n)]
-    if recipe.by == 'caption': return [images.captions[images.valid_idxs[i % len(images.valid_idxs)]] for i in range(n)]
+    if recipe.by in ('caption', 'car'): return [images.captions[images.valid_idxs[i % len(images.valid_idxs)]] for i in range(n)]
 
 def closest(pipe, images, px):
     "Mean distance of samples, and of as many held-out images, to the nearest training image, between latents, each number of variance 1"
@@ -109,6 +116,7 @@ def measure(pipe, recipe, folder, images, seed):
         reader = train_reader(images.pixels(images.train_idxs), images.labels[images.train_idxs, None], seed=seed + 1)
         right = lambda x, y: (reader.read(x)[:, 0] == y).float().mean().item()
         d |= dict(obeyed=right(px, torch.tensor(cond)), real_obeyed=right(images.pixels(images.valid_idxs), images.labels[images.valid_idxs]))
+    if recipe.by == 'car': d |= zoo_cars.obedience(pipe, px, images, judge)
     d['nearest'], d['nearest_real'] = closest(pipe, images, px[:256])
     return d, px
 
@@ -152,8 +160,8 @@ def card(name, recipe, p, folder, images, latents, pipe, seed, d):
     ae, net = made(folder/('sharpened' if recipe.sharpen else 'autoencoder')), made(folder/stages[2])
     params = lambda o: sum(x.numel() for x in o.parameters())/1e6
     hours = sum(made(folder/o)['seconds'] for o in stages)/3600
-    asked = {'class': f', each class equally often, guidance {recipe.guidance:g}', 'caption': f', captions of held-out pictures, guidance {recipe.guidance:g}'}
-    obeys = (f"| obedience | a classifier that is right about {d['real_obeyed']:.1%} of the held-out pictures finds what was asked for in "
+    asked = {'class': f', each class equally often, guidance {recipe.guidance:g}', **dict.fromkeys(('caption', 'car'), f', captions of held-out pictures, guidance {recipe.guidance:g}')}
+    obeys = zoo_cars.OBEYS.format(**d) if recipe.by == 'car' else (f"| obedience | a classifier that is right about {d['real_obeyed']:.1%} of the held-out pictures finds what was asked for in "
              f"{d['obeyed']:.1%} of the samples |\n") if 'obeyed' in d else ''
     drawn = f"{dict(dpmpp_2m='DPM-Solver++(2M)', ddpm='DDPM')[recipe.sampler]} with {recipe.sample_steps} steps"
     facts = dict(drawn=drawn, sharp=f', then {recipe.sharpen:,} of the decoder against a discriminator' if recipe.sharpen else '', n_train=len(images.train_idxs), n_real=len(images.valid_idxs), size=p.size, ae_params=params(pipe.autoencoder),
@@ -169,7 +177,8 @@ def main():
     a = a.parse_args()
     recipe, seed = RECIPES[a.name], a.seed
     p = replace(preset('cpu', recipe.data), **recipe.changes)
-    folder, images = runs_home()/a.name, open_images(a.data or recipe.data, p.size, p.n, seed=seed)
+    folder = runs_home()/a.name
+    images = zoo_cars.Cars(p.size, p.n, seed) if recipe.by == 'car' else open_images(a.data or recipe.data, p.size, p.n, seed=seed)
     if recipe.held: images.split([i >= len(images) - recipe.held for i in range(len(images))])
     print(images, p, sep='\n', flush=True)
     ae = make_autoencoder(folder, images, p, seed)
@@ -183,6 +192,7 @@ def main():
         d['of'] = of
         save_png(image_grid(from_uint8(px[:40]), nrow=10), folder/'grid.png')
         write_json(folder/'measured.json', d, 1)
+        if recipe.by == 'car': zoo_cars.pictures(pipe, images, px, folder, recipe.guidance, seed)
     d = read_json(folder/'measured.json', 'delete it')
     write_whole(HERE/'latentdiff'/'zoo'/a.name/'README.md', card(a.name, recipe, p, folder, images, latents, pipe, seed, d))
     print(d)
