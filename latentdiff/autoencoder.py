@@ -520,6 +520,7 @@ def sharpen_decoder(ae, x_train, x_valid, steps,            # a finished `KLAuto
     start = steps//4 if start is None else start
     cbs = [Adversary(start, adversary_weight, d_lr, seed, width)] if adversary_weight else []
     learn = ae_learner(ae, x_train, x_valid, bs, flip, seed, 0., feature_weight, device, cbs, adamw)
+    learn.remove_cb(Graphed)   # a replay allows one backward pass a step, the adversary needs three
     fit_steps(learn, steps, lr=lr, seed=seed, rounds=1)
     ae.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
     return learn
