@@ -58,10 +58,12 @@ RECIPES = dict(
         'Beds, windows, lamps and pictures on the wall are there, and most rooms hold together; but things melt into one another, a bed may have no end, and what lies on it is a heap of colour. '
         'Edges are soft, because the decoder has learned from pixels alone.', 1000))
 
-RECIPES['cars'] = Recipe('stanford_cars', dict(n=3000, size=96, ae_widths=(64,128), ae_patch=4, latent_channels=8, ae_kl=2e-3, ae_steps=4000, ae_lr=5e-3,
-        widths=(64,128), depth=1, attn_levels=(0,1), steps=10_000, lr=4e-3, bs=64), 'car', 2, 1000,
-    "Cars, as in photographs, 96 px, by name, body and colour, or a part of these. Needs the extra `text`: `pip install 'latentdiff[text]'`. " + zoo_cars.CARD,
-    "16, cond='a red convertible'", zoo_cars.TERMS, 'Not looked at yet, and nothing is said of it here but that.', sharpen=1500)
+RECIPES['cars'] = Recipe('stanford_cars', dict(n=3000, size=96, ae_widths=(64,128), ae_patch=4, latent_channels=8,
+        ae_kl=2e-3, ae_steps=4000, ae_lr=5e-3, widths=(64,128), depth=1, attn_levels=(0,1), steps=3000, lr=4e-3, bs=64),
+    'car', 2, 1000,
+    'Cars, as in photographs, 96 px, by name, body and colour, or a part of these. Needs the extra `text`: '
+    "`pip install 'latentdiff[text]'`.\n\n" + zoo_cars.CARD,
+    "16, cond='a red convertible'", zoo_cars.TERMS, zoo_cars.FLAWS, sharpen=1500)
 
 def shortened(caption, rng):
     "The caption without some of its parts, so that 'not mentioned' comes to mean 'as you like'"
@@ -99,7 +101,8 @@ def pack(pipe, place):
 def told_at_random(recipe, images, n):
     "What the samples behind the scores are told: each class equally often, or the captions of held-out images"
     if recipe.by == 'class': return [i % len(images.classes) for i in range(n)]
-    if recipe.by in ('caption', 'car'): return [images.captions[images.valid_idxs[i % len(images.valid_idxs)]] for i in range(n)]
+    if recipe.by in ('caption', 'car'):
+        return [images.captions[images.valid_idxs[i % len(images.valid_idxs)]] for i in range(n)]
 
 def closest(pipe, images, px):
     "Mean distance of samples, and of as many held-out images, to the nearest training image, between latents, each number of variance 1"
@@ -145,6 +148,9 @@ CARD = """# {name}
 {flaws}
 """
 
+OBEYS = ('| obedience | a classifier that is right about {real_obeyed:.1%} of the held-out pictures finds what was '
+         'asked for in {obeyed:.1%} of the samples |\n')
+
 def stages_of(recipe):
     "The folders of what was trained"
     return ['autoencoder', 'latents', 'unet' if recipe.by == 'nothing' else 'denoiser', *['sharpened']*bool(recipe.sharpen)]
@@ -161,13 +167,15 @@ def card(name, recipe, p, folder, images, latents, pipe, seed, d):
     ae, net = made(folder/('sharpened' if recipe.sharpen else 'autoencoder')), made(folder/stages[2])
     params = lambda o: sum(x.numel() for x in o.parameters())/1e6
     hours = sum(made(folder/o)['seconds'] for o in stages)/3600
-    asked = {'class': f', each class equally often, guidance {recipe.guidance:g}', **dict.fromkeys(('caption', 'car'), f', captions of held-out pictures, guidance {recipe.guidance:g}')}
-    obeys = zoo_cars.OBEYS.format(**d) if recipe.by == 'car' else (f"| obedience | a classifier that is right about {d['real_obeyed']:.1%} of the held-out pictures finds what was asked for in "
-             f"{d['obeyed']:.1%} of the samples |\n") if 'obeyed' in d else ''
+    told = {'nothing': '', 'class': ', each class equally often'}.get(recipe.by, ', captions of held-out pictures')
+    obeys = {'car': zoo_cars.OBEYS, 'class': OBEYS}.get(recipe.by, '').format(**d)
     drawn = f"{dict(dpmpp_2m='DPM-Solver++(2M)', ddpm='DDPM')[recipe.sampler]} with {recipe.sample_steps} steps"
-    facts = dict(drawn=drawn, sharp=f', then {recipe.sharpen:,} of the decoder against a discriminator' if recipe.sharpen else '', n_train=len(images.train_idxs), n_real=len(images.valid_idxs), size=p.size, ae_params=params(pipe.autoencoder),
-        net_params=params(pipe.denoiser), latent='x'.join(map(str, pipe.latent_shape)), psnr=ae['facts']['psnr'], n_ae=ae['facts']['n'],
-        ae_steps=p.ae_steps, ae_bs=min(p.bs, 64), steps=p.steps, bs=p.bs, lr=p.lr, machine=machine(), hours=hours, seed=seed, asked=asked.get(recipe.by, ''), obeys=obeys)
+    sharp = f', then {recipe.sharpen:,} of the decoder against a discriminator' if recipe.sharpen else ''
+    facts = dict(drawn=drawn, sharp=sharp, n_train=len(images.train_idxs), n_real=len(images.valid_idxs), size=p.size,
+        ae_params=params(pipe.autoencoder), net_params=params(pipe.denoiser),
+        latent='x'.join(map(str, pipe.latent_shape)), psnr=ae['facts']['psnr'], n_ae=ae['facts']['n'],
+        ae_steps=p.ae_steps, ae_bs=min(p.bs, 64), steps=p.steps, bs=p.bs, lr=p.lr, machine=machine(), hours=hours,
+        seed=seed, asked=told and f'{told}, guidance {recipe.guidance:g}', obeys=obeys)
     return CARD.format(name=name, **{**asdict(recipe), **d, **facts})
 
 def main():

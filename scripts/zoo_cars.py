@@ -1,4 +1,4 @@
-"""What scripts/zoo.py needs for `cars` alone: whole cars in squares, a word for the colour, captions in parts, and judges
+"""What scripts/zoo.py needs for `cars` alone: whole cars in squares, words for colours, captions in parts, and judges
 
     python scripts/zoo_cars.py packed
 
@@ -27,11 +27,23 @@ COLOURS = ['black', 'silver', 'white', 'red', 'orange', 'yellow', 'green', 'blue
 KINDS = ['convertible', 'coupe', 'SUV', 'sedan', 'pickup', 'van', 'hatchback', 'wagon', 'minivan']
 MAKES = dict(AM='AM General', Aston='Aston Martin', Land='Land Rover')  # of two words
 
-CARD = ('The whole width of a photograph of 128x96 is kept, the rows that a square lacks are mirrored ones; each is also seen moved, enlarged by up to a tenth and '
-        'stretched. Colours are words that a rule gives to the pixels (red, orange, yellow, green, blue, black, silver, white; about half of the cars are not clear and got none).')
-TERMS = 'the first 3,000 training photographs of Stanford Cars (Krause et al. 2013), for research, not for sale; four views of each in training'
-OBEYS = ('| obedience | a linear judge of the body sees the one asked for in {body:.1%} of the samples, the right one in {real_body:.1%} of the held-out pictures '
-         'and in {back_body:.1%} after the autoencoder; the rule sees the colour asked for in {colour:.1%}, and in {back_colour:.1%} of the held-out after the autoencoder |\n')
+CARD = ('The whole width of a photograph of 128x96 is kept, the rows that a square lacks are mirrored ones; '
+        'each is also seen moved, enlarged by up to a tenth and stretched. Colours are words that a rule gives to the '
+        'pixels (red, orange, yellow, green, blue, black, silver, white; about half of the cars are not clear and got '
+        'none).')
+TERMS = ('the first 3,000 training photographs of Stanford Cars (Krause et al. 2013), for research, not for sale; '
+         'four views of each in training')
+OBEYS = ('| obedience | a linear judge of the body sees the one asked for in {body:.1%} of the samples, the right one '
+         'in {real_body:.1%} of the held-out pictures and in {back_body:.1%} after the autoencoder; the rule sees the '
+         'colour asked for in {colour:.1%}, and in {back_colour:.1%} of the held-out after the autoencoder |\n')
+FLAWS = ('Most are seen to be cars, but seldom which: wheels, lamps and windows are smears, bodies run into the '
+         'ground, and silver and white ones get lost before a bright wall. Colours are obeyed, bodies hardly: told '
+         'a colour and a body and no more, it draws from one noise nearly the same car as convertible, SUV and van, '
+         'and the 21.4% above are what guessing reaches too (15% with each body as often as it comes, 23% with '
+         '"sedan" always), seen by a judge that is right about only 38.7% of real cars. What no caption says is '
+         'passed over (old, police) or replaced (pink by red). The decoder was sharpened while the library still '
+         'recorded these steps as CUDA graphs, which is wrong there and has been mended, so a rerun gives another '
+         'decoder, probably a better one.')
 
 # ---- photographs ----
 
@@ -64,15 +76,17 @@ def colour_of(px): # uint8 (n,3,h,w), 4:3
     (r, g, b), high = x.unbind(1), x.amax(1)
     light, chroma = .299*r + .587*g + .114*b, high - x.amin(1)
     hue = torch.rad2deg(torch.atan2(3**.5*(g - b), 2*r - g - b)) % 360
-    tint = torch.bucketize(hue, torch.tensor([14., 39., 58., 170., 260., 335.])) % 6     # red, orange, yellow, green, blue, purple
+    # red, orange, yellow, green, blue, purple
+    tint = torch.bucketize(hue, torch.tensor([14., 39., 58., 170., 260., 335.])) % 6
     vivid = (chroma > .22) & (chroma > .35*high)
     share = lambda box: torch.stack([(vivid & (tint == k))[:, box].float().mean(1) for k in range(6)], 1)
     tints, q = share(car), lambda o, box, at: torch.quantile(o[:, box], at, dim=1)
     most, which = (tints - .5*share(edge)).max(1)                       # a wall or a lawn is not the car
     dull, bright = q(chroma/high.clamp(min=.08), car, .7), q(light, panel, .5)
+    shining = (light > .75)[:, car].float().mean(1)
     found = dict(
         white=(bright > .64) & (dull < .2),
-        silver=(bright > .42) & (bright < .55) & (dull < .25) & (q(light, car, .2) > .15) & ((light > .75)[:, car].float().mean(1) < .2),
+        silver=(bright > .42) & (bright < .55) & (dull < .25) & (q(light, car, .2) > .15) & (shining < .2),
         black=(q(light, car, .4) < .17) & (dull < .6) & ((light > .5)[:, car].float().mean(1) < .25))
     grey = [next((c for c, o in found.items() if o[i]), '') for i in range(len(px))]
     return [('red', 'orange', 'yellow', 'green', 'blue', '')[k] if s > .28 else '' if t > .2 else o
@@ -114,7 +128,7 @@ class Cars(Images):
 
 @lru_cache
 def packed():
-    "What `pack` wrote of captions: dict(words=the colour of each car, captions={caption: its tokens}); None: not packed"
+    "What `pack` wrote: dict(words=the colour of each car, captions={caption: its tokens}); None: not packed"
     path = data_home()/'stanford_cars'/'captions.safetensors'
     if not path.exists(): return None
     note, d = read_json(path.with_suffix('.json'), 'pack again'), load_file(path)
@@ -126,27 +140,31 @@ class TextConditioner(conditioning.TextConditioner):
     def encode(self, captions):
         if packed() is None: return super().encode(captions)
         known = packed()['captions']
-        if lost := [o for o in captions if o not in known]: raise UserError(f'{lost[0]!r} is not among the encoded captions')
+        lost = [o for o in captions if o not in known]
+        if lost: raise UserError(f'{lost[0]!r} is not among the encoded captions')
         found = [known[o].float() for o in captions]
         n = max(map(len, found))
         return (torch.stack([F.pad(o, (0, 0, 0, n - len(o))) for o in found]),
                 torch.tensor([[k < len(o) for k in range(n)] for o in found]))
 
-ASKED = ['Audi', 'a convertible', 'a red Audi', 'an old car', 'a pink car', 'a black and white car', 'a police car']  # as people may ask
+# as people may ask
+ASKED = ['Audi', 'a convertible', 'a red Audi', 'an old car', 'a pink car', 'a black and white car', 'a police car']
 SHOWN = [[caption(c, k) for c in COLOURS] for k in KINDS]   # the grid of bodies and colours
 
 def pack(out): # a folder
     "Photographs as WebP, names, and encoded captions, in `out`/stanford_cars"
     home, images, cars = Path(out)/'stanford_cars', CarImages(16), Cars(32)
     (home/'cars_train').mkdir(parents=True)
-    stems = [Path(o).stem for o in images.names[:3000]]
-    for o, stem in zip(photographs(images.paths[:3000]), stems): TF.to_pil_image(o).save(home/'cars_train'/f'{stem}.jpg', 'webp', quality=90, method=6)
-    pd.DataFrame(dict(fname=[f'{o}.jpg' for o in stems], class_name=images.captions[:3000])).to_csv(home/'labels.csv', index=False)
+    names = [f'{Path(o).stem}.jpg' for o in images.names[:3000]]
+    for o, name in zip(photographs(images.paths[:3000]), names):
+        TF.to_pil_image(o).save(home/'cars_train'/name, 'webp', quality=90, method=6)
+    pd.DataFrame(dict(fname=names, class_name=images.captions[:3000])).to_csv(home/'labels.csv', index=False)
     text, captions = conditioning.TextConditioner(), list(dict.fromkeys([*cars.captions, *sum(SHOWN, []), *ASKED]))
     text.rows(captions)
     tokens = [t[m].clone() for t, m in zip(text.table, text.used)]
-    save_file(dict(tokens=torch.cat(tokens), lengths=torch.tensor([len(o) for o in tokens])), home/'captions.safetensors')
-    write_json(home/'captions.json', dict(captions=captions, words=cars.words[-len(stems):]))
+    lengths = torch.tensor([len(o) for o in tokens])
+    save_file(dict(tokens=torch.cat(tokens), lengths=lengths), home/'captions.safetensors')
+    write_json(home/'captions.json', dict(captions=captions, words=cars.words[-len(names):]))
 
 # ---- training ----
 
@@ -154,8 +172,8 @@ def denoiser(folder, latents, p, seed):
     "`Conditioned` by captions, with the weights of its best validation, and its `Process`"
     process, text = Process('flow', 'velocity', 'logit_normal'), TextConditioner()
     conds = text.rows(latents.captions)
-    settings = dict(bs=p.bs, lr=p.lr, seed=seed, widths=p.widths, depth=p.depth, attn_levels=p.attn_levels, steps=p.steps,
-                    captions=fingerprint(captions=latents.captions))
+    settings = dict(bs=p.bs, lr=p.lr, seed=seed, widths=p.widths, depth=p.depth, attn_levels=p.attn_levels,
+                    steps=p.steps, captions=fingerprint(captions=latents.captions))
     parents = dict(latents=latents.fingerprint)
     def make(out):
         torch.manual_seed(seed)
@@ -186,6 +204,10 @@ def linear(f, y, weight=.19): # features (n,d); (n,) int64; of the squares of th
     opt.step(closure)
     return lambda f: scores((f - mean)/std).argmax(1)
 
+def encoded(pipe, x): # uint8 (n,3,h,w)
+    "Their latents"
+    return torch.cat([pipe.autoencoder.encode(from_uint8(o).to(pipe.device)).cpu() for o in x.split(64)])
+
 def middle(px):
     "Without the mirrored rows"
     return px[..., px.shape[-2]//8:px.shape[-2]*7//8, :]
@@ -199,18 +221,17 @@ def obedience(pipe, px, images, judge):
     def colour(x, idxs):
         pairs = [(a, images.words[i]) for a, i in zip(colour_of(middle(x)), idxs.tolist()) if images.words[i]]
         return sum(a == b for a, b in pairs)/len(pairs)
-    back = to_uint8(torch.cat([pipe.decode(pipe.autoencoder.encode(from_uint8(o).to(pipe.device))) for o in real.split(64)]))
+    back = to_uint8(torch.cat([pipe.decode(o.to(pipe.device)) for o in encoded(pipe, real).split(64)]))
     return dict(body=body(px, rows), real_body=body(real, images.valid_idxs), back_body=body(back, images.valid_idxs),
                 colour=colour(px, rows), back_colour=colour(back, images.valid_idxs))
 
 def pictures(pipe, images, px, folder, guidance, seed):
-    "shown.png, bodies by colours with one noise a column; asked.png, a row for each; nearest.png, samples over training pictures"
-    rows = []
-    for told in SHOWN: rows.append(pipe(len(COLOURS), 30, seed=seed, bs=len(COLOURS), cond=told, guidance=guidance))
+    "shown.png, bodies by colours, one noise a column; asked.png, a row for each; nearest.png, over training pictures"
+    rows = [pipe(len(COLOURS), 30, seed=seed, bs=len(COLOURS), cond=told, guidance=guidance) for told in SHOWN]
     save_png(image_grid(torch.cat(rows), nrow=len(COLOURS)), folder/'shown.png')
     rows = [pipe(10, 30, seed=seed, bs=10, cond=o, guidance=guidance) for o in ASKED]
     save_png(image_grid(torch.cat(rows), nrow=10), folder/'asked.png')
-    z = lambda x: torch.cat([pipe.autoencoder.encode(from_uint8(o).to(pipe.device)).flatten(1).cpu() for o in x.split(64)])
+    z = lambda x: encoded(pipe, x).flatten(1)
     train = z(images.pixels(images.train_idxs))
     pairs = []
     for x in (px[:16], images.pixels(images.valid_idxs[:16])):
