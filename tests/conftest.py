@@ -2,6 +2,7 @@
 import os, random, sys, tempfile
 from pathlib import Path
 import numpy as np, pytest
+from processes import Server
 
 home = tempfile.TemporaryDirectory(prefix='latentdiff-tests-')  # one a worker; deleted when it ends
 os.environ |= dict(LATENTDIFF_PRESET='tiny', LATENTDIFF_RUNS=f'{home.name}/runs', LATENTDIFF_DATA=f'{home.name}/data',
@@ -14,6 +15,32 @@ def seeds():
     np.random.seed(0)
     if 'torch' in sys.modules: sys.modules['torch'].manual_seed(0)
 
+@pytest.fixture(scope='session')
+def server(tmp_path_factory):
+    "Runs programs in processes of their own that need not import torch again: see processes.py"
+    server = Server(tmp_path_factory.mktemp('server'))
+    yield server
+    server.close()
+
+@pytest.fixture(scope='session')
+def shared(tmp_path_factory):
+    "A folder that all workers have"
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if 'PYTEST_XDIST_WORKER' in os.environ else own
+
+LONG = 'test_nbs.py', 'test_cli.py', 'test_zoo.py', 'test_zoo256.py'
+
 def pytest_collection_modifyitems(items):
-    "Notebooks first: they take longest, and the short tests then fill the gaps between workers."
-    items.sort(key=lambda item: item.path.name != 'test_nbs.py')
+    """What takes long comes first, dealt to the workers in turn: a notebook, then the other files of `LONG`, each as a whole.
+    xdist gives each worker one stretch of the list; short tests at its end are what a worker that is done takes from another."""
+    workers, rest = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1)), list(items)
+    sizes = [(len(items) + i)//workers for i in range(workers)]            # as xdist cuts the list
+    hands, short = [[] for _ in sizes], [o for o in rest if o.path.name not in LONG]
+    files = {name: [o for o in rest if o.path.name == name] for name in LONG}
+    turns = [[o] for o in files.pop(LONG[0])] + [o for o in files.values() if o]
+    for i, turn in enumerate(turns): hands[i % workers] += turn
+    for hand, size in zip(hands, sizes):
+        take = max(0, size - len(hand))
+        hand += short[:take]
+        del short[:take]
+    items[:] = [o for hand in hands for o in hand] + short

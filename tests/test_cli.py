@@ -1,8 +1,9 @@
 "The console commands, each in a process of its own: what they leave behind, and one clear line for every bad input."
-import io, json, os, random, re, shlex, shutil, subprocess, sys, tarfile, time
+import io, json, os, random, re, shlex, shutil, signal, subprocess, sys, tarfile, time
 from html import unescape
 import numpy as np, pytest, torch
 from fastcore.basics import AttrDict
+from filelock import FileLock
 from PIL import Image
 from pathlib import Path
 import latentdiff
@@ -12,49 +13,29 @@ from latentdiff.data import open_images
 from latentdiff.files import npz_pixels
 from latentdiff.report import report
 
-# Importing torch takes seconds, so it is done once: the server imports it and forks a child for each command, which then
-# runs a console script exactly as the installed ones look.
-SERVER = '''
-import json, os, runpy, sys
-import latentdiff.commands, latentdiff.report
-for line in sys.stdin:
-    script, args, out, err = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        for f, fd in ((out, 1), (err, 2)): os.dup2(os.open(f, os.O_CREAT|os.O_WRONLY|os.O_TRUNC), fd)
-        sys.argv = [script, *args]
-        try: runpy.run_path(script, run_name="__main__")
-        except SystemExit as e:
-            if isinstance(e.code, str): print(e.code, file=sys.stderr)
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(e.code if isinstance(e.code, int) else int(e.code is not None))
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-'''
+def command(folder, verb, before=''):
+    "A console script, as the installed ones look; it does `before` first"
+    script = folder/f'latentdiff-{verb}'
+    script.write_text(f'import sys\n{before}\nfrom latentdiff.commands import {verb}_cli\nif __name__ == "__main__": sys.exit({verb}_cli())\n')
+    return script
 
 @pytest.fixture(scope='session')
-def cli(tmp_path_factory):
-    "cli('run', '--data', ...) -> AttrDict(rc, out, err, seconds) of latentdiff-run --data ..."
+def cli(server, tmp_path_factory):
+    "cli('run', '--data', ...) -> AttrDict(rc, out, err) of latentdiff-run --data ..."
     tmp = tmp_path_factory.mktemp('cli')
-    server = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp,
-                              env=os.environ | dict(PYTHONPATH=str(Path(latentdiff.__file__).parents[1])))
-    def call(verb, *args):
-        script = tmp/f'latentdiff-{verb}'
-        script.write_text(f'import sys\nfrom latentdiff.commands import {verb}_cli\nif __name__ == "__main__": sys.exit({verb}_cli())\n')
-        start = time.time()
-        print(json.dumps([str(script), [str(a) for a in args], str(tmp/'out'), str(tmp/'err')]), file=server.stdin, flush=True)
-        rc = int(server.stdout.readline())
-        return AttrDict(rc=rc, out=(tmp/'out').read_text(), err=(tmp/'err').read_text(), seconds=time.time()-start)
-    yield call
-    server.stdin.close()
-    server.wait()
+    return lambda verb, *args: server.run(command(tmp, verb), *args)
 
 @pytest.fixture(scope='session')
-def run(cli, tmp_path_factory):
-    "A finished run on rooms, and what the command said."
-    folder, args = tmp_path_factory.mktemp('runs')/'run', ('--data', 'rooms', '--preset', 'tiny', '--n', 200)
-    r = cli('run', *args, '--out', folder)
-    assert r.rc == 0, r.err
-    return AttrDict(folder=folder, args=args, **r)
+def run(cli, shared, tmp_path_factory):
+    "A finished run on rooms, and what the command said: made by one worker, copied by each."
+    folder, args, said = shared/'rooms run', ('--data', 'rooms', '--preset', 'tiny', '--n', 200), shared/'rooms run.json'
+    with FileLock(shared/'rooms run.lock'):
+        if not said.exists():
+            r = cli('run', *args, '--out', folder)
+            assert r.rc == 0, r.err
+            said.write_text(json.dumps(dict(r, made_at=str(folder))))
+    own = shutil.copytree(folder, tmp_path_factory.mktemp('runs')/'run')
+    return AttrDict(folder=own, args=args, **json.loads(said.read_text()))
 
 def one_line(r, *words):
     "Exit code 1 and one line on stderr that has all `words`, and no traceback."
@@ -76,7 +57,7 @@ def test_files_have_the_permissions_of_any_new_file(run):
 
 def test_run_says_first_what_it_will_do(run):
     head = run.out.split('training KLAutoencoder')[0]
-    for w in ('rooms', 'tiny', 'cpu' if 'cpu' in head else 'cuda', 'seed 0', str(run.folder), ' min', ' GB', '30 steps', '40 of the denoiser'): assert w in head, w
+    for w in ('rooms', 'tiny', 'cpu' if 'cpu' in head else 'cuda', 'seed 0', run.made_at, ' min', ' GB', '30 steps', '40 of the denoiser'): assert w in head, w
 
 def test_metrics(run):
     m = json.loads((run.folder/'metrics.json').read_text())
@@ -106,17 +87,13 @@ def test_report_shows_what_it_is_told_and_runs_none_of_it(run):
     command = unescape(re.search('<code>(.*?)</code>', page)[1])
     assert '<script' not in page and shlex.split(command)[:3] == ['latentdiff-run', '--data', name]
 
-def test_a_training_that_falls_ill_is_one_line_and_saves_nothing(run, tmp_path):
+def test_a_training_that_falls_ill_is_one_line_and_saves_nothing(server, run, tmp_path):
     "At a rate far too high latentdiff-train stops; nothing of the network is in the folder"
     gone = shutil.ignore_patterns('unet', 'checkpoints', 'samples', 'scores', 'report.html', 'metrics.json', 'model_index.json')
     folder = shutil.copytree(run.folder, tmp_path/'run', ignore=gone)
-    script = tmp_path/'latentdiff-train'
-    script.write_text("import sys\nfrom dataclasses import replace\nfrom latentdiff import core\n"
-                      "core.PRESETS['tiny'] = replace(core.PRESETS['tiny'], lr=1e30)\n"
-                      "from latentdiff.commands import train_cli\nif __name__ == '__main__': sys.exit(train_cli())\n")
-    r = subprocess.run([sys.executable, '-W', 'ignore', str(script), str(folder)], capture_output=True, text=True,
-                       env=os.environ | dict(PYTHONPATH=str(Path(latentdiff.__file__).parents[1])))
-    assert r.returncode == 1 and r.stderr.count('\n') == 1 and 'train again at a lower rate' in r.stderr, r
+    script = command(tmp_path, 'train', "from dataclasses import replace\nfrom latentdiff import core\n"
+                                        "core.PRESETS['tiny'] = replace(core.PRESETS['tiny'], lr=1e30)")
+    one_line(server.run(script, folder), 'train again at a lower rate')
     assert not (folder/'unet').exists() and not (folder/'model_index.json').exists()
     assert not [f for f in folder.rglob('*.safetensors') if f.parts[-2] not in ('autoencoder', 'judge')]
 
@@ -182,27 +159,24 @@ def test_minutes_become_steps_once(cli, tmp_path):
     assert r.rc == 0 and 'nothing to do' in r.out
     assert [json.loads((tmp_path/'run/run.json').read_text())['settings'][k] for k in ('ae_steps', 'steps')] == steps
 
-def test_a_busy_machine_and_a_killed_run_give_the_same_weights_to_the_bit(cli, run, tmp_path):
+KILLED_AT = 'checkpoints/autoencoder/*', 'checkpoints/unet/*', '.samples.making' # as soon as one of these files is there, and a little later
+
+def test_a_busy_machine_and_a_killed_run_give_the_same_weights_to_the_bit(server, run, tmp_path):
     "The same run beside two busy processes, killed with SIGKILL again and again, ends with the very bytes."
+    script = command(tmp_path, 'run', 'from latentdiff import training\ntraining.Checkpoint.__init__.__defaults__ = (0.,)')
     busy = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(2)]
-    script = tmp_path/'latentdiff-run'
-    script.write_text('import sys\nfrom latentdiff.commands import run_cli\nif __name__ == "__main__": sys.exit(run_cli())\n')
-    env = os.environ | dict(PYTHONPATH=str(Path(latentdiff.__file__).parents[1]), LATENTDIFF_CHECKPOINT_SECONDS='0')
     rng, kills = random.Random(0), 0
     try:
-        while True:
-            p = subprocess.Popen([sys.executable, '-W', 'ignore', str(script), *map(str, run.args), '--out', str(tmp_path/'run')],
-                                 env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            try: out, err = p.communicate(timeout=None if kills == 3 else rng.uniform(14, 26))
-            except subprocess.TimeoutExpired:
-                p.kill()
-                p.wait()
-                kills += 1
-                continue
-            assert p.returncode == 0, err
-            break
+        for found in (*KILLED_AT, None):
+            server.start(script, *run.args, '--out', tmp_path/'run')
+            while found and server.alive() and not [*(tmp_path/'run').glob(found)]: time.sleep(.02)
+            if found: time.sleep(rng.uniform(0, .5)), server.kill()
+            r = server.wait()
+            if r.rc != -signal.SIGKILL: break
+            kills += 1
     finally:
         for o in busy: o.kill()
+    assert r.rc == 0, r.err
     assert kills and weights(tmp_path/'run') == weights(run.folder)
     assert not [o for o in (tmp_path/'run').rglob('*') if o.suffix in ('.part', '.new', '.old', '.making')]
 
@@ -220,13 +194,11 @@ def test_training_on_ends_where_the_longer_training_ends(cli, run, tmp_path):
     r = cli('run', *run.args, '--out', folder)
     assert r.rc == 0 and (folder/'report.html').read_text() != before
 
-def test_two_commands_in_one_folder(run):
+def test_two_commands_in_one_folder(server, run):
     "The second leaves in one line while the first is at work."
     with locked(run.folder):
-        code = f'import sys; sys.argv = ["latentdiff-run"]; from latentdiff.commands import Run; Run({str(run.folder)!r}, {{}}).go()'
-        p = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True,
-                           env=os.environ | dict(PYTHONPATH=str(Path(latentdiff.__file__).parents[1])))
-    assert p.returncode == 1 and 'another process works' in p.stderr.splitlines()[-1]
+        p = server.code(f'import sys; sys.argv = ["latentdiff-run"]; from latentdiff.commands import Run; Run({str(run.folder)!r}, {{}}).go()')
+    assert p.rc == 1 and 'another process works' in p.err.splitlines()[-1]
 
 def test_help_does_not_wait_for_torch():
     for verb in ('run', 'encode', 'train', 'sample', 'eval'):

@@ -1,7 +1,7 @@
 "Parity with torchmetrics and torch-fidelity, the standard error against repeated draws, merging, and bad input"
 import functools, math, pickle
+from pathlib import Path
 import numpy as np, pytest, torch
-import torch.multiprocessing as mp
 from torch import distributed as dist
 from latentdiff import kid_eval as K
 from latentdiff.core import UserError
@@ -204,13 +204,15 @@ def _sync(rank, meeting):
     try: return {c.__name__: torch.as_tensor(sync_and_compute(filled(c, rank, 2))).reshape(-1) for c in (K.KID, K.FID)}
     finally: dist.destroy_process_group()
 
-def _second(_, meeting): _sync(1, meeting)
+SECOND = f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_kid_eval; test_kid_eval._sync(1, sys.argv[1])'
 
-def test_two_processes_sync(tmp_path):
-    "torcheval's own toolkit, two real processes: this one and a spawned one"
-    other = mp.spawn(_second, (tmp_path/'meeting',), nprocs=1, join=False)
+def test_two_processes_sync(tmp_path, server):
+    "torcheval's own toolkit, two real processes: this one and another"
+    program = tmp_path/'second.py'
+    program.write_text(SECOND)
+    server.start(program, tmp_path/'meeting')
     got = _sync(0, tmp_path/'meeting')
-    other.join()
+    assert server.wait(60).rc == 0
     for c in (K.KID, K.FID): torch.testing.assert_close(got[c.__name__], values(filled(c)), rtol=1e-9, atol=0)
 
 # extractors -----------------------------------------------------------------------------------------------------

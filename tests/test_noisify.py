@@ -1,5 +1,5 @@
 "Noise schedules and targets against closed forms and diffusers; the latent cache against kills and mix-ups."
-import json, math, signal, subprocess, sys, threading
+import json, math, signal, threading
 from dataclasses import replace
 import diffusers, numpy as np, pytest, torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
@@ -489,10 +489,10 @@ def one_thread():
     yield
     torch.set_num_threads(n)
 
-def test_resumes_bit_for_bit_after_kill_9(images, tmp_path, one_thread):
-    child = subprocess.run([sys.executable, '-c', CHILD, str(tmp_path/'cut')], stdout=subprocess.DEVNULL)
+def test_resumes_bit_for_bit_after_kill_9(images, tmp_path, one_thread, server):
+    child = server.code(CHILD, tmp_path/'cut')
     f = tmp_path/'cut'/'.latents.making'/'done.json'
-    assert child.returncode == -signal.SIGKILL
+    assert child.rc == -signal.SIGKILL
     assert 8 <= json.loads(f.read_text())['done'] < 80
     for name in ('cut', 'whole'): make_latents(tmp_path/name, images, small_ae(), replace(P, bs=4))
     same_files(tmp_path/'cut', tmp_path/'whole')

@@ -1,5 +1,5 @@
 "The repository keeps its promises: one place for the metadata, clean notebooks, generated files up to date, a wheel that holds it all."
-import ast, html, json, os, random, re, shutil, subprocess, sys, tomllib, zipfile
+import ast, html, json, random, re, shutil, subprocess, sys, tomllib, zipfile
 from importlib import import_module
 from pathlib import Path
 import numpy as np, pytest
@@ -280,10 +280,10 @@ def test_docs_show_what_a_lesson_printed(docs):
     assert len(texts) > 5 and [t for t in texts if ' '.join(''.join(t).split()) not in shown] == []
 
 @pytest.mark.parametrize('script', sorted((ROOT/'bench').glob('*.py')), ids=lambda o: o.stem)
-def test_a_bench_says_what_it_does(script):
+def test_a_bench_says_what_it_does(script, server):
     "With the library as it is: everything that it imports is there"
-    r = subprocess.run([sys.executable, '-W', 'ignore', script, '--help'], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
-    assert r.returncode == 0 and r.stdout.startswith('usage:'), r.stderr
+    r = server.run(script, '--help')
+    assert r.rc == 0 and r.out.startswith('usage:'), r.err
 
 def test_wheel_holds_modules_and_licence(tmp_path):
     tree = copy_tree(tmp_path/'tree')

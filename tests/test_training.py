@@ -1,5 +1,5 @@
 "Training: batches by number, averages, rates; a training that was killed, or continued, ends with the weights of one that was not."
-import copy, os, random, subprocess, sys
+import copy, os, random
 import pytest, torch
 from fastai.basics import SGD, Callback, DataLoaders, Learner
 from safetensors.torch import load_file, save_file
@@ -320,12 +320,12 @@ print(status, kills)
 """
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
-def test_killed_by_sigkill_again_and_again(tmp_path):
+def test_killed_by_sigkill_again_and_again(tmp_path, server):
     "The autoencoder of a run, killed up to six times at random moments, has the weights of one that was left in peace"
-    out = subprocess.run([sys.executable, '-c', NURSERY, str(tmp_path)], capture_output=True, text=True, timeout=300)
-    assert out.returncode == 0, out.stderr
-    status, kills = map(int, out.stdout.split()[-2:])
-    assert status == 0 and kills > 1, out.stderr
+    out = server.code(NURSERY, tmp_path, seconds=300)
+    assert out.rc == 0, out.err
+    status, kills = map(int, out.out.split()[-2:])
+    assert status == 0 and kills > 1, out.err
     whole, cut = (tmp_path/o/'autoencoder' for o in ('whole', 'cut'))
     assert sorted(o.name for o in cut.iterdir()) == ['autoencoder.safetensors', 'config.json', 'made.json']
     for name in ('autoencoder.safetensors', 'config.json'): assert (cut/name).read_bytes() == (whole/name).read_bytes()
