@@ -247,7 +247,7 @@ def test_docs_say_what_a_picture_shows():
     said = re.search(r'#\| fig-alt: (.+)', next(c['source'] for c in code_cells('00_data.ipynb') if 'fig-alt' in c['source']))[1]
     assert f'alt="{said}"' in page(NBS/'00_data.ipynb', HTMLExporter())
 
-@pytest.mark.parametrize('name', [n for n in LESSONS + LABS if Path(n).stem not in ('35_denoisers', '60_conditioning')]) # not retold yet
+@pytest.mark.parametrize('name', LESSONS + LABS)
 def test_pictures_have_words_for_who_cannot_see_them(name):
     "Every cell with a picture says in `#| fig-alt:` what it shows"
     drawn = [c for c in code_cells(name) if any('image/png' in o.get('data', {}) for o in c['outputs'])]
