@@ -53,8 +53,8 @@ class Settings:
     mirror: bool = True       # also train on mirrored latents, since 8,000 are few, and each is seen hundreds of times.
                               # They are not the latents of mirrored pictures, but may stand for them: the decoder is
                               # taught to draw a mirrored picture from one. (Stable Diffusion's draws it slightly off)
-    n: int = 100              # samples behind KID and FID
-    n_real: int = 200         # held-out latents that they are compared with
+    n: int = 300              # samples behind KID and FID
+    n_real: int = 1000        # held-out latents that they are compared with
     sample_steps: int = 20
 
 class Data:
@@ -317,11 +317,11 @@ Bedrooms, as in photographs, 256 px, in the latents of Stable Diffusion's autoen
 | machine | {machine}, shared with other trainings; {hours:.1f} hours in all |
 | KID | {kid:.4f} ± {kid_se:.4f}, real against real {kid_floor:.4f} ± {kid_floor_se:.4f} |
 | FID | {fid:.2f}, real against real {fid_floor:.2f} |
-| protocol | {n_fake:,} samples, DPM-Solver++(2M) with {sample_steps} steps, seed {seed}, against the first {n_real:,} of the held-out latents, decoded by the same decoder; real against real: {n_fake:,} latents trained on, decoded, against the same; features of {extractor} |
+| protocol | {n_fake:,} samples, DPM-Solver++(2M) with {sample_steps} steps, seed {seed}, against {n_real:,} held-out latents, decoded by the same decoder; real against real: {n_fake:,} latents trained on, decoded, against the same; features of {extractor} |
 | photographs | KID of the samples against {n_photos:,} photographs, of those trained on, {kid_photos:.4f}; of the held-out latents, decoded, {real_photos:.4f} |
 | training pictures | {nearest:.2f} from a sample to the nearest latent trained on, {nearest_real:.2f} from a held-out one (root mean square of standardised latents, {n_fake} of each) |
 
-The decoder's own faults are on both sides of KID and FID, so these say how good the denoiser is. The row of the photographs says what the decoder costs. A hundred samples are few: the error of KID is two thirds of it, and most of FID, the floor's too, is due to their number.
+The decoder's own faults are on both sides of KID and FID, so these say how good the denoiser is. The row of the photographs says what the decoder costs. Most of FID, the floor's too, is due to the small number of samples.
 
 Who has Stable Diffusion's VAE lets it draw instead. It was fed pictures in [0, 1], so it draws them in [0, 1]:
 
