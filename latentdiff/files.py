@@ -201,7 +201,8 @@ def hub_folder(spec, n): # 'owner/name', '?image=..&label=..&caption=..&split=..
         rows = load_dataset(name, split=split, streaming=True)
         cols = _columns(rows.features, told)
         missing = [o for o in cols.values() if o and o not in rows.features] or ['of pictures']*(not cols['image'])
-        if missing: raise UserError(f"{name} has no column {missing[0]}, only {', '.join(rows.features)}: add ?image=..")
+        there = ', '.join(rows.features)
+        if missing: raise UserError(f'{name} has no column {missing[0]}, only {there}: add ?image=..')
         classes = getattr(rows.features[cols['label']], 'names', None) if cols['label'] else None
         rows = rows.cast_column(cols['image'], HubImage(decode=False))
         with whole_folder(folder) as new:

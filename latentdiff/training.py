@@ -195,15 +195,16 @@ class Muon(torch.optim.AdamW):
         torch._foreach_lerp_(m, g, 1 - self.momentum)
         ahead = torch._foreach_lerp(g, m, self.momentum)                 # Nesterov's look ahead
         torch._foreach_mul_(ps, 1 - lr*weight_decay)
-        torch._foreach_add_(ps, self.moves_for(len(ps), ahead)(*ahead), alpha=-lr)
+        torch._foreach_add_(ps, self.moves_for(ahead)(*ahead), alpha=-lr)
         for p in ps: p.grad = None
 
-    def moves_for(self, n, ahead):
+    def moves_for(self, ahead):
         "`_moves`, on CUDA recorded once and replayed: its products are many and small"
         if not ahead[0].is_cuda: return _moves
-        if n not in self.recorded:
-            self.recorded[n] = torch.cuda.make_graphed_callables(_moves, tuple(o.clone() for o in ahead))
-        return self.recorded[n]
+        shapes = tuple(o.shape for o in ahead)
+        if shapes not in self.recorded:
+            self.recorded[shapes] = torch.cuda.make_graphed_callables(_moves, tuple(o.clone() for o in ahead))
+        return self.recorded[shapes]
 
 muon = partial(OptimWrapper, opt=Muon, weight_decay=.01)
 

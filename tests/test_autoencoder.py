@@ -279,6 +279,11 @@ def test_sharpening_stops_at_what_is_not_finite(finished, x):
     with pytest.raises(UserError, match='not a finite number'): sharpened(finished, bad)
     with pytest.raises(UserError, match='finite number'): sharpened(finished, x, start=0, d_lr=1e30)
 
+def test_only_steps_with_one_backward_pass_are_recorded(finished, x):
+    "A CUDA graph allows one, and the adversary's weight takes two more"
+    learn, plain = sharpened(finished, x, 2)[1], ae_learner(copy.deepcopy(finished), x[:40], x[40:], device='cpu')
+    assert [hasattr(o, 'graphed') for o in (learn, plain)] == [False, True]
+
 def test_only_ours_can_be_sharpened(x):
     with pytest.raises(UserError, match='no Flat'): sharpen_decoder(Flat(), x, x, 1)
 

@@ -506,7 +506,7 @@ def test_a_recorded_step_is_the_step(monkeypatch):
     learn = train()
     assert 'forward' not in vars(learn.model)
     monkeypatch.setattr(Graphed, 'before_batch', lambda self: None)
-    monkeypatch.setattr(Muon, 'moves_for', lambda self, n, ahead: training._moves)
+    monkeypatch.setattr(Muon, 'moves_for', lambda self, ahead: training._moves)
     plain = train()
     torch.testing.assert_close(torch.tensor(learn.recorder.losses), torch.tensor(plain.recorder.losses), rtol=2e-3, atol=0)
     for a, b in zip(learn.model.parameters(), plain.model.parameters()): torch.testing.assert_close(a, b, rtol=.02, atol=2e-3)

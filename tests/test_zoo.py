@@ -17,7 +17,7 @@ def garments(): return LatentDiffusionPipeline.from_pretrained('fashion_mnist32'
 def rooms(): return LatentDiffusionPipeline.from_pretrained('rooms64', 'cpu')
 
 def test_the_zoo_is_known_and_small():
-    assert {'bedrooms64', 'bedrooms256', 'fashion_mnist32', 'rooms64'} <= set(NAMES) <= {'bedrooms64', 'bedrooms256', 'cars', 'fashion_mnist32', 'rooms64'}
+    assert NAMES == ['bedrooms256', 'bedrooms64', 'fashion_mnist32', 'rooms64']
     assert all(weight(o) <= 12e6 for o in zoo().values()) and sum(map(weight, zoo().values())) <= 40e6
 
 @pytest.mark.parametrize('name', NAMES)
