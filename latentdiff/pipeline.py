@@ -385,7 +385,8 @@ def scheduled(scheduler, process): # of diffusers; the `Process` that the networ
     t, its = torch.linspace(0, 1, 9), process_of(scheduler)
     facts = lambda o: torch.stack([*o.levels(t), o.time_input(t)])
     if its.target != process.target or not torch.allclose(facts(its), facts(process), rtol=1e-3, atol=1e-6):
-        raise UserError(f'this scheduler is for {its}, the network for {process}: take process.to_diffusers(class)')
+        of = lambda o: f'{o.schedule} noise and target {o.target}'
+        raise UserError(f'the scheduler is for {of(its)}, the network for {of(process)}: use process.to_diffusers')
     takes, scale = inspect.signature(scheduler.step).parameters, getattr(scheduler, 'scale_model_input', lambda x, t: x)
     torchs = lambda g: g if isinstance(g, torch.Generator) else torch.Generator().manual_seed(int(g.integers(2**63)))
     def loop(net, process, x, ts, callback=None, generator=None):
