@@ -35,6 +35,7 @@ from .training import peak_gb
 class LatentDiffusionPipeline(DiffusionPipeline):
     "An autoencoder, a denoiser and a noise process that fit each other: all it takes to draw images"
     _optional_components = ['scheduler']
+
     def __init__(self,
         autoencoder, # latents to images and back; owns the scale of the latents
         denoiser,    # `net(x_t, time, cond=None)` gives what `process` says it predicts
@@ -179,7 +180,9 @@ def __call__(self:LatentDiffusionPipeline, num_images=8, num_inference_steps=20,
     "Draw as the pipelines of diffusers do, all images in one batch"
     if num_images < 1: raise UserError(f'num_images is {num_images}: give a number above 0')
     if output_type not in ('pil', 'pt', 'np'): raise UserError(f'output_type is pil, pt or np, not {output_type!r}')
-    if any(g and g.device.type != 'cpu' for g in (generator if isinstance(generator, list) else [generator])):
+    gens = generator if isinstance(generator, list) else [generator]*num_images
+    if len(gens) != num_images: raise UserError(f'{len(gens)} generators for {num_images} images: give one for each')
+    if any(g and g.device.type != 'cpu' for g in gens):
         raise UserError('noise is drawn on the CPU, the same for every device: give torch.Generator().manual_seed(0)')
     step, ts = self.sampler_of(sampler), time_steps(self.process, num_inference_steps)
     x = levels(self.process, 1.)[1]*randn_tensor((num_images, *self.latent_shape), generator, self.device)
