@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'SAMPLER', 'levels', 'predict', 'optimal_denoiser', 'euler', 'time_steps', 'generators', 'noise_like',
-           'start_noise', 'ddim', 'ddpm', 'heun', 'dpmpp_2m', 'evaluations', 'evaluating', 'sample', 'denoise_path',
-           'save_gif', 'slerp', 'interpolate', 'img2img', 'inpaint']
+           'start_noise', 'ddim', 'ddpm', 'heun', 'dpmpp_2m', 'dpmpp_2m_sde', 'evaluations', 'evaluating', 'sample',
+           'denoise_path', 'save_gif', 'slerp', 'interpolate', 'img2img', 'inpaint']
 
 # %% ../nbs/40_sampling.ipynb #c003
 import math
@@ -159,8 +159,24 @@ def dpmpp_2m(net, process, x, ts, callback=None, generator=None):
         old, h_old = x0, h
     return x
 
+# %% ../nbs/40_sampling.ipynb #s402
+def dpmpp_2m_sde(net, process, x, ts, callback=None, generator=None):
+    "SDE-DPM-Solver++(2M) (2211.01095, section 5): the step of `ddpm` with the guess of `dpmpp_2m`"
+    old, h_old = None, None
+    for i, (t, u) in enumerate(pairwise(ts)):
+        (a, s), (a1, s1) = levels(process, t), levels(process, u)
+        x0, _ = predict(net, process, x, t)
+        if callback: callback(i, t, x, x0)
+        h = math.log((a1*s)/(a*s1)) if a > 0 and s1 > 0 else math.inf
+        d = x0 if old is None or u == 0 else x0 + h/h_old/2*(x0 - old)
+        fresh = (s**2 - (a/a1*s1)**2)/s**2
+        x = a1*fresh*d + a/a1*(s1/s)**2*x
+        if u > 0: x = x + s1*math.sqrt(fresh)*noise_like(x, generator)
+        old, h_old = x0, h
+    return x
+
 # %% ../nbs/40_sampling.ipynb #c056
-SAMPLERS = dict(ddpm=ddpm, ddim=ddim, euler=euler, heun=heun, dpmpp_2m=dpmpp_2m)
+SAMPLERS = dict(ddpm=ddpm, ddim=ddim, euler=euler, heun=heun, dpmpp_2m=dpmpp_2m, dpmpp_2m_sde=dpmpp_2m_sde)
 SAMPLER = 'dpmpp_2m'   # unless you say otherwise, here and in the console commands
 
 def _sampler_of(sampler): # a name in `SAMPLERS`, or a function like them
