@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['timestep_embedding', 'ResBlock', 'SelfAttention', 'Downsample', 'Upsample', 'TimeMLP', 'UNet', 'Diffusers2D',
-           'denoiser_learner', 'train_denoiser', 'unet_for', 'make_denoiser', 'loss_by_level', 'ActStats']
+           'OtherNetwork', 'denoiser_learner', 'train_denoiser', 'unet_for', 'make_denoiser', 'loss_by_level',
+           'ActStats']
 
 # %% ../nbs/30_unet.ipynb #c004
 import diffusers, inspect, math, torch, torch.nn.functional as F
@@ -201,9 +202,12 @@ class Diffusers2D(nn.Module):
         return self.net(x, time).sample
 
 # %% ../nbs/30_unet.ipynb #n002
+class OtherNetwork(UserError):
+    "A config that describes a `UNet2DModel` which our U-Net cannot be"
+
 @patch(cls_method=True)
 def from_config(cls:UNet, config): # dict, the config of a `UNet2DModel`
-    "The `UNet` that is the same network; raises `UserError` for one that it cannot be"
+    "The `UNet` that is the same network; raises `OtherNetwork` for one that it cannot be"
     usual = {k: o.default for k, o in inspect.signature(diffusers.UNet2DModel).parameters.items()}
     theirs = {**usual, **{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k[0] != '_'}}
     names = dict(in_channels='in_channels', out_channels='out_channels', widths='block_out_channels',
@@ -213,7 +217,7 @@ def from_config(cls:UNet, config): # dict, the config of a `UNet2DModel`
     ours = {**usual, **unet2d_args(**args), 'sample_size': theirs['sample_size']}
     for k, v in theirs.items():
         if ours.get(k) == v: continue
-        raise UserError(f"this network has {k} {v!r}, our U-Net only {ours.get(k)!r}: use diffusers' UNet2DModel")
+        raise OtherNetwork(f"this network has {k} {v!r}, our U-Net only {ours.get(k)!r}: use diffusers' UNet2DModel")
     return cls(**args)
 
 @patch

@@ -130,7 +130,7 @@ CARD = """# {name}
 
     from latentdiff.pipeline import LatentDiffusionPipeline
     pipe = LatentDiffusionPipeline.from_pretrained('{name}')
-    images = pipe({call})
+    images = pipe.draw({call})
 
 | | |
 |---|---|

@@ -307,7 +307,7 @@ Bedrooms, as in photographs, 256 px, in the latents of Stable Diffusion's autoen
 
     from latentdiff.pipeline import LatentDiffusionPipeline
     pipe = LatentDiffusionPipeline.from_pretrained('{name}')
-    images = pipe(16)
+    images = pipe.draw(16)
 
 | | |
 |---|---|

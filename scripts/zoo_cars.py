@@ -227,9 +227,9 @@ def obedience(pipe, px, images, judge):
 
 def pictures(pipe, images, px, folder, guidance, seed):
     "shown.png, bodies by colours, one noise a column; asked.png, a row for each; nearest.png, over training pictures"
-    rows = [pipe(len(COLOURS), 30, seed=seed, bs=len(COLOURS), cond=told, guidance=guidance) for told in SHOWN]
+    rows = [pipe.draw(len(COLOURS), 30, seed=seed, bs=len(COLOURS), cond=told, guidance=guidance) for told in SHOWN]
     save_png(image_grid(torch.cat(rows), nrow=len(COLOURS)), folder/'shown.png')
-    rows = [pipe(10, 30, seed=seed, bs=10, cond=o, guidance=guidance) for o in ASKED]
+    rows = [pipe.draw(10, 30, seed=seed, bs=10, cond=o, guidance=guidance) for o in ASKED]
     save_png(image_grid(torch.cat(rows), nrow=10), folder/'asked.png')
     z = lambda x: encoded(pipe, x).flatten(1)
     train = z(images.pixels(images.train_idxs))

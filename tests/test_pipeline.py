@@ -1,18 +1,25 @@
 "The pipeline object, its folder, and the small pieces behind the commands."
-import json
+import base64, io, json
+from hashlib import sha1
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from urllib.parse import unquote
 import numpy as np, pytest, torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from PIL import Image
+from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
+from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler, LDMPipeline, PNDMScheduler, UNet2DModel
 from matplotlib.figure import Figure
-from latentdiff.autoencoder import KLAutoencoder, open_autoencoder
+from latentdiff.autoencoder import KLAutoencoder, PretrainedKL, open_autoencoder
 from latentdiff.conditioning import ClassConditioner, Conditioned, ConditionalUNet, guide
 from latentdiff.commands import settings_of, write_npz, write_pngs
 from latentdiff.core import UserError, load_component, save_component
 from latentdiff.files import npz_pixels
 from latentdiff.noisify import Process
-from latentdiff.pipeline import KIDCurve, LatentDiffusionPipeline, path_of, zoo
+from latentdiff.pipeline import KIDCurve, LatentDiffusionPipeline, path_of
 from latentdiff.report import kid_curve
-from latentdiff.sampling import sample, start_noise
+from latentdiff.sampling import SAMPLER, SAMPLERS, sample, start_noise, time_steps
 from latentdiff.unet import UNet, train_denoiser
+from processes import ROOT
 
 def small(latent_channels=4, process=Process('flow', 'velocity', 'logit_normal'), seed=0):
     "An untrained pipeline whose denoiser is not all zeros."
@@ -28,7 +35,7 @@ def test_saved_and_loaded_draws_the_same_bits(tmp_path, process):
     a.save_pretrained(tmp_path)
     b = LatentDiffusionPipeline.from_pretrained(tmp_path, 'cpu')
     assert b.process == process and b.size == 32
-    assert torch.equal(a(5, 3, seed=7), b(5, 3, seed=7))
+    assert torch.equal(a.draw(5, 3, seed=7), b.draw(5, 3, seed=7))
 
 def test_index_is_as_diffusers_writes_it(tmp_path):
     small().save_pretrained(tmp_path)
@@ -73,25 +80,25 @@ def test_a_pipeline_of_diffusers_parts_draws_what_diffusers_draws(tmp_path):
         z = start_noise(p.process, (2, *p.latent_shape), seed=3)
         with torch.no_grad():
             for t in ddim.timesteps: z = ddim.step(net(z, t).sample, t, z).prev_sample
-            torch.testing.assert_close(vae.decode(z).sample.clamp(-1, 1), p(2, 5, 'ddim', seed=3, bs=2), atol=1e-4, rtol=0)
+            torch.testing.assert_close(vae.decode(z).sample.clamp(-1, 1), p.draw(2, 5, 'ddim', seed=3, bs=2), atol=1e-4, rtol=0)
 
 def test_images():
-    x = small()(3, 2)
+    x = small().draw(3, 2)
     assert x.shape == (3, 3, 32, 32) and x.dtype == torch.float32 and x.abs().max() <= 1
 
 def test_one_image_depends_on_seed_and_index_alone():
     p = small()
-    a = p(6, 3, seed=1)
-    assert torch.equal(p(3, 3, seed=1), a[:3])
-    torch.testing.assert_close(p(3, 3, seed=1, bs=2), a[:3], atol=1e-4, rtol=0)
-    assert (p(3, 3, seed=2) - a[:3]).abs().max() > .01
+    a = p.draw(6, 3, seed=1)
+    assert torch.equal(p.draw(3, 3, seed=1), a[:3])
+    torch.testing.assert_close(p.draw(3, 3, seed=1, bs=2), a[:3], atol=1e-4, rtol=0)
+    assert (p.draw(3, 3, seed=2) - a[:3]).abs().max() > .01
 
 def test_drawing_leaves_the_global_generator_alone():
     p = small()
     torch.manual_seed(3)
     want = torch.rand(2)
     torch.manual_seed(3)
-    p(2, 2)
+    p.draw(2, 2)
     assert torch.equal(torch.rand(2), want)
 
 def test_parts_of_two_runs_do_not_mix():
@@ -171,7 +178,7 @@ def test_a_condition_is_guidance_batch_by_batch():
     torch.testing.assert_close(p.latents(4, 3, bs=4, cond=['cat', 'dog'], guidance=3.), want)
     torch.testing.assert_close(p.latents(3, 3, bs=2, cond=['cat', 'dog'], guidance=3.), want[:3], atol=1e-4, rtol=1e-4)
     assert torch.equal(p.latents(2, 3, bs=2, cond='dog'), p.latents(2, 3, bs=2, cond=[1]))
-    assert (p(2, 3, cond='cat') - p(2, 3, cond='dog')).abs().max() > .01
+    assert (p.draw(2, 3, cond='cat') - p.draw(2, 3, cond='dog')).abs().max() > .01
 
 def test_without_guidance_the_condition_does_not_count():
     p = listening()
@@ -186,7 +193,7 @@ def test_conditions_of_every_kind(cond):
 @pytest.mark.parametrize('told,words', [(dict(cond=[]), 'empty'), (dict(cond='cow'), 'cat, dog'), (dict(negative='cat'), 'no condition'),
                                         (dict(cond='cat', guidance=float('inf')), 'number'), (dict(cond='cat', negative='cow'), 'cat, dog')])
 def test_conditions_that_cannot_be_drawn(told, words):
-    with pytest.raises(UserError, match=words) as e: listening()(2, 2, **told)
+    with pytest.raises(UserError, match=words) as e: listening().draw(2, 2, **told)
     assert '\n' not in str(e.value)
 
 def test_a_pipeline_that_listens_is_saved_and_loaded(tmp_path):
@@ -195,17 +202,271 @@ def test_a_pipeline_that_listens_is_saved_and_loaded(tmp_path):
     index = json.loads((tmp_path/'model_index.json').read_text())
     assert index['denoiser'] == ['latentdiff.conditioning', 'Conditioned'] and not (tmp_path/'unet').exists()
     again = LatentDiffusionPipeline.from_pretrained(tmp_path, 'cpu')
-    assert torch.equal(again(3, 3, cond='dog'), p(3, 3, cond='dog'))
+    assert torch.equal(again.draw(3, 3, cond='dog'), p.draw(3, 3, cond='dog'))
 
 def test_a_condition_for_one_that_cannot_listen():
-    with pytest.raises(UserError, match='trained without') as e: small()(2, 2, cond='cat')
+    with pytest.raises(UserError, match='trained without') as e: small().draw(2, 2, cond='cat')
     assert '\n' not in str(e.value)
 
 def test_half_precision_weights_load_as_float32(tmp_path):
     p = small()
-    want = p(2, 3)
+    want = p.draw(2, 3)
     p.autoencoder.half(), p.denoiser.half()
     p.save_pretrained(tmp_path)
     again = LatentDiffusionPipeline.from_pretrained(tmp_path, 'cpu')
     assert next(again.denoiser.parameters()).dtype == torch.float32
-    torch.testing.assert_close(again(2, 3), want, atol=.05, rtol=0)
+    torch.testing.assert_close(again.draw(2, 3), want, atol=.05, rtol=0)
+
+# --- as diffusers' own pipelines -------------------------------------------------------------------------------------
+
+def seeded(seed=0): return torch.Generator().manual_seed(seed)
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+def test_called_as_diffusers_calls_it():
+    "The start noise is torch's from the generator; PIL, arrays and tensors are the same pictures, in [0, 1]"
+    p = quiet(small())
+    x = SAMPLERS[SAMPLER](p.denoiser, p.process, torch.randn(3, *p.latent_shape, generator=seeded()), time_steps(p.process, 4))
+    got = p(3, num_inference_steps=4, generator=seeded(), output_type='pt').images
+    torch.testing.assert_close(got, p.decode(x)/2 + .5)
+    assert isinstance(p, DiffusionPipeline) and got.min() >= 0 and got.max() <= 1
+    again, = p(3, num_inference_steps=4, generator=seeded(), output_type='np', return_dict=False)
+    pictures = p(3, num_inference_steps=4, generator=seeded()).images
+    assert np.array_equal(again, got.permute(0, 2, 3, 1)) and [o.size for o in pictures] == [(32, 32)]*3
+    assert np.array_equal(np.stack(pictures), (again*255).round().astype('uint8'))
+    one_each = p(2, num_inference_steps=4, generator=[seeded(5), seeded(6)], output_type='pt').images
+    torch.testing.assert_close(one_each[1:], p(1, num_inference_steps=4, generator=seeded(6), output_type='pt').images, atol=1e-4, rtol=0)
+    assert p(1, num_inference_steps=2, output_type='pt').images.ne(p(1, num_inference_steps=2, output_type='pt').images).any()
+
+def test_told_what_to_draw_as_diffusers_tells_it():
+    p = quiet(listening())
+    want = p.decode(SAMPLERS[SAMPLER](guide(p.denoiser, ['cat', 'dog'], 3.), p.process, torch.randn(2, 4, 8, 8, generator=seeded()), time_steps(p.process, 3)))
+    got = p(2, num_inference_steps=3, generator=seeded(), guidance_scale=3., cond=['cat', 'dog'], output_type='pt').images
+    torch.testing.assert_close(got, want/2 + .5, atol=1e-4, rtol=0)
+
+def test_a_callback_sees_every_step_end(capsys):
+    "After step i the latents are what the first i+1 steps make; the last are those that are decoded"
+    p, seen = small(), []
+    def tell(pipe, i, t, d): seen.append((pipe is p, i, t.item(), d['latents'].clone()))
+    x = p(2, num_inference_steps=4, generator=seeded(), sampler='euler', output_type='pt', callback_on_step_end=tell).images
+    ts, start = time_steps(p.process, 4), torch.randn(2, 4, 8, 8, generator=seeded())
+    assert '4/4' in capsys.readouterr().err
+    assert [o[:3] for o in seen] == [(True, i, t*1000) for i, t in enumerate(ts[:-1])]
+    with torch.no_grad():
+        for i, *_, z in [(o[1], o[3]) for o in seen]: torch.testing.assert_close(z, SAMPLERS['euler'](p.denoiser, p.process, start, ts[:i+2]))
+    torch.testing.assert_close(p.decode(seen[-1][3])/2 + .5, x)
+    quiet(p)(1, num_inference_steps=2)
+    assert not capsys.readouterr().err
+
+@pytest.mark.parametrize('kw,words', [(dict(num_images=0), 'above 0'), (dict(output_type='gif'), 'pil, pt or np'), (dict(sampler='magic'), 'heun'), (dict(generator=[seeded(), seeded()]), 'one for each'),
+    (dict(callback_on_step_end=lambda pipe, i, t, d: dict(latents=d['latents']*2)), 'not replace'), (dict(cond='cat'), 'trained without'),
+    (dict(sampler=DDIMScheduler()), 'is for ddpm_linear noise and target eps, the network for flow noise and target velocity')])
+def test_calls_that_cannot_be(kw, words):
+    with pytest.raises(UserError, match=words) as e: quiet(small())(**{'num_images': 1, 'num_inference_steps': 2, **kw})
+    assert '\n' not in str(e.value)
+
+@pytest.mark.parametrize('make,dtype,far', [(small, torch.float16, .005), (listening, torch.bfloat16, .05)])
+def test_half_precision_draws_nearly_the_same(make, dtype, far):
+    p, kw = make(), dict(bs=4, **(dict(cond='dog') if make is listening else {}))
+    want = p.draw(4, 5, **kw)
+    assert p.to(dtype) is p and p.dtype == dtype and {o.dtype for m in (p.autoencoder, p.denoiser) for o in m.parameters()} == {dtype}
+    z, x = p.latents(4, 5, **kw), p.draw(4, 5, **kw)
+    assert z.dtype == x.dtype == torch.float32 and z.isfinite().all() and (z != z.to(dtype).float()).any()
+    assert 0 < (x - want).abs().max() < far
+    with pytest.raises(UserError, match='float64'): p.to(torch.float64).draw(1, 1)
+
+def test_a_type_is_given_when_it_is_loaded(tmp_path):
+    small().save_pretrained(tmp_path)
+    p = LatentDiffusionPipeline.from_pretrained(tmp_path, 'cpu', torch.bfloat16)
+    assert p.dtype == torch.bfloat16 and p.device.type == 'cpu' and p.name_or_path == str(tmp_path)
+    assert set(p.components) == {'autoencoder', 'denoiser', 'process', 'size', 'scheduler'} and 'KLAutoencoder' in repr(p)
+
+def test_a_compiled_denoiser(tmp_path):
+    "Traced whole by dynamo; machine code, which would take a minute, is left out. Saved, it is what it was."
+    torch.manual_seed(0)
+    net = UNet(4, widths=(16,), depth=1, attn_levels=())
+    torch.nn.init.normal_(net.conv_out.weight, std=.1)
+    p = LatentDiffusionPipeline(small().autoencoder, net.eval(), Process(), 32)
+    want = p.draw(2, 3, bs=2)
+    p.denoiser = torch.compile(net, backend='eager', fullgraph=True)
+    torch.testing.assert_close(p.draw(2, 3, bs=2), want)
+    p.save_pretrained(tmp_path)
+    assert torch.equal(LatentDiffusionPipeline.from_pretrained(tmp_path, 'cpu').draw(2, 3, bs=2), want)
+
+def small_vae():
+    torch.manual_seed(1)
+    return AutoencoderKL(down_block_types=('DownEncoderBlock2D',)*3, up_block_types=('UpDecoderBlock2D',)*3, block_out_channels=(16, 16, 16), norm_num_groups=8)
+
+def test_the_script_of_the_lesson_draws_the_same_pictures(tmp_path):
+    "Ten lines that know diffusers alone, on a run with an `AutoencoderKL` whose scale of latents is not 1"
+    cell, = (''.join(o['source']) for o in json.loads((ROOT/'nbs/80_pipeline.ipynb').read_text())['cells'] if o['id'] == 'L109')
+    script = cell.split("'''")[1].strip()
+    assert 'latentdiff' not in script and len(script.splitlines()) <= 10
+    save_component(PretrainedKL(dict(small_vae().config)), tmp_path/'vae')
+    p = small()
+    p.autoencoder = open_autoencoder(tmp_path/'vae')
+    p.autoencoder.set_scale([.5, -1., 0., 2.], [2., .5, 1., 3.])
+    p.save_pretrained(tmp_path/'run')
+    theirs = dict(run=tmp_path/'run', side=8)
+    exec(script, theirs)
+    ours = quiet(p)(4, sampler='euler', generator=seeded(), output_type='pt').images
+    torch.testing.assert_close(theirs['images'], ours, atol=1e-4, rtol=0)
+    assert theirs['images'].std() > .05
+
+# --- pipelines of diffusers ------------------------------------------------------------------------------------------
+
+def small_unet(c=3, **kw):
+    "Not one of ours: other norms, no scale and shift"
+    torch.manual_seed(c)
+    return UNet2DModel(**dict(in_channels=c, out_channels=c, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8, sample_size=8,
+                              down_block_types=('DownBlock2D', 'AttnDownBlock2D'), up_block_types=('AttnUpBlock2D', 'UpBlock2D')) | kw).eval()
+
+LINEAR = dict(beta_schedule='scaled_linear', beta_start=.0015, beta_end=.0195)
+
+@pytest.mark.parametrize('theirs', [lambda: DDPMPipeline(small_unet(1), DDPMScheduler()),
+    lambda: DDIMPipeline(small_unet(), DDIMScheduler(prediction_type='v_prediction')), lambda: LDMPipeline(small_vae(), small_unet(4), DDIMScheduler(**LINEAR, clip_sample=False))])
+def test_a_pipeline_of_diffusers_draws_the_same_here(tmp_path, theirs):
+    "Pixels with clipping, grey ones, and latents; loaded here, saved here, and loaded again"
+    theirs = quiet(theirs())
+    theirs.save_pretrained(tmp_path/'theirs')
+    how = dict(num_inference_steps=5, output_type='np')
+    want = theirs(3, generator=seeded(), **how).images
+    p = quiet(LatentDiffusionPipeline.from_pretrained(tmp_path/'theirs', 'cpu'))
+    np.testing.assert_allclose(p(3, generator=seeded(), **how).images, want, atol=1e-4)
+    p.save_pretrained(tmp_path/'ours')
+    again = quiet(LatentDiffusionPipeline.from_pretrained(tmp_path/'ours', 'cpu'))
+    assert np.array_equal(again(3, generator=seeded(), **how).images, p(3, generator=seeded(), **how).images) and want.std() > .05
+    assert torch.equal(again.draw(2, 4), p.draw(2, 4)) and (p.draw(2, 4, sampler='ddim') - p.draw(2, 4)).abs().max() > 1e-3
+
+@pytest.mark.parametrize('scheduler', [EulerDiscreteScheduler(use_karras_sigmas=True, **LINEAR), DPMSolverMultistepScheduler(prediction_type='v_prediction'),
+    HeunDiscreteScheduler(), PNDMScheduler(), FlowMatchEulerDiscreteScheduler(shift=3.), EulerAncestralDiscreteScheduler(timestep_spacing='leading'),
+    EulerDiscreteScheduler(prediction_type='v_prediction', use_karras_sigmas=True, timestep_type='continuous', sigma_min=.002, sigma_max=80.)], ids=lambda o: type(o).__name__)
+def test_any_scheduler_is_a_sampler(tmp_path, scheduler):
+    "eps, v and velocity: with the network and the noise given, a folder draws what the loop of its scheduler draws"
+    net = small_unet()
+    DDPMPipeline(net, DDPMScheduler()).save_pretrained(tmp_path)
+    scheduler.save_pretrained(tmp_path/'scheduler')
+    p, g = quiet(LatentDiffusionPipeline.from_pretrained(tmp_path, 'cpu')), seeded()
+    got = p(2, num_inference_steps=4, generator=seeded(), output_type='pt').images
+    scheduler.set_timesteps(4)
+    x, scale = torch.randn(2, 3, 8, 8, generator=g)*getattr(scheduler, 'init_noise_sigma', 1.), getattr(scheduler, 'scale_model_input', lambda x, t: x)
+    kw = {} if type(scheduler) in (HeunDiscreteScheduler, PNDMScheduler) else dict(generator=g)
+    with torch.no_grad():
+        for t in scheduler.timesteps: x = scheduler.step(net(scale(x, t), t).sample, t, x, **kw).prev_sample
+    torch.testing.assert_close(got, x.clamp(-1, 1)/2 + .5, atol=5e-4, rtol=0)
+    edm = scheduler.config.get('timestep_type') == 'continuous'
+    assert p.process.schedule == ('edm' if edm else 'flow' if 'Flow' in type(scheduler).__name__ else 'scaled_linear' if scheduler.config.beta_schedule != 'linear' else 'ddpm_linear')
+
+def test_a_scheduler_for_our_own_network(tmp_path):
+    "It draws by name or as the pipeline's own; other noise than the network's is refused; a seed is a seed"
+    p = small(process=Process('cosine', 'v', 'uniform'))
+    ddim = p.process.to_diffusers(DDIMScheduler)
+    want = p.draw(3, 4, 'ddim', seed=5, bs=3)
+    torch.testing.assert_close(p.draw(3, 4, ddim, seed=5, bs=3), want, atol=1e-4, rtol=0)
+    p.scheduler = ddim
+    torch.testing.assert_close(p.draw(3, 4, seed=5, bs=3), want, atol=1e-4, rtol=0)
+    p.save_pretrained(tmp_path)
+    assert torch.equal(LatentDiffusionPipeline.from_pretrained(tmp_path, 'cpu').draw(3, 4, seed=5, bs=3), p.draw(3, 4, seed=5, bs=3))
+    p.scheduler = p.process.to_diffusers(DDPMScheduler)
+    assert torch.equal(p.draw(3, 4, seed=5, bs=3)[:2], p.draw(2, 4, seed=5, bs=3)) and (p.draw(3, 4, seed=5, bs=3) - want).abs().max() > .01
+
+def index(f, **kw): (f/'model_index.json').write_text(json.dumps({**json.loads((f/'model_index.json').read_text()), **kw}))
+def other_vae(f): index(f, vqvae=['diffusers', 'VQModel'])
+def text_too(f): index(f, text_encoder=['transformers', 'CLIPTextModel'])
+def no_size(f): small_unet(sample_size=None).save_pretrained(f/'unet')
+def no_safe_weights(f): (f/'unet/diffusion_pytorch_model.safetensors').rename(f/'unet/diffusion_pytorch_model.bin')
+def with_classes(f): small_unet(num_class_embeds=3).save_pretrained(f/'unet')
+def no_scheduler(f): (f/'scheduler/scheduler_config.json').write_text('{"_class_name": "DiffusionPipeline"}')
+def use(**kw): return lambda f: DDIMScheduler(**kw).save_pretrained(f/'scheduler')
+def dynamic(f): FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(f/'scheduler')
+def told_sigma(f): EulerDiscreteScheduler(timestep_type='continuous', prediction_type='v_prediction').save_pretrained(f/'scheduler')
+
+@pytest.mark.parametrize('spoil,words', [(other_vae, 'vqvae VQModel'), (text_too, 'CLIPTextModel'), (no_size, 'sample_size'), (no_safe_weights, 'safetensors'), (told_sigma, 'continuous'),
+    (with_classes, 'classes'), (no_scheduler, 'newest'), (use(rescale_betas_zero_snr=True), 'rescale_betas_zero_snr'), (use(trained_betas=[.1]*9), 'betas'), (dynamic, 'dynamic')])
+def test_what_cannot_be_the_same_here_is_refused(tmp_path, spoil, words):
+    DDPMPipeline(small_unet(), DDPMScheduler()).save_pretrained(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=words) as e: LatentDiffusionPipeline.from_pretrained(tmp_path, 'cpu')
+    assert '\n' not in str(e.value)
+
+# --- the Hub ---------------------------------------------------------------------------------------------------------
+
+class StandIn(BaseHTTPRequestHandler):
+    "As much of the Hub's HTTP as pushing and loading ask for: one commit, files kept whole in `files`; who writes must show a token"
+    files, asked, log_message = {}, [], lambda *a: None
+
+    def answer(self, body=b'{}', status=200, **headers):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for k, v in {'Content-Length': len(body), **headers}.items(): self.send_header(k.replace('_', '-'), str(v))
+        self.end_headers()
+        if self.command != 'HEAD': self.wfile.write(body)
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers['Content-Length']))
+        if 'validate-yaml' in self.path: return self.answer()
+        if self.headers.get('Authorization') != 'Bearer hf_us': return self.answer(dict(error='Invalid credentials'), 401)
+        if self.path.endswith('/repos/create'): return self.answer(dict(url=f'http://{self.headers["Host"]}/us/rooms'))
+        if '/preupload/' in self.path:
+            return self.answer(dict(files=[dict(path=o['path'], uploadMode='regular', shouldIgnore=False) for o in json.loads(body)['files']]))
+        for line in map(json.loads, body.splitlines()):
+            if line['key'] == 'file': self.files[line['value']['path']] = base64.b64decode(line['value']['content'])
+        self.answer(dict(commitUrl=f'http://{self.headers["Host"]}/us/rooms/commit/{"a"*40}', commitOid='a'*40))
+
+    def do_GET(self):
+        path = unquote(self.path.split('?')[0])
+        if not path.startswith(('/us/rooms/', '/api/models/us/rooms')): return self.answer(dict(error='Repository not found'), 404, X_Error_Code='RepoNotFound')
+        if '/tree/' in path: return self.answer([dict(type='file', path=k, size=len(v), oid=sha1(v).hexdigest()) for k, v in self.files.items()])
+        if path.startswith('/api/'): return self.answer(dict(id='us/rooms', sha='a'*40, siblings=[dict(rfilename=k) for k in self.files]))
+        name = path.split('a'*40 + '/')[1]
+        self.asked.append(name)
+        self.answer(self.files[name], ETag=f'"{sha1(self.files[name]).hexdigest()}"', X_Repo_Commit='a'*40)
+    do_HEAD = do_GET
+
+PUSH = '''
+import importlib, os, sys, torch
+import huggingface_hub.constants, huggingface_hub.hf_api
+importlib.reload(huggingface_hub.constants)   # this process was forked from one without the Hub
+huggingface_hub.hf_api.api.endpoint = os.environ['HF_ENDPOINT']
+from latentdiff.pipeline import LatentDiffusionPipeline, UserError
+p = LatentDiffusionPipeline.from_pretrained(sys.argv[1], 'cpu')
+print(p.push_to_hub('us/rooms', 'drawn by a program, free for all', token='hf_us'))
+again = LatentDiffusionPipeline.from_pretrained('us/rooms', 'cpu')
+print(torch.equal(again.draw(2, 2), p.draw(2, 2)))
+for f in (lambda: p.push_to_hub('us/rooms', 'free', token=False), lambda: LatentDiffusionPipeline.from_pretrained('us/nothing')):
+    try: f()
+    except UserError as e: print(str(e).replace(chr(10), '<newline>'))
+'''
+
+def test_pushed_to_the_hub_and_loaded_from_it(tmp_path, server):
+    "The card says what the run has measured; a pickle and a program that lie beside the weights are not even asked for"
+    small().save_pretrained(tmp_path/'run')
+    measured = dict(kid=.5, kid_se=.1, kid_floor=.02, kid_floor_se=.03, n_fake=640, n_real=1234, sampler='heun', steps=9, seed=7, psnr=30.2, n_reconstructed=99, extractor='eyes')
+    (tmp_path/'run/metrics.json').write_text(json.dumps(measured))
+    settings = dict(data='/home/me/rooms', preset='tiny', size=32, seed=7, n=5000, ae_steps=1200, steps=3400)
+    (tmp_path/'run/run.json').write_text(json.dumps(dict(settings=settings)))
+    StandIn.files.update({'evil.py': b'1', 'unet/pytorch_model.bin': b'1'})
+    httpd = ThreadingHTTPServer(('127.0.0.1', 0), StandIn)
+    Thread(target=httpd.serve_forever, daemon=True).start()
+    at = f'http://127.0.0.1:{httpd.server_port}'
+    p = server.code(PUSH, tmp_path/'run', HF_ENDPOINT=at, HF_HUB_OFFLINE='0', HF_HOME=str(tmp_path/'home'), HF_HUB_DISABLE_PROGRESS_BARS='1')
+    httpd.shutdown()
+    assert p.rc == 0, p.err
+    where, same, refused, missing = p.out.strip().splitlines()[-4:]
+    assert where == f'{at}/us/rooms' and same == 'True'
+    assert 'us/rooms' in refused and 'hf auth login' in refused and 'us/nothing' in missing and '<newline>' not in refused + missing
+    names = {'README.md', 'grid.png', 'model_index.json', 'process/config.json', 'scheduler/scheduler_config.json', 'unet/config.json',
+             'unet/diffusion_pytorch_model.safetensors', 'autoencoder/config.json', 'autoencoder/autoencoder.safetensors'}
+    assert set(StandIn.files) == names | {'evil.py', 'unet/pytorch_model.bin'} and set(StandIn.asked) == names - {'README.md', 'grid.png'}
+    assert Image.open(io.BytesIO(StandIn.files['grid.png'])).size == (8*33 - 1, 2*33 - 1)
+    card = StandIn.files['README.md'].decode()
+    for o in ('library_name: latentdiff', 'drawn by a program, free for all', "from_pretrained('us/rooms')", '5,000', '32 px', 'preset tiny', 'seed 7', '3,400', '1,200',
+              '0.5000 ± 0.1000', '0.0200 ± 0.0300', '640 samples', 'heun with 9 steps', '1,234', 'features of eyes', '30.2 dB', '(grid.png)'): assert o in card, o
+    assert '/home' not in card
+
+def test_a_name_that_is_nowhere_is_one_line():
+    "Without the network, too"
+    with pytest.raises(UserError, match='run folder nobody/nothing, and none on the Hub') as e: LatentDiffusionPipeline.from_pretrained('nobody/nothing')
+    assert '\n' not in str(e.value)

