@@ -2,6 +2,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 META := settings.ini setup.py pyproject.toml
+DOCS := $(shell sed -n 's/^docs_requirements = //p' settings.ini)
 .DELETE_ON_ERROR:
 .PHONY: demo lessons test readme docs wheel wheel-check colab-check clean
 
@@ -10,7 +11,7 @@ help:
 	@echo "make lessons      JupyterLab with the lessons, in copies of your own"
 	@echo "make test         every notebook at the tiny preset, and the other tests"
 	@echo "make readme       README.md from nbs/index.ipynb"
-	@echo "make docs         the lessons as web pages in _docs"
+	@echo "make docs         the site in _docs: the lessons as web pages, and the library"
 	@echo "make wheel-check  the wheel, installed and used in an empty environment"
 	@echo "make colab-check  would an install move the torch of a Colab-like machine?"
 
@@ -36,13 +37,18 @@ $(BIN)/.dev: $(BIN)/python $(META)
 	$(BIN)/pip install -q -e '.[eval,dev]'
 	@touch $@ $(BIN)/.demo
 
+# The site is made from text alone, so it needs no torch.
+$(BIN)/.docs: $(BIN)/python $(META)
+	$(BIN)/pip install -q $(DOCS:%='%')
+	@touch $@
+
 $(BIN)/python:
 	@python=$$(sh scripts/find-python) && echo "Creating $(VENV) with $$python" && $$python -m venv $(VENV)
 
 readme: $(BIN)/.dev
 	$(BIN)/python scripts/readme.py
 
-docs: $(BIN)/.dev
+docs: $(BIN)/.docs
 	$(BIN)/python scripts/docs.py _docs
 
 wheel: $(BIN)/.dev
