@@ -4,12 +4,13 @@ BIN := $(VENV)/bin
 META := settings.ini setup.py pyproject.toml
 DOCS := $(shell sed -n 's/^docs_requirements = //p' settings.ini)
 .DELETE_ON_ERROR:
-.PHONY: demo lessons test readme docs wheel wheel-check colab-check clean
+.PHONY: demo lessons test test-browser readme docs wheel wheel-check colab-check clean
 
 help:
 	@echo "make demo         train, sample and evaluate on the embedded data set; writes runs/demo/report.html"
 	@echo "make lessons      JupyterLab with the lessons, in copies of your own"
 	@echo "make test         every notebook at the tiny preset, and the other tests"
+	@echo "make test-browser a lesson in JupyterLab and pages of the site, in a headless Chromium"
 	@echo "make readme       README.md from nbs/index.ipynb"
 	@echo "make docs         the site in _docs: the lessons as web pages, and the library"
 	@echo "make wheel-check  the wheel, installed and used in an empty environment"
@@ -26,6 +27,10 @@ lessons: $(BIN)/.dev
 # One thread a worker: two workers with two threads each are slower than two with one.
 test: $(BIN)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+# Needs the extra `browser` and a Chromium, and says so where they are missing.
+test-browser: $(BIN)/.dev
+	$(BIN)/python scripts/browser.py
 
 $(BIN)/.demo: $(BIN)/python $(META)
 	@echo "Installing latentdiff and what it needs: one to five minutes, several GB (torch brings its CUDA libraries along)."

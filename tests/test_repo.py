@@ -1,8 +1,8 @@
 "The repository keeps its promises: one place for the metadata, clean notebooks, generated files up to date, a wheel that holds it all."
-import ast, html, json, random, re, shutil, subprocess, sys, tomllib, zipfile
+import ast, json, os, random, re, shutil, subprocess, sys, tomllib, zipfile
 from importlib import import_module
 from pathlib import Path
-import numpy as np, pytest
+import numpy as np, pytest, yaml
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/'scripts'))
@@ -239,6 +239,18 @@ def test_wheel_holds_modules_and_licence(tmp_path):
     assert any(n.endswith('licenses/LICENSE') for n in names)
     assert f"License-Expression: {CFG['license']}" in meta and f"Version: {CFG['version']}" in meta
     assert re.findall(r'^latentdiff-(\w+)', scripts, re.M) == ['encode', 'eval', 'run', 'sample', 'train']
+
+def test_a_release_is_the_version_and_has_been_used():
+    "The workflow stops at a tag that is not the version, and publishes only what was installed from the wheel and used."
+    flow = yaml.safe_load((ROOT/'.github/workflows/release.yml').read_text())
+    steps = flow['jobs']['build']['steps']
+    check = next(o['run'] for o in steps if 'settings.ini' in o.get('name', ''))
+    def rc(tag): return subprocess.run(['sh', '-c', check], cwd=ROOT, env=os.environ | dict(GITHUB_REF_NAME=tag), capture_output=True).returncode
+    assert [rc(t) for t in (f"v{CFG['version']}", CFG['version'], f"v{CFG['version']}1", 'v')] == [0, 1, 1, 1]
+    assert flow[True] == dict(push=dict(tags=['v*'])) and flow['jobs']['publish']['needs'] == 'build'      # YAML 1.1 reads `on` as true
+    runs = [o.get('run', o.get('uses')) for o in steps]
+    assert [r for r in runs if r.startswith(('make wheel-check', 'actions/upload'))] == runs[-2:]
+    assert flow['jobs']['publish']['permissions'] == {'id-token': 'write'} and flow['permissions'] == {'contents': 'read'}
 
 # -- the tests themselves
 
