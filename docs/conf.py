@@ -1,4 +1,4 @@
-"Sphinx's settings for the site. `scripts/docs.py` prepares the pages and starts Sphinx; nothing is executed, and nothing is loaded from elsewhere."
+"Sphinx's settings for the site, which `scripts/docs.py` builds: nothing is executed, nothing loaded from elsewhere."
 import sys
 from pathlib import Path
 
@@ -16,7 +16,7 @@ nb_execution_mode = 'off'
 nb_merge_streams = True
 nb_code_prompt_show = 'Show set-up and imports'
 nb_code_prompt_hide = 'Hide set-up and imports'
-nb_ipywidgets_js = {}                                # myst-nb would ask a CDN for it; pages show what a widget falls back to
+nb_ipywidgets_js = {}                                # myst-nb would ask a CDN; pages show what a widget falls back to
 myst_enable_extensions = ['dollarmath']
 myst_heading_anchors = 3                             # so that `40_sampling.ipynb#the-tempting-shortcut` is a link
 

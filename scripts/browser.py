@@ -1,11 +1,12 @@
-"""browser.py [NOTEBOOK...]: run lessons, such as 40_sampling, in a real JupyterLab in headless Chromium at the tiny preset, and look at them and at pages of the site.
-$CHROMIUM names another Chromium than playwright's."""
+"""browser.py [NOTEBOOK...]: run lessons, such as 40_sampling, in a real JupyterLab at `tiny`, and open pages of the site.
+Both are looked at in a headless Chromium. $CHROMIUM names another Chromium than playwright's."""
 import json, os, socket, subprocess, sys, tempfile, time, urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 from notebooks import NBS, ROOT, read
 
-HOW = "it needs playwright and its Chromium: .venv/bin/pip install playwright && .venv/bin/playwright install --with-deps chromium"
+INSTALL = '.venv/bin/pip install playwright && .venv/bin/playwright install --with-deps chromium'
+HOW = f'it needs playwright and its Chromium: {INSTALL}'
 LESSONS, PAGES = ['40_sampling'], ['index', '40_sampling', 'api/sampling']
 MINUTES = 20                                                   # for one notebook
 ERROR = ':is([data-mime-type$=".stderr"], [data-mime-type$=".error"]):has-text("Traceback (most recent call last)")'
@@ -33,11 +34,11 @@ def copied(name, folder):
     "The notebook `name` in `folder`, without outputs; and the numbers of the code cells that should show a picture."
     nb = read(NBS/f'{name}.ipynb')
     code = [c for c in nb['cells'] if c['cell_type'] == 'code']
-    drawn = [i for i,c in enumerate(code) if any(k.startswith('image/') for o in c['outputs'] for k in o.get('data', {}))]
+    kinds = [{k.split('/')[0] for o in c['outputs'] for k in o.get('data', {})} for c in code]
     for c in code: c['outputs'] = []
     path = folder/f'{name.replace("/", "-")}.ipynb'
     path.write_text(json.dumps(nb), encoding='utf-8')
-    return path, drawn
+    return path, [i for i,o in enumerate(kinds) if 'image' in o]
 
 def free_port():
     with socket.socket() as s:
@@ -50,17 +51,20 @@ def answers(url):
 
 @contextmanager
 def jupyterlab(folder):
-    "The address of a JupyterLab with the notebooks in `folder`, where runs, data and settings are as new as the folder."
+    "The address of a JupyterLab that shows `folder`, with runs, data and settings of its own in it."
     tracker = folder/'settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings'
     tracker.parent.mkdir(parents=True)
     tracker.write_text('{"windowingMode": "none"}')             # else cells out of sight are not on the page
-    env = dict(LATENTDIFF_PRESET='tiny', LATENTDIFF_RUNS=f'{folder}/runs', LATENTDIFF_DATA=f'{folder}/data', HF_HUB_OFFLINE='1', PYTHONPATH=str(ROOT),
-               JUPYTERLAB_SETTINGS_DIR=f'{folder}/settings', JUPYTERLAB_WORKSPACES_DIR=f'{folder}/workspaces', JUPYTER_CONFIG_DIR=f'{folder}/config')
+    homes = dict(LATENTDIFF_RUNS='runs', LATENTDIFF_DATA='data', JUPYTER_CONFIG_DIR='config',
+                 JUPYTERLAB_SETTINGS_DIR='settings', JUPYTERLAB_WORKSPACES_DIR='workspaces')
+    env = {k: v for k,v in os.environ.items() if k != 'MPLBACKEND'} | {k: str(folder/v) for k,v in homes.items()}
+    env |= dict(LATENTDIFF_PRESET='tiny', HF_HUB_OFFLINE='1', PYTHONPATH=str(ROOT))
     port = free_port()
-    options = ['--no-browser', '--allow-root', '--ServerApp.ip=127.0.0.1', f'--ServerApp.port={port}', '--ServerApp.port_retries=0', f'--ServerApp.root_dir={folder}',
-               '--IdentityProvider.token=']
+    options = dict(ip='127.0.0.1', port=port, port_retries=0, root_dir=folder, allow_root=True, open_browser=False)
+    command = [sys.executable, '-m', 'jupyterlab', '--IdentityProvider.token=']
+    command += [f'--ServerApp.{k}={v}' for k,v in options.items()]
     with open(folder/'log', 'w') as log:
-        server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', *options], env={k: v for k,v in os.environ.items() if k != 'MPLBACKEND'} | env, stdout=log, stderr=log)
+        server = subprocess.Popen(command, env=env, stdout=log, stderr=log)
         url = f'http://127.0.0.1:{port}'
         try:
             while not answers(url):
@@ -78,7 +82,7 @@ def ran(page):
 def run_all(page, url, path):
     "Open the notebook at `path`, run its code cells, and wait until none waits; after an error the others do not."
     page.goto(f'{url}/lab/tree/{path.name}')
-    page.get_by_text('| Idle').wait_for(timeout=120_000)        # asked before, JupyterLab would ask back which kernel to start
+    page.get_by_text('| Idle').wait_for(timeout=120_000)  # asked before, JupyterLab asks back which kernel to start
     page.get_by_role('menuitem', name='Run', exact=True).click()
     page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
     end = time.monotonic() + 60*MINUTES
@@ -103,7 +107,8 @@ def lesson(browser, name):
         run_all(page, url, path)
         wrong, n = look(page, drawn), len(ran(page))
         page.close()
-    print(f'{name} in JupyterLab: {n} code cells, {len(drawn)} with pictures, {time.monotonic()-began:.0f} seconds: {len(wrong)} faults', flush=True)
+    seconds = time.monotonic() - began
+    print(f'{name}: {n} code cells, {len(drawn)} with pictures, {seconds:.0f} seconds, {len(wrong)} faults', flush=True)
     return [f'{name}: {w}' for w in wrong]
 
 # -- the site
@@ -127,16 +132,18 @@ def opened(page, url):
     return wrong + [f'asks for {u}' for u in fetched if not u.startswith('file:')]
 
 def site(browser):
-    "Open pages of the site as files, without a network, on a desk and on a phone, in the light and in the dark; what is wrong with them."
-    wrong = []
+    "Open pages of the site as files, without a network, on a desk and on a phone in the dark; what is wrong with them."
+    whole, wrong = [p for p in PAGES if not p.startswith('api/')], []
     with tempfile.TemporaryDirectory() as tmp:
-        subprocess.run([sys.executable, ROOT/'scripts/docs.py', f'{tmp}/site', *[p for p in PAGES if not p.startswith('api/')]], check=True)
+        subprocess.run([sys.executable, ROOT/'scripts/docs.py', f'{tmp}/site', *whole], check=True)
         for width,scheme in ((1280, 'light'), (390, 'dark')):
-            page = browser.new_context(viewport=dict(width=width, height=850), color_scheme=scheme, offline=True).new_page()
-            for name in PAGES: wrong += [f'{name} at {width} pixels: {w}' for w in opened(page, f'file://{tmp}/site/{name}.html')]
-        print(f'{len(PAGES)} pages of the site, on a desk and on a phone, without a network: {len(wrong)} faults', flush=True)
+            page = browser.new_page(viewport=dict(width=width, height=850), color_scheme=scheme, offline=True)
+            for name in PAGES:
+                wrong += [f'{name} at {width} pixels: {w}' for w in opened(page, f'file://{tmp}/site/{name}.html')]
+    print(f'the site without a network: {len(PAGES)} pages, on a desk and on a phone, {len(wrong)} faults', flush=True)
     return wrong
 
 if __name__ == '__main__':
-    with chromium() as browser: wrong = site(browser) + [w for name in sys.argv[1:] or LESSONS for w in lesson(browser, name)]
+    with chromium() as browser:
+        wrong = site(browser) + [w for name in sys.argv[1:] or LESSONS for w in lesson(browser, name)]
     sys.exit('\n'.join(wrong))

@@ -1,5 +1,5 @@
-"""docs.py FOLDER [NOTEBOOK...]: the site: each notebook as a page, and the library as its docstrings and comments tell it. Nothing is executed.
-With notebooks named, such as 40_sampling or labs/02_mnist_cab, the others have a title only, which is quicker."""
+"""docs.py FOLDER [NOTEBOOK...]: the site: each notebook as a page, and the library by its docstrings and comments.
+Nothing is executed. With notebooks named, such as labs/02_mnist_cab, the others have only a title, which is quicker."""
 import ast, json, posixpath, re, shutil, sys, tempfile
 from inspect import cleandoc
 from pathlib import Path
@@ -19,7 +19,7 @@ def github(path, cfg):
     return f"https://github.com/{cfg['user']}/{cfg['repo']}/{kind}/{cfg['branch']}/{path}"
 
 def prose(text, folder, cfg):
-    "Markdown of a notebook in `folder` as a page has it: no picture from elsewhere, and what is no page is linked at GitHub."
+    "Markdown of a notebook in `folder` for a page: no picture from elsewhere, and what is no page is linked at GitHub."
     def link(m):
         path = posixpath.normpath(posixpath.join(folder.relative_to(ROOT).as_posix(), m[2]))
         return m[0] if path.endswith(('.ipynb', '.png')) else m[1] + github(path, cfg)
@@ -48,8 +48,10 @@ def prepared(c, folder, cfg):
     "The cell `c`, as `shown` gives it, for a page in `folder`."
     if c['cell_type'] == 'markdown': return c | dict(source=prose(c['source'], folder, cfg))
     for o in c['outputs']: o.get('data', {}).pop('application/vnd.jupyter.widget-view+json', None)
-    tags = [] if c['source'].strip() else ['remove-input']  # no empty box; but myst-nb leaves out a cell without any source
-    return c | dict(source=c['source'] or '# not shown', metadata=dict(tags=tags, mystnb=dict(image=dict(alt=c['alt']))))
+    metadata = dict(tags=[], mystnb=dict(image=dict(alt=c['alt'])))
+    if c['source'].strip(): return c | dict(metadata=metadata)
+    metadata['tags'].append('remove-input')             # no empty box
+    return c | dict(source='# myst-nb leaves out empty cells', metadata=metadata)
 
 def page(path, cfg):
     "The notebook at `path` as Sphinx should read it."
@@ -68,9 +70,10 @@ def header(node, lines):
     return dedent('\n'.join(lines[node.lineno-1:first.lineno-1])).rstrip()
 
 def named(node):
-    "The names of the decorators of a function."
-    calls = [o.func if isinstance(o, ast.Call) else o for o in node.decorator_list]
-    return {ast.unparse(o) for o in calls} | {k.arg for o in node.decorator_list if isinstance(o, ast.Call) for k in o.keywords}
+    "The names of the decorators of a function, and of what they are told by name."
+    calls = [o for o in node.decorator_list if isinstance(o, ast.Call)]
+    plain = [o for o in node.decorator_list if not isinstance(o, ast.Call)]
+    return {ast.unparse(o) for o in plain + [c.func for c in calls]} | {k.arg for c in calls for k in c.keywords}
 
 def kind(node):
     "What Sphinx calls a function: a method is a property, or one of the class, if its decorators say so."
@@ -112,7 +115,8 @@ def entries(tree, lines):
     "What each name of a module's `__all__` is, as Markdown."
     patches, made = patched(tree), {}
     for o in tree.body:
-        if isinstance(o, ast.FunctionDef): made[o.name] = entry('function', o.name, header(o, lines), ast.get_docstring(o))
+        if isinstance(o, ast.FunctionDef):
+            made[o.name] = entry('function', o.name, header(o, lines), ast.get_docstring(o))
         elif isinstance(o, ast.ClassDef):
             inner = [method(m, o.name, lines) for m in methods(o) + [f for cls,f in patches if cls == o.name]]
             made[o.name] = entry('class', o.name, class_source(o, lines), ast.get_docstring(o), inner=''.join(inner))
@@ -127,7 +131,8 @@ def is_module(name):
 
 def public(tree):
     "The names in `__all__` of a module."
-    return ast.literal_eval(next(o.value for o in tree.body if isinstance(o, ast.Assign) and ast.unparse(o.targets[0]) == '__all__'))
+    assigned = {ast.unparse(o.targets[0]): o.value for o in tree.body if isinstance(o, ast.Assign)}
+    return ast.literal_eval(assigned['__all__'])
 
 def modules():
     "The module of each notebook that exports one: pairs of paths, in the order of the sidebar."
@@ -147,32 +152,36 @@ def reference(nb, path):
 # -- the site
 
 def ordered():
-    "All notebooks but the index, in the order of the sidebar: lessons, workshop, labs; within them, as the index names them."
-    links = re.findall(r'\]\(([^)\s]+\.ipynb)\)', ''.join(c['source'] for c in read(NBS/'index.ipynb')['cells']))
-    named_first = {NBS/l: i for i,l in reversed(list(enumerate(links)))}
-    return [p for group in (lessons(), parts(), labs()) for p in sorted(group, key=named_first.get)]
+    "All notebooks but the index, in the order of the sidebar: lessons, the workshop as the index names it, labs."
+    index = ''.join(c['source'] for c in read(NBS/'index.ipynb')['cells'])
+    def place(path): return index.find(f'({path.relative_to(NBS).as_posix()})')
+    return lessons() + sorted(parts(), key=place) + labs()
 
-def toctree(caption, pages): return f'```{{toctree}}\n:hidden:\n:caption: {caption}\n\n' + '\n'.join(pages) + '\n```\n\n'
+def toctree(caption, pages):
+    "A table of contents for the sidebar alone."
+    return f'```{{toctree}}\n:hidden:\n:caption: {caption}\n\n' + '\n'.join(pages) + '\n```\n\n'
 
 def sidebar(cfg):
     "The tables of contents, as a cell of the index."
     groups = dict(Lessons=lessons(), Workshop=parts(), Labs=labs())
-    trees = [toctree(k, [p.relative_to(NBS).with_suffix('').as_posix() for p in ordered() if p in v]) for k,v in groups.items()]
-    source = ''.join(trees) + toctree('Library', ['api/index', f'GitHub <https://github.com/{cfg["user"]}/{cfg["repo"]}>'])
-    return dict(cell_type='markdown', id='sidebar', metadata={}, source=source)
+    groups = {k: [p.relative_to(NBS).with_suffix('').as_posix() for p in ordered() if p in v] for k,v in groups.items()}
+    groups['Library'] = ['api/index', f'GitHub <https://github.com/{cfg["user"]}/{cfg["repo"]}>']
+    trees = ''.join(toctree(k, v) for k,v in groups.items())
+    return dict(cell_type='markdown', id='sidebar', metadata={}, source=trees)
 
 def api_index():
     "The page that lists the modules."
-    rows = [f'| [{p.stem}]({p.stem}.md) | {ast.get_docstring(ast.parse(p.read_text(encoding="utf-8")))} |' for _,p in modules()]
-    tree = '```{toctree}\n:hidden:\n\n' + '\n'.join(p.stem for _,p in modules()) + '\n```\n'
-    return '# API reference\n\n| module | what it holds |\n|---|---|\n' + '\n'.join(rows) + '\n\n' + tree
+    docs = {p.stem: ast.get_docstring(ast.parse(p.read_text(encoding='utf-8'))) for _,p in modules()}
+    rows = ''.join(f'| [{name}]({name}.md) | {doc} |\n' for name,doc in docs.items())
+    tree = '```{toctree}\n:hidden:\n\n' + '\n'.join(docs) + '\n```\n'
+    return f'# API reference\n\n| module | what it holds |\n|---|---|\n{rows}\n{tree}'
 
 def write(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding='utf-8')
 
 def sources(folder, whole):
-    "Write what Sphinx reads into `folder`: the notebooks and the pages of the library. Of a notebook not in `whole`, only the title."
+    "Write what Sphinx reads into `folder`: the notebooks, of those not in `whole` only titles, and the library's pages."
     cfg = settings()
     for path in notebooks():
         nb = page(path, cfg)
@@ -184,7 +193,7 @@ def sources(folder, whole):
     shutil.copytree(NBS/'images', folder/'images')
 
 def build(folder, whole):
-    "Build the site in `folder`, with the notebooks `whole` in full; a warning of Sphinx, such as a link to nowhere, is an error."
+    "Build the site in `folder`, the notebooks `whole` in full; a warning, such as of a link to nowhere, is an error."
     with tempfile.TemporaryDirectory() as tmp:
         sources(Path(tmp)/'pages', whole)
         options = ['-q', '-W', '--keep-going', '-c', str(ROOT/'docs'), '-d', f'{tmp}/doctrees']

@@ -1,4 +1,4 @@
-"The site, as `make docs` builds it: five pages are looked at, and a page full of faults, on which the same look must find each of them."
+"The site, as `make docs` builds it: a look at five pages, and at one full of faults, which it must find."
 import ast, json, re, shutil, subprocess, sys
 from functools import lru_cache
 from pathlib import Path
@@ -9,9 +9,9 @@ from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/'scripts'))
-from notebooks import NBS, alt, labs, lessons, notebooks, parts, read, settings
+from notebooks import NBS, alt, badge, labs, lessons, parts, read, settings
 
-WHOLE = 'index', '40_sampling', 'parts/core', 'labs/03_simple_diffusion'    # the other notebooks have only their titles here
+WHOLE = 'index', '40_sampling', 'parts/core', 'labs/03_simple_diffusion'    # the others have only titles here
 PAGES = *WHOLE, 'api/sampling'
 
 @pytest.fixture(scope='session')
@@ -25,7 +25,8 @@ def site(shared):
             new.rename(folder)
     return folder
 
-def build(root, *args): return subprocess.run([sys.executable, root/'scripts/docs.py', *args], capture_output=True, text=True)
+def build(root, *args):
+    return subprocess.run([sys.executable, root/'scripts/docs.py', *args], capture_output=True, text=True)
 
 @lru_cache
 def soup(site, page): return BeautifulSoup((site/f'{page}.html').read_text(encoding='utf-8'), 'html.parser')
@@ -38,14 +39,19 @@ def lists(page):
 
 def empty(page):
     "Boxes with nothing in them."
-    return [str(o) for o in page.select('article pre, .cell_input, .cell_output, .output') if not o.text.strip() and not o.select('img, progress')]
+    boxes = page.select('article pre, .cell_input, .cell_output, .output')
+    return [str(o) for o in boxes if not o.text.strip() and not o.select('img, progress')]
 
-def directives(page): return [l for o in page.select('article') for l in o.text.splitlines() if l.strip().startswith('#|')]
+def directives(page):
+    "Lines that only nbdev should see."
+    return [l for o in page.select('article') for l in o.text.splitlines() if l.strip().startswith('#|')]
+
+FETCH = r'(?:url\(|@import )[\s"\']*((?:https?:)?//[^)"\';]*)'     # in a style
 
 def remote(page):
-    "What a browser would fetch from elsewhere: scripts, styles, fonts and pictures, but not the pages that a reader may open."
-    found = [o.get('src') or o.get('href') for o in page.select('[src], link[href]')] + re.findall(r'(?:url\(|@import )[\s"\']*(http[^)"\';]*)', str(page))
-    return [l for l in found if re.match(r'https?:|//', l)]
+    "What a browser would fetch from elsewhere: scripts, styles, fonts, pictures, but not pages that a reader may open."
+    found = [o.get('src') or o.get('href') for o in page.select('[src], link[href]')]
+    return [l for l in found if re.match(r'https?:|//', l)] + re.findall(FETCH, str(page))
 
 def dead(page, path, site):
     "Links of the page at `path` to files, or to places in them, that are not there."
@@ -59,7 +65,7 @@ def there(link, path, site):
 
 def silent(page):
     "Pictures without words for who cannot see them; Sphinx gives such a picture its file's name."
-    return [str(o)[:80] for o in page.select('article img') if not o.get('alt') or o['alt'] == o['src'].removeprefix('../')]
+    return [str(o)[:80] for o in page.select('article img') if o.get('alt', '') in ('', o['src'].removeprefix('../'))]
 
 def unclosed(site, path):
     text = (site/path).read_text(encoding='utf-8')
@@ -68,8 +74,8 @@ def unclosed(site, path):
 def faults(site, name):
     "What is wrong on the page `name`: {kind: where}"
     page, path = soup(site, name), f'{name}.html'
-    found = dict(lists=lists(page), empty=empty(page), directives=directives(page), remote=remote(page), dead=dead(page, path, site),
-                 silent=silent(page), unclosed=unclosed(site, path))
+    found = {look.__name__: look(page) for look in (lists, empty, directives, remote, silent)}
+    found |= dict(dead=dead(page, path, site), unclosed=unclosed(site, path))
     return {k: v for k, v in found.items() if v}
 
 @pytest.mark.parametrize('name', PAGES)
@@ -78,13 +84,13 @@ def test_a_page_has_no_faults(site, name): assert faults(site, name) == {}
 def test_styles_fetch_nothing_from_elsewhere(site):
     "The fonts and pictures of every style sheet are files of the site, or stand in the sheet."
     sheets = list(site.rglob('*.css'))
-    assert len(sheets) > 3 and [p for p in sheets if re.search(r'(?:url\(|@import )[\s"\']*(?:https?:|//)', p.read_text(encoding='utf-8'))] == []
+    assert len(sheets) > 3 and [p for p in sheets if re.search(FETCH, p.read_text(encoding='utf-8'))] == []
 
-def code(source, *outputs): return dict(cell_type='code', execution_count=None, id=f'c{len(source)}', metadata={}, source=source, outputs=outputs)
+def cell(kind, source, **kw): return dict(cell_type=kind, id=f'c{len(source)}', metadata={}, source=source) | kw
 
-def stream(text): return dict(output_type='stream', name='stdout', text=text)
-
-PICTURE = dict(output_type='display_data', metadata={}, data={'image/png': 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=='})
+PNG = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=='
+OUTPUTS = [dict(output_type='stream', name='stdout', text="['one line\\n', 'another\\n']\n#| export\n"),
+           dict(output_type='display_data', metadata={}, data={'image/png': PNG})]
 FAULTS = '''# Planted
 
 [Gone](gone.ipynb), <a href="gone.html">gone too</a> and <a href="#nowhere">nowhere</a>.
@@ -100,17 +106,18 @@ FAULTS = '''# Planted
 '''
 
 def test_planted_faults_are_found(tmp_path):
-    "A notebook with one fault of each kind: Sphinx names the link between notebooks, and the look at the page all the others."
+    "In a notebook with each kind of fault, Sphinx names the link between notebooks, and the look at the page the others."
     for d in ('scripts', 'docs'): shutil.copytree(ROOT/d, tmp_path/d, ignore=shutil.ignore_patterns('__pycache__'))
     shutil.copy(ROOT/'settings.ini', tmp_path)
     (tmp_path/'nbs/images').mkdir(parents=True)
-    cells = [dict(cell_type='markdown', id='m', metadata={}, source=FAULTS), code('1', stream("['one line\\n', 'another\\n']\n#| export\n")), code('22', PICTURE)]
+    cells = [cell('markdown', FAULTS), cell('code', '1', execution_count=None, outputs=OUTPUTS)]
     nb = dict(cells=cells, metadata=read(NBS/'index.ipynb')['metadata'], nbformat=4, nbformat_minor=5)
     (tmp_path/'nbs/index.ipynb').write_text(json.dumps(nb))
     r = build(tmp_path, tmp_path/'site')
     assert r.returncode == 1 and "'gone.ipynb'" in r.stderr
     found = faults(tmp_path/'site', 'index')
-    assert {k: len(v) for k, v in found.items()} == dict(lists=1, empty=1, directives=1, remote=3, dead=3, silent=1, unclosed=1), found
+    expected = dict(lists=1, empty=1, directives=1, remote=3, silent=1, dead=3, unclosed=1)
+    assert {k: len(v) for k, v in found.items()} == expected, found
 
 # -- what must be on a page
 
@@ -124,8 +131,9 @@ def code_cells(name): return [c for c in read(NBS/f'{name}.ipynb')['cells'] if c
 def test_a_page_shows_what_its_notebook_printed(site, name):
     "Every text, word for word, and every table as a table."
     outs = [o for c in code_cells(name) if '#| hide' not in c['source'] for o in c['outputs']]
-    texts = [''.join(o.get('text') or o['data']['text/plain']) for o in outs if not {'text/html', *PICTURES} & set(o.get('data', {}))]
-    tables = [''.join(o['data']['text/html']) for o in outs if '<table' in ''.join(o.get('data', {}).get('text/html', ''))]
+    plain = [o for o in outs if not {'text/html', *PICTURES} & set(o.get('data', {}))]
+    texts = [''.join(o.get('text') or o['data']['text/plain']) for o in plain]
+    tables = [o for o in outs if '<table' in ''.join(o.get('data', {}).get('text/html', ''))]
     page = soup(site, name)
     shown = text_of(page)
     assert texts and [t for t in texts if ' '.join(t.split()) not in shown] == []
@@ -140,10 +148,13 @@ def test_a_page_says_what_its_pictures_show(site, name):
 def test_answers_are_folded_and_set(site):
     "Solutions and answers are closed; the code in them is a box of code, and the numbered answers are a list."
     folded = [o for o in soup(site, '40_sampling').select('article details') if 'hide' not in o.get('class', [])]
-    assert len(folded) == read_text('40_sampling').count('<details>') > 2 and not any(o.has_attr('open') for o in folded)
+    assert len(folded) == read_text('40_sampling').count('<details>') > 2
+    assert not any(o.has_attr('open') for o in folded)
     assert folded[0].select('.highlight-python pre .k') and len(folded[-1].select('ol > li')) == 6
 
-def read_text(name): return '\n'.join(c['source'] for c in read(NBS/f'{name}.ipynb')['cells'] if c['cell_type'] == 'markdown')
+def read_text(name):
+    "The prose of a notebook."
+    return '\n'.join(c['source'] for c in read(NBS/f'{name}.ipynb')['cells'] if c['cell_type'] == 'markdown')
 
 def test_a_page_soon_shows_something(site):
     "The installation, the imports and the style are one folded line above the opening of a lesson."
@@ -162,8 +173,7 @@ def test_formulas_need_no_network(site):
 def test_a_page_leads_to_colab(site):
     "The badge is a link of ours, because the picture of the usual one would come from the network."
     for name in ('index', '40_sampling', 'parts/core'):
-        badges = soup(site, name).select('a.colab')
-        assert badges[0]['href'] == f"https://colab.research.google.com/github/{settings()['user']}/{settings()['repo']}/blob/main/nbs/{name}.ipynb"
+        assert soup(site, name).select('a.colab')[0]['href'] in badge(NBS/f'{name}.ipynb', settings())
 
 def test_sidebar_and_next_lead_through_the_course(site):
     "Lessons, workshop and labs, as the index names them, then the library; `next` goes the same way."
@@ -171,8 +181,9 @@ def test_sidebar_and_next_lead_through_the_course(site):
     tree = soup(site, 'index').select_one('.sidebar-tree')
     order = [o['href'] for o in tree.select('li.toctree-l1 > a.internal')]
     assert [o.text for o in tree.select('.caption')] == ['Lessons', 'Workshop', 'Labs', 'Library']
-    assert [sorted(order[:10]), order[-1]] == [groups[0], 'api/index.html'] and order[:10] == groups[0]
-    assert [set(order[10:-6]), order[-6:-1]] == [set(groups[1]), groups[2]] and len(order) == len(notebooks())
+    a, b = len(groups[0]), len(groups[0] + groups[1])
+    assert order[:a] == groups[0] and sorted(order[a:b]) == groups[1] and order[b:] == [*groups[2], 'api/index.html']
+    assert {o['href'] for o in soup(site, 'index').select('article a.internal[href$=html]')} >= set(order[:-1])
     way, page = [], 'index'
     while page != 'api/index':
         page = normpath(Path(page).parent/soup(site, page).select_one('a.next-page')['href']).removesuffix('.html')
@@ -186,17 +197,19 @@ def public(path):
 
 def test_reference_has_every_public_name(site):
     "Each module has a page, and each name of its `__all__` an entry."
-    modules = [p for p in (ROOT/settings()['lib_path']).glob('*.py') if '__all__' in p.read_text(encoding='utf-8') and p.stem[0] != '_']
+    modules = [p for p in (ROOT/settings()['lib_path']).glob('[!_]*.py') if '__all__' in p.read_text(encoding='utf-8')]
     assert len(modules) >= 16
     for p in modules:
         ids = set(re.findall(r'<dt [^>]*id="([^"]+)"', (site/f'api/{p.stem}.html').read_text(encoding='utf-8')))
         assert {f'latentdiff.{p.stem}.{n}' for n in public(p)} <= ids, p.stem
 
 def test_reference_says_what_a_parameter_is(site):
-    "The signature stands there with the comments beside its parameters; so do fields of data classes, methods patched in, and properties."
-    def entry(module, name): return text_of(soup(site, f'api/{module}').find('dt', id=f'latentdiff.{module}.{name}').parent)
+    "A signature has the comments beside its parameters; so have fields of data classes, and methods that are patched in."
+    def entry(module, name):
+        return text_of(soup(site, f'api/{module}').find('dt', id=f'latentdiff.{module}.{name}').parent)
     steps = entry('sampling', 'time_steps')
-    assert "spacing=None, # 'uniform' in t, 'karras' or 'logsnr'" in steps and 'falling from start to 0' in steps and 'raise' not in steps
+    assert "spacing=None, # 'uniform' in t, 'karras' or 'logsnr'" in steps
+    assert 'falling from start to 0' in steps and 'raise' not in steps
     assert 'size: int # pixels a side' in entry('core', 'Preset')
     assert 'def add_noise(self:Process, x0, eps, t): # clean latents' in entry('noisify', 'Process.add_noise')
     assert entry('commands', 'Run.report').startswith('property')
