@@ -1,4 +1,4 @@
-"""browser.py [NOTEBOOK...]: run lessons, such as 40_sampling, in a real JupyterLab at `tiny`, and open pages of the site.
+"""browser.py [NOTEBOOK...]: run lessons, such as 40_sampling, in a real JupyterLab at `tiny`, open pages of the site.
 Both are looked at in a headless Chromium. $CHROMIUM names another Chromium than playwright's."""
 import json, os, socket, subprocess, sys, tempfile, time, urllib.request
 from contextlib import contextmanager
@@ -146,4 +146,4 @@ def site(browser):
 if __name__ == '__main__':
     with chromium() as browser:
         wrong = site(browser) + [w for name in sys.argv[1:] or LESSONS for w in lesson(browser, name)]
-    sys.exit('\n'.join(wrong))
+    sys.exit('\n'.join(wrong) or 0)

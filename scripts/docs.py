@@ -181,7 +181,7 @@ def write(path, text):
     path.write_text(text, encoding='utf-8')
 
 def sources(folder, whole):
-    "Write what Sphinx reads into `folder`: the notebooks, of those not in `whole` only titles, and the library's pages."
+    "Write what Sphinx reads into `folder`: the notebooks, of those not in `whole` only titles, and the library."
     cfg = settings()
     for path in notebooks():
         nb = page(path, cfg)

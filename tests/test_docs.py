@@ -106,7 +106,7 @@ FAULTS = '''# Planted
 '''
 
 def test_planted_faults_are_found(tmp_path):
-    "In a notebook with each kind of fault, Sphinx names the link between notebooks, and the look at the page the others."
+    "In a notebook with each kind of fault, Sphinx names the link between notebooks, and the look at the page the rest."
     for d in ('scripts', 'docs'): shutil.copytree(ROOT/d, tmp_path/d, ignore=shutil.ignore_patterns('__pycache__'))
     shutil.copy(ROOT/'settings.ini', tmp_path)
     (tmp_path/'nbs/images').mkdir(parents=True)
@@ -204,7 +204,7 @@ def test_reference_has_every_public_name(site):
         assert {f'latentdiff.{p.stem}.{n}' for n in public(p)} <= ids, p.stem
 
 def test_reference_says_what_a_parameter_is(site):
-    "A signature has the comments beside its parameters; so have fields of data classes, and methods that are patched in."
+    "A signature has the comments beside its parameters; so have fields of data classes and methods patched in."
     def entry(module, name):
         return text_of(soup(site, f'api/{module}').find('dt', id=f'latentdiff.{module}.{name}').parent)
     steps = entry('sampling', 'time_steps')

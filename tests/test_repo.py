@@ -240,6 +240,12 @@ def test_wheel_holds_modules_and_licence(tmp_path):
     assert f"License-Expression: {CFG['license']}" in meta and f"Version: {CFG['version']}" in meta
     assert re.findall(r'^latentdiff-(\w+)', scripts, re.M) == ['encode', 'eval', 'run', 'sample', 'train']
 
+def test_the_browser_test_says_what_it_needs():
+    "Without playwright: one line, with the commands that bring it"
+    code = "import runpy, sys; sys.modules['playwright'] = None; runpy.run_path('browser.py', run_name='__main__')"
+    r = subprocess.run([sys.executable, '-c', code], cwd=ROOT/'scripts', capture_output=True, text=True)
+    assert r.returncode == 1 and len(r.stderr.splitlines()) == 1 and 'playwright install' in r.stderr
+
 def test_a_release_is_the_version_and_has_been_used():
     "The workflow stops at a tag that is not the version, and publishes only what was installed from the wheel and used."
     flow = yaml.safe_load((ROOT/'.github/workflows/release.yml').read_text())
