@@ -2,15 +2,17 @@
 VENV := .venv
 BIN := $(VENV)/bin
 META := settings.ini setup.py pyproject.toml
+DOCS := $(shell sed -n 's/^docs_requirements = //p' settings.ini)
 .DELETE_ON_ERROR:
-.PHONY: demo lessons test readme docs wheel wheel-check colab-check clean
+.PHONY: demo lessons test test-browser readme docs wheel wheel-check colab-check clean
 
 help:
 	@echo "make demo         train, sample and evaluate on the embedded data set; writes runs/demo/report.html"
 	@echo "make lessons      JupyterLab with the lessons, in copies of your own"
 	@echo "make test         every notebook at the tiny preset, and the other tests"
+	@echo "make test-browser a lesson in JupyterLab and pages of the site, in a headless Chromium"
 	@echo "make readme       README.md from nbs/index.ipynb"
-	@echo "make docs         the lessons as web pages in _docs"
+	@echo "make docs         the site in _docs: the lessons as web pages, and the library"
 	@echo "make wheel-check  the wheel, installed and used in an empty environment"
 	@echo "make colab-check  would an install move the torch of a Colab-like machine?"
 
@@ -26,6 +28,10 @@ lessons: $(BIN)/.dev
 test: $(BIN)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
+# Needs the extra `browser` and a Chromium, and says so where they are missing.
+test-browser: $(BIN)/.dev
+	$(BIN)/python scripts/browser.py
+
 $(BIN)/.demo: $(BIN)/python $(META)
 	@echo "Installing latentdiff and what it needs: one to five minutes, several GB (torch brings its CUDA libraries along)."
 	$(BIN)/pip install -q -e '.[eval]'
@@ -36,13 +42,18 @@ $(BIN)/.dev: $(BIN)/python $(META)
 	$(BIN)/pip install -q -e '.[eval,dev]'
 	@touch $@ $(BIN)/.demo
 
+# The site is made from text alone, so it needs no torch.
+$(BIN)/.docs: $(BIN)/python $(META)
+	$(BIN)/pip install -q $(DOCS:%='%')
+	@touch $@
+
 $(BIN)/python:
 	@python=$$(sh scripts/find-python) && echo "Creating $(VENV) with $$python" && $$python -m venv $(VENV)
 
 readme: $(BIN)/.dev
 	$(BIN)/python scripts/readme.py
 
-docs: $(BIN)/.dev
+docs: $(BIN)/.docs
 	$(BIN)/python scripts/docs.py _docs
 
 wheel: $(BIN)/.dev

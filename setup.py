@@ -46,7 +46,8 @@ setup(
     packages = [cfg['lib_path']],
     package_data = {cfg['lib_path']: ['lesson.mplstyle', 'zoo/*/*', 'zoo/*/*/*']},
     install_requires = words('requirements'),
-    extras_require = {'eval': words('eval_requirements'), 'text': words('text_requirements'),
-                      'dev': words('dev_requirements') + words('text_requirements')},
+    extras_require = {'eval': words('eval_requirements'), 'text': words('text_requirements'), 'docs': words('docs_requirements'),
+                      'browser': words('browser_requirements'),
+                      'dev': words('dev_requirements') + words('text_requirements') + words('docs_requirements')},
     entry_points = {'console_scripts': words('console_scripts')},
 )

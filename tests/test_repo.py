@@ -1,13 +1,12 @@
 "The repository keeps its promises: one place for the metadata, clean notebooks, generated files up to date, a wheel that holds it all."
-import ast, html, json, random, re, shutil, subprocess, sys, tomllib, zipfile
+import ast, json, os, random, re, shutil, subprocess, sys, tomllib, zipfile
 from importlib import import_module
 from pathlib import Path
-import numpy as np, pytest
+import numpy as np, pytest, yaml
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/'scripts'))
 from colab_check import RUNTIMES, additions, index_answers, there, unmet, wanted
-from docs import build
 from notebooks import GPU, NBS, alt, ask_for_gpu, badge, directives, labs, lessons, notebooks, parts, read, settings, setup_cell
 from readme import render
 
@@ -84,7 +83,7 @@ def test_every_import_is_a_requirement():
     assert requirements('', 'eval_', 'text_') - found <= package | lessons
 
 def test_requirements_are_lower_bounds():
-    reqs = ' '.join(CFG[f'{k}requirements'] for k in ('', 'eval_', 'text_', 'dev_')).split()
+    reqs = ' '.join(CFG[f'{k}requirements'] for k in ('', 'eval_', 'text_', 'docs_', 'browser_', 'dev_')).split()
     assert all(re.fullmatch(r'[\w-]+(>=[\d.]+)?', r) for r in reqs)
 
 @pytest.mark.parametrize('pins', RUNTIMES)
@@ -218,66 +217,11 @@ def test_readme_links_lead_somewhere():
     readme = (ROOT/'README.md').read_text()
     assert [n for n in LESSONS if badge(NBS/n, CFG) not in readme] == []
 
-@pytest.fixture(scope='module')
-def docs(tmp_path_factory):
-    "The smallest lesson that prints much, and its page."
-    prints = [p for p in lessons() if sum('text' in o for c in code_cells(p) for o in c['outputs']) > 5]
-    tmp, lesson = tmp_path_factory.mktemp('docs'), min(prints, key=lambda p: p.stat().st_size)
-    build(tmp, [lesson])
-    return lesson.name, (tmp/lesson.with_suffix('.html').name).read_text()
-
-def test_docs_build(docs, tmp_path):
-    "Every link between pages is to the page of a notebook, and the index has all of them."
-    build(tmp_path, [NBS/'index.ipynb'])
-    links = [{l for l in re.findall(r'href="(?!https?:|#|data:)([^"#]+\.html)', p)} for p in (docs[1], (tmp_path/'index.html').read_text())]
-    pages = {str(Path(n).with_suffix('.html')) for n in NAMES}
-    assert links[0] <= pages and links[1] == {str(Path(n).with_suffix('.html')) for n in LESSONS + LABS + PARTS}
-
-def test_docs_have_no_empty_boxes_and_no_notes_on_what_is_hidden(tmp_path):
-    "A cell that keeps only its output has no box for its source on the page."
-    build(tmp_path, [NBS/'index.ipynb'])
-    page = (tmp_path/'index.html').read_text()
-    boxes = re.findall(r'<div class="jp-CodeMirrorEditor[^>]*>(.*?)</div>\s*</div>', page, re.S)
-    assert len(boxes) > 3 and all(text_of(o) for o in boxes) and 'The run behind it' in page
-    assert 'notebook only' not in page
-
-def test_docs_say_what_a_picture_shows():
-    "The words behind `fig-alt` are the alternative text of the picture on the page"
-    from docs import HTMLExporter, page
-    said = re.search(r'#\| fig-alt: (.+)', next(c['source'] for c in code_cells('00_data.ipynb') if 'fig-alt' in c['source']))[1]
-    assert f'alt="{said}"' in page(NBS/'00_data.ipynb', HTMLExporter())
-
 @pytest.mark.parametrize('name', LESSONS + LABS)
 def test_pictures_have_words_for_who_cannot_see_them(name):
     "Every cell with a picture says in `#| fig-alt:` what it shows"
     drawn = [c for c in code_cells(name) if any('image/png' in o.get('data', {}) for o in c['outputs'])]
     assert not [c['source'] for c in drawn if not alt(c)]
-
-TABLE = ['<table border="1">\n', '<tr><td>a&lt;b</td></tr>\n', '</table>']
-OUTPUTS = [dict(output_type='stream', name='stdout', text=['one line\n', 'another <b>line</b>\n']),
-           dict(output_type='display_data', metadata={}, data={'text/plain': ['first: 1\n', 'second: 2']}),
-           dict(output_type='display_data', metadata={}, data={'text/plain': ['a table'], 'text/html': TABLE})]
-
-def text_of(page): return ' '.join(html.unescape(re.sub('<[^>]*>', '', page)).split())
-
-def test_docs_show_outputs_as_they_are(tmp_path, monkeypatch):
-    "A printed line, a value of two lines and a table, as notebooks keep them on disk: lists of lines."
-    cell = dict(cell_type='code', execution_count=None, id='a', metadata={}, source=['1'], outputs=OUTPUTS)
-    nb = dict(cells=[cell], metadata=read(NBS/'index.ipynb')['metadata'], nbformat=4, nbformat_minor=5)
-    (tmp_path/'a.ipynb').write_text(json.dumps(nb))
-    monkeypatch.setattr('docs.NBS', tmp_path)
-    build(tmp_path, [tmp_path/'a.ipynb'])
-    page = (tmp_path/'a.html').read_text()
-    assert 'one line another <b>line</b>' in text_of(page) and 'first: 1 second: 2' in text_of(page) and ''.join(TABLE) in page
-    assert "['" not in text_of(page.split('<body')[1])
-
-def test_docs_show_what_a_lesson_printed(docs):
-    "Every text that the lesson printed is on its page, word for word."
-    name, page = docs
-    outs = [o for c in code_cells(name) for o in c['outputs']]
-    texts = [o.get('text') or o['data']['text/plain'] for o in outs if not {'text/html', 'image/png'} & set(o.get('data', {}))]
-    shown = text_of(page)
-    assert len(texts) > 5 and [t for t in texts if ' '.join(''.join(t).split()) not in shown] == []
 
 @pytest.mark.parametrize('script', sorted((ROOT/'bench').glob('*.py')), ids=lambda o: o.stem)
 def test_a_bench_says_what_it_does(script, server):
@@ -295,6 +239,24 @@ def test_wheel_holds_modules_and_licence(tmp_path):
     assert any(n.endswith('licenses/LICENSE') for n in names)
     assert f"License-Expression: {CFG['license']}" in meta and f"Version: {CFG['version']}" in meta
     assert re.findall(r'^latentdiff-(\w+)', scripts, re.M) == ['encode', 'eval', 'run', 'sample', 'train']
+
+def test_the_browser_test_says_what_it_needs():
+    "Without playwright: one line, with the commands that bring it"
+    code = "import runpy, sys; sys.modules['playwright'] = None; runpy.run_path('browser.py', run_name='__main__')"
+    r = subprocess.run([sys.executable, '-c', code], cwd=ROOT/'scripts', capture_output=True, text=True)
+    assert r.returncode == 1 and len(r.stderr.splitlines()) == 1 and 'playwright install' in r.stderr
+
+def test_a_release_is_the_version_and_has_been_used():
+    "The workflow stops at a tag that is not the version, and publishes only what was installed from the wheel and used."
+    flow = yaml.safe_load((ROOT/'.github/workflows/release.yml').read_text())
+    steps = flow['jobs']['build']['steps']
+    check = next(o['run'] for o in steps if 'settings.ini' in o.get('name', ''))
+    def rc(tag): return subprocess.run(['sh', '-c', check], cwd=ROOT, env=os.environ | dict(GITHUB_REF_NAME=tag), capture_output=True).returncode
+    assert [rc(t) for t in (f"v{CFG['version']}", CFG['version'], f"v{CFG['version']}1", 'v')] == [0, 1, 1, 1]
+    assert flow[True] == dict(push=dict(tags=['v*'])) and flow['jobs']['publish']['needs'] == 'build'      # YAML 1.1 reads `on` as true
+    runs = [o.get('run', o.get('uses')) for o in steps]
+    assert [r for r in runs if r.startswith(('make wheel-check', 'actions/upload'))] == runs[-2:]
+    assert flow['jobs']['publish']['permissions'] == {'id-token': 'write'} and flow['permissions'] == {'contents': 'read'}
 
 # -- the tests themselves
 
