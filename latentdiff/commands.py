@@ -33,7 +33,7 @@ pipeline, report, source = map(_Lazy, ('pipeline', 'report', 'source'))
 class Run:
     "A run folder: its settings, and the artefacts that are made from them, each when it is first asked for"
     def __init__(self, folder, settings): # where everything goes, dict from `settings_of`
-        self.folder, self.device, self.kept = Path(folder), default_device(), {}
+        self.folder, self.device, self.kept, self.trackers = Path(folder), default_device(), {}, []
         self.settings = self.read(settings)
         self.p, self.seed = preset_of(self.settings), self.settings['seed']
 
@@ -164,7 +164,8 @@ def told(self:Run, n): # of the first `n` samples, what each was asked to show, 
 def denoiser(self:Run):
     "(network with averaged weights, process), trained on the latents"
     given = self.folder, self.latents, self.p
-    kw = dict(seed=self.seed, device=self.device, remake=True, cbs=pipeline.KIDCurve(self.score))
+    kw = dict(seed=self.seed, device=self.device, remake=True,
+              cbs=[pipeline.KIDCurve(self.score), *self.trackers])
     start = self.settings.get('start')
     if start: kw |= source.going_on(self.images, self.condition, start, lambda: self.source)
     if start or not self.condition: return self.once('denoiser', lambda: unet.make_denoiser(*given, **kw))
@@ -392,15 +393,18 @@ def _options(
     condition:str=None,   # tell the denoiser class (first folder level), text (captions), auto: what there is; or none
     From:str=None,        # go on from this run folder or name in the zoo; none; default: what fits, for few pictures
     config:str=None,      # file of options, such as config.toml in a run folder; those given beside it count more
+    track:str=None,       # tensorboard: its files of the denoiser's training go into the run folder
     out:str=None          # run folder; default: runs/<data>-<preset>-<size>px-seed<seed>
 ): # Run
-    kinds = {k.lower(): v for k, v in _options.__annotations__.items() if k not in ('config', 'out')}
+    kinds = {k.lower(): v for k, v in _options.__annotations__.items() if k not in ('config', 'track', 'out')}
     given = {k.lower(): v for k, v in locals().items() if v is not None and k.lower() in kinds}
     given = source.as_there(beside_file(given, config, kinds))
     s = settings_of(**{'From' if k == 'from' else k: v for k, v in given.items()})
     folder = run_folder(preset_of(s), s['seed'])
     if s['from'] not in (None, 'none'): folder = folder.with_name(f"{folder.name}-from-{Path(s['from']).name}")
-    return Run(out or folder, s)
+    run = Run(out or folder, s)
+    run.trackers = training.trackers(track, run.folder/'tensorboard')
+    return run
 
 def _verb(name, goals, doc):
     "A command with the options of a run, that makes its `goals`"

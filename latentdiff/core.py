@@ -24,9 +24,10 @@ class UserError(ValueError):
     "Something the reader can mend; the message is one line that says what to do"
 
 def default_device():
-    "The GPU if there is one, else the CPU"
+    "The GPU if there is one, of NVIDIA or in a Mac, else the CPU"
     import torch
-    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    kinds = dict(cuda=torch.cuda.is_available, mps=torch.backends.mps.is_available)
+    return torch.device(next((k for k, there in kinds.items() if there()), 'cpu'))
 
 def data_home():
     "Where data sets are kept: `$LATENTDIFF_DATA`, or `~/.cache/latentdiff`"

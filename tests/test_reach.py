@@ -1,17 +1,20 @@
 "Runs that go on from a pipeline, settings from a file, and what guidance does."
 import json, math, shutil, tomllib
-import numpy as np, pytest, torch
+from types import SimpleNamespace
+import matplotlib.pyplot as plt, numpy as np, pytest, torch, torch.nn.functional as F
 from errors import one_line
+from torch.utils._python_dispatch import TorchDispatchMode
 from latentdiff import source
-from latentdiff.autoencoder import KLAutoencoder
+from latentdiff.autoencoder import AELoss, KLAutoencoder, ae_learner, as_double
 from latentdiff.commands import Run, run_cli
-from latentdiff.core import UserError, beside_file, made, preset, read_toml, settings_of, stream, to_toml
+from latentdiff.core import beside_file, default_device, made, read_toml, settings_of, to_toml
 from latentdiff.conditioning import ClassConditioner, Conditioned, TextConditioner, conditional
-from latentdiff.data import Images, open_images
+from latentdiff.data import from_uint8, open_images, to_uint8
 from latentdiff.noisify import Process, make_latents, weights_hash
 from latentdiff.pipeline import LatentDiffusionPipeline
-from latentdiff.report import by_guidance, caution, class_judge, figures
-from latentdiff.unet import UNet, make_denoiser
+from latentdiff.report import by_guidance, caution, class_judge
+from latentdiff.training import fit_steps, orthogonalise, trackers
+from latentdiff.unet import UNet, denoiser_learner, make_denoiser
 
 FLOW = 'flow', 'velocity', 'logit_normal'
 
@@ -233,13 +236,13 @@ def test_what_is_given_beats_the_file(tmp_path):
     assert 'minutes or steps' in one_line(settings_of, 'rooms', 'tiny', minutes=1, steps=1)
 
 def test_the_file_of_a_run_repeats_it(went_on, tmp_path):
-    "Read again, it gives the same settings, and so the same weights."
+    "Read again, it gives the same settings; that these give the same weights is tested in test_cli."
     f = went_on.folder/'config.toml'
-    kinds = {k: type(v) for k, v in tomllib.loads(f.read_text()).items()}
-    given = beside_file({}, f, kinds)
+    given = beside_file({}, f, {k: type(v) for k, v in tomllib.loads(f.read_text()).items()})
     r = Run(tmp_path/'run', settings_of(**{'From' if k == 'from' else k: v for k, v in given.items()}))
-    r.go(('denoiser',))
-    assert r.settings == went_on.settings and same(r.denoiser[0], went_on.denoiser[0])
+    r.begin()
+    r.fix_steps()
+    assert r.settings == went_on.settings and r.p == went_on.p
 
 def test_a_wrong_file_for_the_command(tmp_path):
     (tmp_path/'a.toml').write_text('stepps = 3')
@@ -250,6 +253,89 @@ def test_a_wrong_file_for_the_command(tmp_path):
 def test_steps_that_are_given_are_kept(went_on):
     assert 'steps 6, not 7' in one_line(Run, went_on.folder, {**went_on.settings, 'steps': 7})
     assert Run(went_on.folder, {**went_on.settings, 'steps': None}).settings['steps'] == 6
+
+# --- Learners -------------------------------------------------------------------------------------------------------
+
+def learners():
+    "Of a denoiser and of an autoencoder, untrained, with what they are given to validate on"
+    torch.manual_seed(0)
+    z, x = torch.randn(24, 4, 8, 8), torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8)
+    net, ae = shaken(UNet(4, widths=(16, 32), depth=1)), shaken(KLAutoencoder(3, (8,), 4, 1, 4))
+    yield denoiser_learner(net, Process(*FLOW), z, z[:8], bs=8), z[:8]
+    yield ae_learner(ae, x, x[:8], bs=8), from_uint8(x[:8])
+
+def shown():
+    "The uint8 pictures (n,3,h,w) of the last figure, which is closed"
+    fig = plt.gcf()
+    px = [torch.as_tensor(np.array(ax.images[0].get_array())) for ax in fig.axes if ax.images]
+    plt.close(fig)
+    return torch.stack(px).permute(0, 3, 1, 2)
+
+def test_learners_show_what_they_see():
+    "Of images themselves, of latents three channels; then what went in above what comes out, which is what the network answers."
+    for (learn, x), picture in zip(learners(), (lambda z: z[:, :3]/3, lambda x: x)):
+        learn.dls.show_batch()
+        first = learn.dls.train.one_batch()[0]
+        assert torch.equal(shown(), to_uint8(picture(first)))
+        with learn.no_bar(): learn.show_results(shuffle=False)
+        rows = shown()
+        assert torch.equal(rows[:8], to_uint8(picture(x))) and len(rows) == 16
+        if picture(x) is not x: continue
+        with torch.no_grad(): out = learn.model.eval()(x)[0]
+        assert (rows[8:].int() - to_uint8(out).int()).abs().max() <= 1
+
+def test_lr_find_leaves_the_weights_alone(tmp_path, monkeypatch):
+    "It tries rising rates, proposes one of them, and what it writes meanwhile is gone."
+    monkeypatch.chdir(tmp_path)
+    for learn, _ in learners():
+        before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+        with learn.no_bar(): found = learn.lr_find(num_it=20, show_plot=False)
+        assert 1e-7 <= found.valley <= 10 and all(torch.equal(before[k], v) for k, v in learn.model.state_dict().items())
+    assert not [f for f in tmp_path.rglob('*') if f.is_file()]
+
+def test_tensorboard_is_told(tmp_path, monkeypatch):
+    "Losses and rates are in its files; where it is missing, one line says so."
+    monkeypatch.setattr('latentdiff.training.find_spec', lambda name: None)
+    assert 'pip install' in one_line(trackers, 'tensorboard', tmp_path) and 'tensorboard' in one_line(trackers, 'wandb', tmp_path)
+    monkeypatch.undo()
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    learn, _ = next(learners())
+    with learn.no_bar(), learn.no_logging(): fit_steps(learn, 12, lr=1e-3, rounds=2, cbs=trackers('tensorboard', tmp_path/'tb'))
+    seen = EventAccumulator(str(tmp_path/'tb')).Reload()
+    assert [o.value for o in seen.Scalars('valid_loss')] == pytest.approx([o[2] for o in learn.history['rows']], rel=1e-5)
+    assert max(o.value for o in seen.Scalars('lr_0')) <= 1e-3 and len(seen.Scalars('train_loss')) >= 12
+
+def test_the_device_of_a_mac(monkeypatch):
+    "It is taken where there is no CUDA; what is float64 goes to the CPU first, because a Mac's GPU has none."
+    monkeypatch.setattr('torch.cuda.is_available', lambda: False)
+    monkeypatch.setattr('torch.backends.mps.is_available', lambda: True)
+    assert default_device().type == 'mps'
+    x = torch.randn(3)
+    there = SimpleNamespace(device=SimpleNamespace(type='mps'), cpu=lambda: x)   # `double` on it would be an AttributeError
+    assert torch.equal(as_double(there), x.double())
+
+class NoDouble(TorchDispatchMode):
+    "No float64 comes to lie on `meta`, which stands for the GPU of a Mac"
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        for o in out if isinstance(out, (tuple, list)) else [out]:
+            assert not (torch.is_tensor(o) and o.device.type == 'meta' and o.dtype == torch.float64), f
+        return out
+
+def test_nothing_is_float64_on_the_device():
+    "Noise, both networks forward and back, the average and a step of the optimizer; the check itself catches a float64."
+    with torch.device('meta'): net, ae, z, x = UNet(4, widths=(16, 32), depth=1), KLAutoencoder(3, (8,), 4, 1, 4), torch.randn(2, 4, 8, 8), torch.rand(2, 3, 32, 32)
+    with NoDouble():
+        process = Process(*FLOW)
+        x_t, t, target = process.noisify(z)
+        F.mse_loss(net(process.scale_input(x_t, t), process.time_input(t)), target).backward()
+        AELoss()(ae(x), x).backward()
+        ae.eval().decode(ae.encode(x))
+        shadow = [p.detach().clone() for p in net.parameters()]
+        torch._foreach_lerp_(shadow, [p.data for p in net.parameters()], .1)
+        for p in net.parameters(): p.data -= .01*orthogonalise(p.grad.flatten(1)[None])[0].view_as(p) if p.ndim > 2 else p.grad
+        with pytest.raises(AssertionError): z.double()
 
 # --- the report -----------------------------------------------------------------------------------------------------
 
