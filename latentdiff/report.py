@@ -98,7 +98,7 @@ GUIDANCES = 1., 1.5, 2., 3.
 def class_judge(f, labels): # features (n,d) and classes (n,) int64 of real pictures, -1 where there is none
     "features (m,d) -> the likeliest class of each (m,)"
     known = labels >= 0
-    net = make_pipeline(StandardScaler(), LogisticRegression(C=.01, max_iter=200)).fit(f[known], labels[known])
+    net = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300)).fit(f[known], labels[known])
     return lambda f: torch.from_numpy(net.predict(f.numpy()))
 
 def by_guidance(draw, extractor, real, # guidance -> uint8 (n,c,h,w); pixels -> features; features of real pictures
