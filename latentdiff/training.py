@@ -439,4 +439,11 @@ def trackers(name, folder): # 'tensorboard', or None for none; where it writes
     if name != 'tensorboard': raise UserError(f'--track is {name}: there is only tensorboard.')
     if not find_spec('tensorboard'): raise UserError("TensorBoard is not installed: pip install 'latentdiff[track]'")
     from fastai.callback.tensorboard import TensorBoardCallback
-    return [TensorBoardCallback(folder, trace_model=False, log_preds=False)]
+    class Board(TensorBoardCallback):
+        "fastai's, with the steps of `fit_steps`, and of what torch's optimizers call a setting only the rate"
+        run_valid = False
+        def write(self, **d):
+            for k, v in d.items(): self.writer.add_scalar(k, v, self.step_by_step.k)
+        def after_batch(self): self.write(train_loss=self.smooth_loss, lr=self.opt.hypers[-1]['lr'])
+        def after_epoch(self): self.write(**dict(zip(self.recorder.metric_names[2:-1], self.recorder.log[2:-1])))
+    return [Board(folder, trace_model=False, log_preds=False)]

@@ -13,7 +13,7 @@ from latentdiff.data import from_uint8, open_images, to_uint8
 from latentdiff.noisify import Process, make_latents, weights_hash
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.report import by_guidance, caution, class_judge
-from latentdiff.training import fit_steps, orthogonalise, trackers
+from latentdiff.training import fit_steps, orthogonalise, rate, trackers
 from latentdiff.unet import UNet, denoiser_learner, make_denoiser
 
 FLOW = 'flow', 'velocity', 'logit_normal'
@@ -304,7 +304,8 @@ def test_tensorboard_is_told(tmp_path, monkeypatch):
     with learn.no_bar(), learn.no_logging(): fit_steps(learn, 12, lr=1e-3, rounds=2, cbs=trackers('tensorboard', tmp_path/'tb'))
     seen = EventAccumulator(str(tmp_path/'tb')).Reload()
     assert [o.value for o in seen.Scalars('valid_loss')] == pytest.approx([o[2] for o in learn.history['rows']], rel=1e-5)
-    assert max(o.value for o in seen.Scalars('lr_0')) <= 1e-3 and len(seen.Scalars('train_loss')) >= 12
+    assert [o.step for o in seen.Scalars('valid_loss')] == [6, 12] and [o.step for o in seen.Scalars('train_loss')] == [*range(1, 13)]
+    assert [o.value for o in seen.Scalars('lr')] == pytest.approx([1e-3*rate(k, 12) for k in range(12)])
 
 def test_the_device_of_a_mac(monkeypatch):
     "It is taken where there is no CUDA; what is float64 goes to the CPU first, because a Mac's GPU has none."
