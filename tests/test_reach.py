@@ -3,6 +3,7 @@ import json, math, shutil, tomllib
 from types import SimpleNamespace
 import matplotlib.pyplot as plt, numpy as np, pytest, torch, torch.nn.functional as F
 from errors import one_line
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from latentdiff import source
 from latentdiff.autoencoder import AELoss, KLAutoencoder, ae_learner, as_double
@@ -201,6 +202,22 @@ def test_where_a_choice_is_made():
     assert settings_of('pics', 'tiny')['from'] is None and settings_of('pics', 'tiny', From='none')['from'] == 'none'
     assert settings_of('pics', 'tiny', autoencoder='taef2')['from'] == 'none'
     assert '--autoencoder' in one_line(settings_of, 'pics', 'tiny', autoencoder='taef2', From='bedrooms64')
+
+def test_a_choice_is_made_once(saved, tmp_path, monkeypatch):
+    "It is written into the settings, and the same command goes on with it without choosing again."
+    (tmp_path/'pics').mkdir()
+    for i in range(120): Image.new('RGB', (32, 32), (i, 2*i, 99)).save(tmp_path/'pics'/f'{i}.png')
+    options = dict(data=str(tmp_path/'pics'), preset='tiny', steps=1)
+    monkeypatch.setattr(source, 'choice', lambda *_: str(saved))
+    r = Run(tmp_path/'run', settings_of(**options))
+    r.begin()
+    r.fix_steps()
+    r.folder.mkdir()
+    r.write()
+    monkeypatch.delattr(source, 'choice')
+    again = Run(r.folder, settings_of(**options))
+    assert again.settings == r.settings and again.settings['from'] == str(saved) and again.p == r.p and r.p.widths == (16, 32)
+    assert 'from' in one_line(Run, r.folder, settings_of(**options, From='none'))
 
 def test_size_and_condition_are_those_of_the_source():
     assert source.as_there({'from': 'fashion_mnist32'}) == {'from': 'fashion_mnist32', 'size': 32, 'condition': 'class'}
