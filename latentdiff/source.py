@@ -27,12 +27,13 @@ def fitting(name, images, condition): # run folder or name in the zoo; `Images`;
     "The pipeline `name`; raises `UserError` unless its training can go on with such images"
     pipe, other = LatentDiffusionPipeline.from_pretrained(name), 'take another --from, or none.'
     ae, net = pipe.autoencoder, pipe.denoiser
-    has = dict(size=pipe.size, channels=getattr(ae, 'model', ae).config.get('in_channels', 3), condition=told_of(pipe))
+    channels = getattr(getattr(ae, 'model', ae), 'config', {}).get('in_channels', 3)
+    has = dict(size=pipe.size, channels=channels, condition=told_of(pipe))
     for k, v in dict(size=images.size, channels=images.channels, condition=condition).items():
         if has[k] != v: raise UserError(f'{name} has {k} {has[k]}, this run {k} {v}: change that, or {other}')
     strange = {*images.classes} - {*net.conditioners[0].config.classes} if condition == 'class' else ()
     if strange: raise UserError(f'{name} was trained without the class {min(strange)}: {other}')
-    if {*NETWORK} <= {*net.config} and pipe.process == Process('flow', 'velocity', 'logit_normal'): return pipe
+    if {*NETWORK} <= {*getattr(net, 'config', ())} and pipe.process == Process('flow', 'velocity', 'logit_normal'): return pipe
     raise UserError(f'{name} is not a U-Net that predicts the velocity of flow matching, as a run trains it: {other}')
 
 def as_there(given): # options of a run, by name
