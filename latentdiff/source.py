@@ -33,7 +33,8 @@ def fitting(name, images, condition): # run folder or name in the zoo; `Images`;
         if has[k] != v: raise UserError(f'{name} has {k} {has[k]}, this run {k} {v}: change that, or {other}')
     strange = {*images.classes} - {*net.conditioners[0].config.classes} if condition == 'class' else ()
     if strange: raise UserError(f'{name} was trained without the class {min(strange)}: {other}')
-    if {*NETWORK} <= {*getattr(net, 'config', ())} and pipe.process == Process('flow', 'velocity', 'logit_normal'): return pipe
+    ours = {*NETWORK} <= {*getattr(net, 'config', ())}
+    if ours and pipe.process == Process('flow', 'velocity', 'logit_normal'): return pipe
     raise UserError(f'{name} is not a U-Net that predicts the velocity of flow matching, as a run trains it: {other}')
 
 def as_there(given): # options of a run, by name
