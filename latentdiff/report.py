@@ -123,7 +123,7 @@ def guidance_curves(d): # as `by_guidance` returns it
     axs[1].plot(g, seen, marker='.')
     axs[1].axhline(d['right'], ls='--', c='grey', lw=1)
     axs[1].text(g[-1], d['right'], 'on real pictures', ha='right', va='bottom', fontsize=8, color='grey')
-    axs[1].set(title='class asked for is seen in', xlabel='guidance', ylim=(0, 1.05))
+    axs[1].set(title='class asked for is seen in', xlabel='guidance', ylim=(0, 1.12))
     return to_pil(fig)
 
 # %% ../nbs/parts/report.ipynb #c014
