@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['data', 'training', 'autoencoder', 'noisify', 'unet', 'sampling', 'kid_eval', 'conditioning', 'pipeline', 'report',
-           'QUICK', 'GOALS', 'run_cli', 'encode_cli', 'above_zero', 'preset_of', 'settings_of', 'Run', 'to_hwc',
-           'write_npz', 'plain_output', 'one_line_errors', 'new_place', 'train_cli', 'told_by', 'check_kind',
-           'write_pngs', 'sample_cli', 'side_of', 'eval_cli']
+           'source', 'QUICK', 'GOALS', 'run_cli', 'encode_cli', 'Run', 'to_hwc', 'write_npz', 'plain_output',
+           'one_line_errors', 'new_place', 'train_cli', 'told_by', 'check_kind', 'write_pngs', 'sample_cli', 'side_of',
+           'eval_cli']
 
 # %% ../nbs/90_commands.ipynb #c004
-import importlib, io, json, math, platform, sys
-from dataclasses import replace
+import importlib, io, json, platform, sys
 from functools import wraps
 from pathlib import Path
 import fastprogress.fastprogress, numpy as np
 from fastcore.basics import patch
 from fastcore.script import call_parse
-from .core import DATASETS, UserError, artefact, default_device, fingerprint, locked, made, progress, read_json
-from .core import preset as find_preset, run_folder, whole_folder, write_json, write_whole
+from .core import STEPS, UserError, above_zero, artefact, beside_file, default_device, fingerprint, locked, made
+from .core import preset_of, progress, read_json, run_folder, settings_of, to_toml, whole_folder, write_json
+from .core import write_whole
 
 # %% ../nbs/90_commands.ipynb #n201
 class _Lazy:
@@ -27,37 +27,13 @@ class _Lazy:
 
 data, training, autoencoder, noisify, unet = map(_Lazy, ('data', 'training', 'autoencoder', 'noisify', 'unet'))
 sampling, kid_eval, conditioning = map(_Lazy, ('sampling', 'kid_eval', 'conditioning'))
-pipeline, report = map(_Lazy, ('pipeline', 'report'))
-
-# %% ../nbs/90_commands.ipynb #c008
-def above_zero(**kw):
-    "`UserError` for an option that is given and not above 0"
-    for k, v in kw.items():
-        if v is not None and not 0 < v < math.inf: raise UserError(f'--{k} is {v}: give a number above 0.')
-
-def preset_of(s):
-    "The `Preset` that the settings `s` stand for"
-    p = find_preset(s['preset'], data=s['data'], size=s['size'])
-    p = replace(p, n=s['n'] or p.n, ae_pretrained=s['autoencoder'] or p.ae_pretrained)
-    return replace(p, **{k: s[k] for k in ('ae_steps', 'steps') if s.get(k)})
-
-def settings_of(data=None, preset=None, size=None, minutes=None, seed=0, n=None, autoencoder=None, condition=None):
-    "The settings of a run, with every default filled in, as they are written to run.json"
-    above_zero(size=size, minutes=minutes, n=n)
-    if data == '': raise UserError('--data is empty: name a data set, a folder, an archive or a web address.')
-    if condition not in (None, 'auto', 'none', 'class', 'text'):
-        raise UserError(f'--condition is {condition}: choose auto, none, class or text.')
-    if size and size > 2048: raise UserError(f'--size is {size}: 2048 pixels a side are the most.')
-    p = preset_of(dict(preset=preset, data=data, size=size, n=n, autoencoder=autoencoder))
-    whole = lambda d: str(Path(d).resolve()) if d and d not in DATASETS and Path(d).exists() else d
-    return dict(data=whole(p.data), preset=p.name, size=p.size, minutes=minutes, seed=seed, n=p.n,
-                autoencoder=whole(p.ae_pretrained), condition=None if condition == 'none' else condition)
+pipeline, report, source = map(_Lazy, ('pipeline', 'report', 'source'))
 
 # %% ../nbs/90_commands.ipynb #c010
 class Run:
     "A run folder: its settings, and the artefacts that are made from them, each when it is first asked for"
     def __init__(self, folder, settings): # where everything goes, dict from `settings_of`
-        self.folder, self.device, self.kept = Path(folder), default_device(), {}
+        self.folder, self.device, self.kept, self.trackers = Path(folder), default_device(), {}, []
         self.settings = self.read(settings)
         self.p, self.seed = preset_of(self.settings), self.settings['seed']
 
@@ -72,9 +48,11 @@ class Run:
         old = d.get('settings')
         if not isinstance(old, dict) or 'stages' in d:
             raise UserError(f'{self.folder} is a run of version 0.1, which this version cannot go on with: {other}')
-        for k in settings.keys() - {'minutes', 'ae_steps', 'steps'}:
-            if old.get(k) == settings[k]: continue
-            raise UserError(f'{self.folder} was made with {k} {old.get(k)}, not {settings[k]}: repeat that, or {other}')
+        before = {'from': 'none', **old}
+        for k in settings.keys() - {'minutes', *(o for o in (*STEPS, 'from') if settings.get(o) is None)}:
+            if before.get(k) == settings[k]: continue
+            was = f'{self.folder} was made with {k} {before.get(k)}, not {settings[k]}'
+            raise UserError(f'{was}: repeat that, or {other}')
         return {**settings, **old}
 
     def once(self, name, make):
@@ -89,21 +67,30 @@ class Run:
         versions = dict(python=platform.python_version(), **libraries)
         d = dict(settings=self.settings, device=str(self.device), threads=torch.get_num_threads(), versions=versions)
         write_json(self.folder/'run.json', d, indent=1)
+        write_whole(self.folder/'config.toml', to_toml(self.options()))
+
+    def options(self):
+        "The options of latentdiff-run that repeat this run"
+        left = {'minutes'} | ({'start', 'autoencoder'} if 'start' in self.settings else set())
+        return {k: v for k, v in self.settings.items() if v is not None and k not in left}
 
 # %% ../nbs/90_commands.ipynb #c013
 @patch(as_prop=True)
 def images(self:Run):
     "The data, opened once; `UserError` if there are too few to test on"
-    d = self.settings['data']
-    found = self.once('images', lambda: data.open_images(d, self.p.size, n=self.p.n, seed=self.seed))
+    d, classes = self.settings['data'], self.settings.get('start', {}).get('classes')
+    opened = lambda: data.open_images(d, self.p.size, n=self.p.n, seed=self.seed)
+    found = self.once('images', lambda: source.counted_as(classes, opened()) if classes else opened())
     if len(found.valid_idxs) >= 8: return found
     raise UserError(f'{d} has {len(found)} images, {len(found.valid_idxs)} of them to test on: give a hundred or more.')
 
 @patch(as_prop=True)
 def autoencoder(self:Run):
-    "Trained, or a given one with its scale measured on these images"
-    make = lambda: autoencoder.make_autoencoder(self.folder, self.images, self.p, self.seed, self.device)
-    return self.once('autoencoder', make)
+    "Trained, a given one with its scale measured on these images, or that of the pipeline that the run starts from"
+    start, given = self.settings.get('start'), (self.folder, self.images)
+    take = lambda: source.take_autoencoder(*given, start, lambda: self.source, self.seed).to(self.device)
+    make = lambda: autoencoder.make_autoencoder(*given, self.p, self.seed, self.device)
+    return self.once('autoencoder', take if start else make)
 
 @patch(as_prop=True)
 def condition(self:Run):
@@ -124,6 +111,24 @@ def latents(self:Run):
 def judge(self:Run):
     "The network whose features KID and FID compare"
     return self.once('judge', lambda: kid_eval.make_judge(self.folder, self.images, self.seed))
+
+# %% ../nbs/90_commands.ipynb #n903
+@patch(as_prop=True)
+def source(self:Run):
+    "The pipeline that the training goes on from; `UserError` if it does not fit, or is not what it was"
+    name, start = self.settings['from'], self.settings.get('start')
+    pipe = self.once('source', lambda: source.fitting(name, self.images, self.condition))
+    if start is None or start['fingerprint'] == source.mark(pipe): return pipe
+    raise UserError(f'{name} has changed since this run began: choose another folder with --out.')
+
+@patch
+def begin(self:Run):
+    "Settle what the training starts from, and write down what a run has to know of it"
+    s = self.settings
+    if s.get('from') is None: s['from'] = source.choice(self.images, self.condition, self.seed)
+    if s['from'] == 'none': return
+    s['start'] = source.description(self.source)
+    source.counted_as(s['start']['classes'], self.images)
 
 # %% ../nbs/90_commands.ipynb #c018
 QUICK = 10  # sampler steps behind the samples of the KID curve
@@ -150,12 +155,20 @@ def asked(self:Run):
     conds = of(self.images.valid_idxs) or of(self.images.train_idxs)
     return dict(cond=[conds[i] for i in np.random.default_rng(self.seed).permutation(len(conds))], guidance=2.)
 
+@patch
+def told(self:Run, n): # of the first `n` samples, what each was asked to show, a list
+    cond = self.asked['cond']
+    return [cond[i % len(cond)] for i in range(n)]
+
 @patch(as_prop=True)
 def denoiser(self:Run):
     "(network with averaged weights, process), trained on the latents"
     given = self.folder, self.latents, self.p
-    kw = dict(seed=self.seed, device=self.device, remake=True, cbs=pipeline.KIDCurve(self.score))
-    if not self.condition: return self.once('denoiser', lambda: unet.make_denoiser(*given, **kw))
+    kw = dict(seed=self.seed, device=self.device, remake=True,
+              cbs=[pipeline.KIDCurve(self.score), *self.trackers])
+    start = self.settings.get('start')
+    if start: kw |= source.going_on(self.images, self.condition, start, lambda: self.source)
+    if start or not self.condition: return self.once('denoiser', lambda: unet.make_denoiser(*given, **kw))
     tell = conditioning.class_conditioner if self.condition == 'class' else conditioning.text_conditioner
     make = lambda: conditioning.make_conditional(*given, *tell(self.images, self.seed), **kw)
     return self.once('denoiser', make)
@@ -182,9 +195,12 @@ def write_npz(path, px):
 def sampling(self:Run): return dict(steps=self.p.sample_steps, sampler=self.p.sampler or sampling.SAMPLER)
 
 @patch(as_prop=True)
+def how(self:Run): return dict(**self.sampling, seed=self.seed, bs=self.p.bs)
+
+@patch(as_prop=True)
 def samples(self:Run):
     "uint8 samples (n,c,h,w), drawn once"
-    settings = dict(n=self.p.n_eval, **self.sampling, seed=self.seed, bs=self.p.bs)
+    settings = dict(n=self.p.n_eval, **self.how)
     if self.condition: settings |= dict(condition=self.condition, guidance=self.asked['guidance'])
     parents = {k: made(self.folder/k)['fingerprint'] for k in self.pipeline.parts()}
     folder = artefact(self.folder/'samples', self.draw, parents, settings, remake=True)
@@ -193,7 +209,7 @@ def samples(self:Run):
 @patch
 def draw(self:Run, folder):
     "Fill `folder`: the samples, a grid of the first 64, the way from noise to image of the first three"
-    px = self.pipeline.pixels(self.p.n_eval, **self.sampling, seed=self.seed, bs=self.p.bs, **self.asked)
+    px = self.pipeline.pixels(self.p.n_eval, **self.how, **self.asked)
     write_npz(folder/'samples.npz', to_hwc(px))
     report.save_png(self.grid(px), folder/'grid.png')
     report.save_png(report.path_picture(self.pipeline, self.p.sample_steps, self.seed, **self.asked), folder/'path.png')
@@ -203,12 +219,8 @@ def grid(self:Run, px):
     "PIL image of the first 64 samples; if they were told a class, up to eight of each, a row a class"
     import torch
     if self.condition != 'class': return data.image_grid(data.from_uint8(px[:64]), nrow=8)
-    cond = self.asked['cond']
-    asked = torch.tensor([cond[i % len(cond)] for i in range(len(px))])
-    rows = {k: px[asked == k][:8] for k in asked.unique()[:16].tolist()}
-    pad = lambda x: torch.cat([x, x.new_full((8 - len(x), *x.shape[1:]), 255)])
-    im = data.image_grid(data.from_uint8(torch.cat([pad(o) for o in rows.values()])), nrow=8)
-    return report.labelled(im, ['']*8, [self.images.classes[k] for k in rows])
+    asked = torch.tensor(self.told(len(px)))
+    return report.picture_rows({self.images.classes[k]: px[asked == k][:8] for k in asked.unique()[:16].tolist()})
 
 # %% ../nbs/90_commands.ipynb #c026
 @patch
@@ -220,8 +232,7 @@ def neighbours(self:Run, n=8, k=3):
     found = kid_eval.nearest_neighbours(z, self.latents.tensor('train', 'cpu'), k=k)[0].T.flatten()
     px = self.images.pixels(train[found % len(train)])
     px = torch.where((found < len(train))[:, None, None, None], px, px.flip(-1))
-    im = data.image_grid(data.from_uint8(torch.cat([fake, px])), nrow=len(fake))
-    return report.labelled(im, ['']*len(fake), ['sample', *(f'nearest {j + 1}' for j in range(k))])
+    return report.picture_rows({'sample': fake, **{f'nearest {j + 1}': o for j, o in enumerate(px.chunk(k))}})
 
 @patch(as_prop=True)
 def scores(self:Run):
@@ -231,16 +242,27 @@ def scores(self:Run):
     return made(artefact(self.folder/'scores', self.evaluate, parents, dict(seed=self.seed), remake=True))['facts']
 
 @patch
+def by_guidance(self:Run, folder, f, idxs): # as for `evaluate`; features of some training images, and which these are
+    "KID against guidance, and for classes how often a judge sees the one asked for; few samples, drawn for this"
+    n, labels = min(128, len(self.samples)), self.images.labels
+    draw = lambda g: self.pipeline.pixels(n, **self.how, **self.asked | dict(guidance=g))
+    seen = (labels[self.images.valid_idxs[:2000]], (f, labels[idxs]), self.told(n)) if self.condition == 'class' else ()
+    d = report.by_guidance(draw, self.judge, self.real_features, *seen)
+    report.save_png(report.guidance_curves(d), folder/'guidance.png')
+    return d
+
+@patch
 def evaluate(self:Run, folder):
     "Score the samples, and fill `folder` with the pictures that the report shows beside the scores"
     import torch
     x = data.from_uint8(self.images.pixels(self.images.valid_idxs[:24]))
-    floor = self.images.train_idxs[-len(self.samples):]   # the last: a classifier has seen the first
+    rows = self.images.train_idxs[-len(self.samples):]   # the last: a classifier has seen the first
     with torch.no_grad(): y = self.autoencoder.decode(self.autoencoder.encode(x.to(self.device))).cpu()
     report.save_png(data.image_grid(torch.stack([x, y], 1).flatten(0, 1), nrow=8), folder/'pairs.png')
     report.save_png(self.neighbours(), folder/'neighbours.png')
-    fake, floor = kid_eval.features(self.judge, self.samples), kid_eval.features(self.judge, self.images, idxs=floor)
+    fake, floor = kid_eval.features(self.judge, self.samples), kid_eval.features(self.judge, self.images, idxs=rows)
     d = kid_eval.evaluate(fake, self.real_features, self.judge, floor_from=floor, seed=self.seed)
+    if self.condition: d['guidance'] = self.by_guidance(folder, floor, rows)
     ae, net = (made(self.folder/k)['facts'] for k in self.pipeline.parts())
     net = {'kid': [(1., d['kid'], d['kid_se'])]} | net   # a denoiser that a lesson trained was not scored on the way
     report.save_png(report.training_curves(ae['history'], net, d), folder/'training.png')
@@ -263,7 +285,7 @@ def report(self:Run):
     page, f, of = self.folder/'report.html', self.folder/'metrics.json', fingerprint(scores=self.scores)
     if page.exists() and f.exists() and read_json(f, f'delete {f}').get('made_from') == of: return page
     m = self.metrics()
-    write_whole(page, report.report(self.folder, {k: v for k, v in self.settings.items() if 'steps' not in k}, m))
+    write_whole(page, report.report(self.folder, self.options(), m))
     write_json(f, {**m, 'made_from': of}, indent=1)
     return page
 
@@ -276,7 +298,8 @@ def step_times(self:Run):
     import torch
     p, c, given = self.p, self.images.channels, self.p.ae_pretrained
     new = lambda: autoencoder.KLAutoencoder(c, p.ae_widths, p.ae_patch, 1, p.latent_channels)
-    ae = autoencoder.open_autoencoder(given) if given else new()
+    found = lambda: self.source.autoencoder if 'start' in self.settings else autoencoder.open_autoencoder(given)
+    ae = found() if given else new()
     x = self.images.pixels(self.images.train_idxs[:p.bs])
     z, process = torch.randn(p.bs, *ae.latent_shape(p.size)), noisify.Process()
     net = unet.unet_for(z.shape[1:], p)
@@ -292,11 +315,11 @@ def step_times(self:Run):
 def fix_steps(self:Run):
     "Minutes become steps, by a measurement, the first time; what is in run.json stays"
     if (self.folder/'run.json').exists(): return
-    share = 1.
+    self.p, share = preset_of(self.settings), 1.
     if self.settings['minutes']:
         a, d = self.step_times()
         share = 60*self.settings['minutes']/(self.p.ae_steps*a + self.p.steps*d)
-    self.settings |= {k: max(1, round(getattr(self.p, k)*share)) for k in ('ae_steps', 'steps')}
+    self.settings |= {k: max(1, round(getattr(self.p, k)*share)) for k in STEPS}
     self.p = preset_of(self.settings)
 
 @patch
@@ -314,6 +337,7 @@ def go(self:Run, goals=GOALS):
     "Make what is not there yet; `UserError` if another process is at it"
     if not self.folder.exists(): new_place(self.folder, '--out')
     fresh, _ = not (self.folder/'run.json').exists(), self.condition
+    if fresh: self.begin()
     self.fix_steps()
     if fresh: self.announce()       # errors in data and settings come before anything is written
     self.folder.mkdir(parents=True, exist_ok=True)
@@ -361,14 +385,26 @@ def _options(
     preset:str=None,      # tiny, cpu or gpu; default: by the hardware
     size:int=None,        # side of the images in pixels; default: the preset's
     minutes:float=None,   # of training, turned into steps once, at the start; default: the preset's steps
-    seed:int=0,           # of everything random
+    steps:int=None,       # of the denoiser's training, instead of minutes
+    ae_steps:int=None,    # of the autoencoder's
+    seed:int=None,        # of everything random; default: 0
     n:int=None,           # use so many images; default: the preset's
     autoencoder:str=None, # take this one (a folder or a Hub id) instead of training one
     condition:str=None,   # tell the denoiser class (first folder level), text (captions), auto: what there is; or none
+    From:str=None,        # go on from this run folder or name in the zoo; none; default: what fits, for few pictures
+    config:str=None,      # file of options, such as config.toml in a run folder; those given beside it count more
+    track:str=None,       # tensorboard: its files of the denoiser's training go into the run folder
     out:str=None          # run folder; default: runs/<data>-<preset>-<size>px-seed<seed>
 ): # Run
-    s = settings_of(data, preset, size, minutes, seed, n, autoencoder, condition)
-    return Run(out or run_folder(preset_of(s), seed), s)
+    kinds = {k.lower(): v for k, v in _options.__annotations__.items() if k not in ('config', 'track', 'out')}
+    given = {k.lower(): v for k, v in locals().items() if v is not None and k.lower() in kinds}
+    given = source.as_there(beside_file(given, config, kinds))
+    s = settings_of(**{'From' if k == 'from' else k: v for k, v in given.items()})
+    folder = run_folder(preset_of(s), s['seed'])
+    if s['from'] not in (None, 'none'): folder = folder.with_name(f"{folder.name}-from-{Path(s['from']).name}")
+    run = Run(out or folder, s)
+    run.trackers = training.trackers(track, run.folder/'tensorboard')
+    return run
 
 def _verb(name, goals, doc):
     "A command with the options of a run, that makes its `goals`"
@@ -414,9 +450,9 @@ def told_by(Class, prompt, guidance, negative):
 
 def check_kind(pipe, run, Class, prompt):
     "`UserError` if `pipe` was not trained with what it is told"
-    found = [type(o).__name__ for o in getattr(pipe.denoiser, 'conditioners', ())]
-    for v, kind, what in ((Class, 'ClassConditioner', 'classes'), (prompt, 'TextConditioner', 'captions')):
-        if v and kind not in found: raise UserError(f'{run} was trained without {what}: leave the option away.')
+    for v, kind, what in ((Class, 'class', 'classes'), (prompt, 'text', 'captions')):
+        if v and kind not in (source.told_of(pipe) or '').split(' and '):
+            raise UserError(f'{run} was trained without {what}: leave the option away.')
 
 def write_pngs(folder, px):
     "One PNG an image, 00000.png onwards, in a folder that appears when it is complete"

@@ -412,6 +412,10 @@ def test_a_run_that_is_told(cli, two_colours, tmp_path, kind, option):
     assert index['denoiser'] == ['latentdiff.conditioning', 'Conditioned'] and not (folder/'unet').exists()
     settings = json.loads((folder/'samples'/'made.json').read_text())['settings']
     assert settings['condition'] == dict(auto='class', text='text')[kind] and settings['guidance'] == 2
+    d, page = json.loads((folder/'metrics.json').read_text())['guidance'], (folder/'report.html').read_text()
+    assert [o[0] for o in d['rows']] == [1, 1.5, 2, 3] and d['n'] == 64 and 'What guidance does' in page and 'caution' in page
+    if kind == 'auto': assert d['right'] == 1 and all(0 <= o[3] <= 1 for o in d['rows'])   # nothing is easier than dark and bright
+    else: assert d['right'] is None
     if kind == 'text': return
     assert cli('train', folder, '--more', 5).rc == 0
     assert json.loads((folder/'denoiser'/'made.json').read_text())['settings']['steps'] == 45

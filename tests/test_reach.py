@@ -1,0 +1,394 @@
+"Runs that go on from a pipeline, settings from a file, and what guidance does."
+import json, math, shutil, tomllib
+from types import SimpleNamespace
+import matplotlib.pyplot as plt, numpy as np, pytest, torch, torch.nn.functional as F
+from errors import one_line
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from latentdiff import source
+from latentdiff.autoencoder import AELoss, KLAutoencoder, ae_learner, as_double
+from latentdiff.commands import Run, run_cli
+from latentdiff.core import beside_file, default_device, made, read_toml, settings_of, to_toml
+from latentdiff.conditioning import ClassConditioner, Conditioned, TextConditioner, conditional
+from latentdiff.data import from_uint8, open_images, to_uint8
+from latentdiff.noisify import Process, make_latents, weights_hash
+from latentdiff.pipeline import LatentDiffusionPipeline
+from latentdiff.report import by_guidance, caution, class_judge
+from latentdiff.training import fit_steps, orthogonalise, rate, trackers
+from latentdiff.unet import UNet, denoiser_learner, make_denoiser
+
+FLOW = 'flow', 'velocity', 'logit_normal'
+
+def shaken(net):
+    "`net`, with every weight moved, so that nothing it starts at zero stays there"
+    with torch.no_grad():
+        for p in net.parameters(): p += .05*torch.randn(p.shape)
+    return net
+
+def small(told=None, size=32, channels=3, process=FLOW):
+    "A pipeline that knows nothing, with latents 4x8x8"
+    torch.manual_seed(0)
+    ae = shaken(KLAutoencoder(channels, (8,), 4, 1, 4))
+    ae.fit_scale(open_images('rooms', size, n=40, channels=channels).pixels())
+    net = UNet(4, widths=(16, 32), depth=1)
+    if told: net = Conditioned(conditional(net, told.dim), told)
+    return LatentDiffusionPipeline(ae, shaken(net), Process(*process), size)
+
+@pytest.fixture(scope='module', autouse=True)
+def no_scores_on_the_way():
+    "They are tested elsewhere, and take longer than these trainings."
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr('latentdiff.pipeline.KIDCurve.__init__.__defaults__', ((),))
+        yield
+
+@pytest.fixture(scope='module')
+def rooms(): return open_images('rooms', 32, n=120)
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    "The same in a folder"
+    folder = tmp_path_factory.mktemp('source')/'small'
+    small().save_pretrained(folder)
+    return folder
+
+def same(a, b): # two networks
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k].cpu(), b[k].cpu()) for k in a)
+
+# --- what fits ------------------------------------------------------------------------------------------------------
+
+def test_what_fits_is_opened(saved, rooms):
+    assert same(source.fitting(saved, rooms, None).denoiser, small().denoiser)
+
+class Kind: # of images
+    def __init__(self, size=32, channels=3, classes=None): self.size, self.channels, self.classes = size, channels, classes
+
+@pytest.mark.parametrize('build,images,condition,words', [
+    (lambda: small(), Kind(size=64), None, 'size 32, this run size 64'),
+    (lambda: small(channels=1), Kind(), None, 'channels 1, this run channels 3'),
+    (lambda: small(), Kind(classes=['a', 'b']), 'class', 'condition None, this run condition class'),
+    (lambda: small(ClassConditioner(['a', 'b'], 8)), Kind(), None, 'condition class, this run condition None'),
+    (lambda: small(ClassConditioner(['a', 'b'], 8)), Kind(classes=['a', 'zebra']), 'class', 'without the class zebra'),
+    (lambda: small(process=('cosine', 'v', 'uniform')), Kind(), None, 'flow matching')])
+def test_what_does_not_fit_is_said_in_one_line(tmp_path, build, images, condition, words):
+    build().save_pretrained(tmp_path/'small')
+    message = one_line(source.fitting, tmp_path/'small', images, condition)
+    assert words in message and 'none' in message
+
+def test_what_was_told():
+    assert source.told_of(small()) is None and source.told_of(small(ClassConditioner(['a'], 8))) == 'class'
+    both = small(ClassConditioner(['a'], 8))
+    both.denoiser.conditioners.append(TextConditioner())
+    assert source.told_of(both) == 'class and text'
+
+def test_labels_follow_their_names():
+    "Whatever the order of the classes, each image keeps the name of its class, or none."
+    images = open_images('rooms', 32, n=30)
+    images.labels[3] = -1
+    names = [images.classes[k] if k >= 0 else None for k in images.labels]
+    source.counted_as(images.classes[::-1] + ['another'], images)
+    assert [images.classes[k] if k >= 0 else None for k in images.labels] == names and names[3] is None
+
+# --- a run that goes on ---------------------------------------------------------------------------------------------
+
+def test_the_network_is_a_copy_that_trains(saved):
+    "With the weights of the source, which stay as they are when it is trained."
+    pipe = source.LatentDiffusionPipeline.from_pretrained(saved)
+    net = source.going_on(None, None, source.description(pipe), lambda: pipe)['build']()
+    assert same(net, small().denoiser) and net.training and all(p.requires_grad for p in net.parameters())
+    with torch.no_grad(): next(net.parameters()).zero_()
+    assert same(pipe.denoiser, small().denoiser)
+
+@pytest.fixture(scope='module')
+def went_on(saved, tmp_path_factory):
+    "A run of six steps from there, and its folder"
+    r = Run(tmp_path_factory.mktemp('runs')/'run', settings_of('rooms', 'tiny', n=120, From=str(saved), steps=6))
+    r.go(('denoiser', 'pipeline'))
+    return r
+
+def test_a_run_goes_on(went_on, saved):
+    "The autoencoder is the very same, its scale too; the denoiser has the source's shape and fingerprint, and has learned."
+    assert weights_hash(went_on.autoencoder) == weights_hash(small().autoencoder)
+    note, settings = made(went_on.folder/'unet'), json.loads((went_on.folder/'run.json').read_text())['settings']
+    mark = source.mark(LatentDiffusionPipeline.from_pretrained(saved))
+    assert settings['from'] == str(saved) and note['settings']['start'] == settings['start']['fingerprint'] == mark
+    assert note['settings']['widths'] == [16, 32] and note['settings']['steps'] == 6
+    assert made(went_on.folder/'autoencoder')['parents']['source'] == mark
+    assert not same(went_on.denoiser[0], small().denoiser)
+
+def test_two_sources_give_two_runs(went_on, saved, tmp_path):
+    "Nothing is made from one source and called the other's, and one line says so"
+    message = one_line(Run, went_on.folder, settings_of('rooms', 'tiny', n=120, From='none', steps=6))
+    assert 'from' in message and '--out' in message
+    other = shutil.copytree(saved, tmp_path/'small')
+    pipe = small()
+    with torch.no_grad(): pipe.denoiser.conv_in.weight[0] += 1
+    pipe.save_pretrained(other)
+    r = Run(tmp_path/'run', {**went_on.settings, 'from': str(other)})
+    assert 'has changed' in one_line(lambda: r.source)
+
+def test_a_finished_run_needs_its_source_no_more(went_on, tmp_path, capsys):
+    "It is loaded and drawn from though the source is gone."
+    folder = shutil.copytree(went_on.folder, tmp_path/'run')
+    text = (folder/'run.json').read_text().replace(went_on.settings['from'], str(tmp_path/'gone'))
+    (folder/'run.json').write_text(text)
+    r = Run(folder, json.loads(text)['settings'])
+    r.go(('denoiser', 'pipeline'))
+    assert 'nothing to do' in capsys.readouterr().out and same(r.denoiser[0], went_on.denoiser[0])
+
+class Stop(Exception): pass
+
+def test_killed_and_gone_on_it_ends_with_the_same_weights(saved, went_on, tmp_path, monkeypatch):
+    "To the bit: from its checkpoint, not from the source."
+    from fastai.callback.core import Callback
+    class Kill(Callback):
+        def after_batch(self):
+            if self.learn.step_by_step.k == 4: raise Stop('now')
+    start, images = went_on.settings['start'], went_on.images
+    ae = went_on.autoencoder
+    monkeypatch.setattr('latentdiff.training.Checkpoint.__init__.__defaults__', (0.,))
+    latents = make_latents(tmp_path, images, ae, went_on.p)
+    more = source.going_on(images, None, start, lambda: small())
+    with pytest.raises(Stop): make_denoiser(tmp_path, latents, went_on.p, cbs=Kill(), **more)
+    more['build'] = lambda *_: UNet(4, widths=(16, 32), depth=1)   # what it starts from no longer matters
+    net, _ = make_denoiser(tmp_path, latents, went_on.p, **more)
+    assert same(net, went_on.denoiser[0])
+
+def test_classes_of_the_source(tmp_path):
+    "Labels are counted as the source counts them, and the first step has the loss of its weights, not of fresh ones."
+    images = open_images('rooms', 32, n=120)
+    pipe = small(ClassConditioner(images.classes[::-1] + ['another'], 8))
+    pipe.save_pretrained(tmp_path/'small')
+    r = Run(tmp_path/'run', settings_of('rooms', 'tiny', n=120, From=str(tmp_path/'small'), condition='class', steps=1))
+    r.go(('denoiser',))
+    assert r.images.classes == images.classes[::-1] + ['another'] and not (tmp_path/'run'/'unet').exists()
+    asked = [r.images.classes[k] for k in r.asked['cond']]
+    assert sorted(asked) == sorted(images.classes[images.labels[i]] for i in images.valid_idxs)
+    again = Run(r.folder, r.settings)
+    assert again.images.classes == r.images.classes and same(again.denoiser[0], r.denoiser[0])
+
+def test_strange_pictures_are_announced(rooms, tmp_path, capsys):
+    "A source whose scale is off by 4 finds latents with a spread of 4, and says so once; within a factor of 3 it says nothing."
+    for times, warned in ((4., True), (.25, True), (2., False)):
+        pipe = small()
+        pipe.autoencoder.set_scale(pipe.autoencoder.latent_mean, pipe.autoencoder.latent_std/times)
+        take = lambda: source.take_autoencoder(tmp_path/f'{times}', rooms, source.description(pipe), lambda: pipe)
+        take()
+        assert ('warning' in capsys.readouterr().out) is warned
+        assert made(tmp_path/f'{times}'/'autoencoder')['facts']['std'] == pytest.approx([times]*4, rel=.25)
+        take()
+        assert not capsys.readouterr().out
+
+# --- few pictures ---------------------------------------------------------------------------------------------------
+
+def test_few_pictures_get_a_proposal(saved, rooms, tmp_path, monkeypatch, capsys):
+    "The pipeline that keeps most of them, if it keeps enough; the reason is printed; many pictures get none."
+    good = small()
+    good.autoencoder.encode = good.autoencoder.decode = lambda x: x
+    sharp = dict(bad=small(), good=good)
+    monkeypatch.setattr(source, 'zoo', lambda: dict(bad=saved, good=saved))
+    monkeypatch.setattr(source, 'fitting', lambda name, *_: sharp[name])
+    assert source.choice(rooms, None) == 'good'
+    said = capsys.readouterr().out
+    assert 'good' in said and '--from none' in said and 'dB' in said
+    monkeypatch.setattr(source, 'zoo', lambda: dict(bad=saved))
+    assert source.choice(rooms, None) == 'none' and 'only' in capsys.readouterr().out
+    monkeypatch.setattr(source, 'FEW', 120)
+    assert source.choice(rooms, None) == 'none' and not capsys.readouterr().out
+
+def test_where_a_choice_is_made():
+    "For pictures of one's own, unless an autoencoder or a source is given; the course's data sets start from nothing."
+    assert settings_of('rooms', 'tiny')['from'] == settings_of('smallnorb/animals', 'tiny')['from'] == 'none'
+    assert settings_of('pics', 'tiny')['from'] is None and settings_of('pics', 'tiny', From='none')['from'] == 'none'
+    assert settings_of('pics', 'tiny', autoencoder='taef2')['from'] == 'none'
+    assert '--autoencoder' in one_line(settings_of, 'pics', 'tiny', autoencoder='taef2', From='bedrooms64')
+
+def test_a_choice_is_made_once(saved, tmp_path, monkeypatch):
+    "It is written into the settings, and the same command goes on with it without choosing again."
+    (tmp_path/'pics').mkdir()
+    for i in range(120): Image.new('RGB', (32, 32), (i, 2*i, 99)).save(tmp_path/'pics'/f'{i}.png')
+    options = dict(data=str(tmp_path/'pics'), preset='tiny', steps=1)
+    monkeypatch.setattr(source, 'choice', lambda *_: str(saved))
+    r = Run(tmp_path/'run', settings_of(**options))
+    r.begin()
+    r.fix_steps()
+    r.folder.mkdir()
+    r.write()
+    monkeypatch.delattr(source, 'choice')
+    again = Run(r.folder, settings_of(**options))
+    assert again.settings == r.settings and again.settings['from'] == str(saved) and again.p == r.p and r.p.widths == (16, 32)
+    assert 'from' in one_line(Run, r.folder, settings_of(**options, From='none'))
+
+def test_size_and_condition_are_those_of_the_source():
+    assert source.as_there({'from': 'fashion_mnist32'}) == {'from': 'fashion_mnist32', 'size': 32, 'condition': 'class'}
+    given = {'from': 'fashion_mnist32', 'size': 64, 'condition': 'none'}
+    assert source.as_there(given) == given and source.as_there({'size': 8}) == {'size': 8}
+
+# --- settings from a file -------------------------------------------------------------------------------------------
+
+KINDS = dict(data=str, minutes=float, steps=int, ae_steps=int)
+
+@pytest.mark.parametrize('value', ['plain', 'a "quoted" \\ name', 'tab\tand\nline', 'café 😀', '\x1f', 3, -1, 2.5, 1e-9])
+def test_toml_comes_back(tmp_path, value):
+    (tmp_path/'a.toml').write_text(to_toml(dict(name=value, last=1)), encoding='utf-8')
+    assert tomllib.loads((tmp_path/'a.toml').read_text(encoding='utf-8')) == dict(name=value, last=1)
+
+@pytest.mark.parametrize('text,words', [('smell = 1', 'smell'), ('steps = "9"', 'whole number'), ('steps = 9.5', 'whole number'), ('data = 3', 'quotes'),
+                                        ('steps = true', 'whole number'), ('minutes = "1"', 'a number'), ('[table]\na = 1', 'table'), ('steps =', 'TOML'),
+                                        ('data = 2026-01-01', 'quotes')])
+def test_a_file_that_is_wrong_is_one_line(tmp_path, text, words):
+    (tmp_path/'a.toml').write_text(text)
+    assert words in one_line(read_toml, tmp_path/'a.toml', KINDS)
+    assert 'b.toml' in one_line(read_toml, tmp_path/'b.toml', KINDS)
+
+def test_what_is_given_beats_the_file(tmp_path):
+    "An option its own line; minutes what the file says of steps, and the other way round."
+    f = tmp_path/'a.toml'
+    f.write_text(to_toml(dict(data='a', steps=9, ae_steps=5)))
+    assert beside_file(dict(data='b'), f, KINDS) == dict(data='b', steps=9, ae_steps=5)
+    assert beside_file(dict(minutes=1), f, KINDS) == dict(data='a', minutes=1)
+    f.write_text(to_toml(dict(data='a', minutes=2)))
+    assert beside_file(dict(steps=3), f, KINDS) == dict(data='a', steps=3)
+    assert beside_file(dict(data='b'), None, KINDS) == dict(data='b')
+    assert 'minutes or steps' in one_line(settings_of, 'rooms', 'tiny', minutes=1, steps=1)
+
+def test_the_file_of_a_run_repeats_it(went_on, tmp_path):
+    "Read again, it gives the same settings; that these give the same weights is tested in test_cli."
+    f = went_on.folder/'config.toml'
+    given = beside_file({}, f, {k: type(v) for k, v in tomllib.loads(f.read_text()).items()})
+    r = Run(tmp_path/'run', settings_of(**{'From' if k == 'from' else k: v for k, v in given.items()}))
+    r.begin()
+    r.fix_steps()
+    assert r.settings == went_on.settings and r.p == went_on.p
+
+def test_a_wrong_file_for_the_command(tmp_path):
+    (tmp_path/'a.toml').write_text('stepps = 3')
+    with pytest.raises(SystemExit, match='latentdiff-run: .*stepps.*ae_steps'): run_cli(config=str(tmp_path/'a.toml'))
+    (tmp_path/'a.toml').write_text('out = "runs"')
+    with pytest.raises(SystemExit, match='out'): run_cli(config=str(tmp_path/'a.toml'))
+
+def test_steps_that_are_given_are_kept(went_on):
+    assert 'steps 6, not 7' in one_line(Run, went_on.folder, {**went_on.settings, 'steps': 7})
+    assert Run(went_on.folder, {**went_on.settings, 'steps': None}).settings['steps'] == 6
+
+# --- Learners -------------------------------------------------------------------------------------------------------
+
+def learners():
+    "Of a denoiser and of an autoencoder, untrained, with what they are given to validate on"
+    torch.manual_seed(0)
+    z, x = torch.randn(24, 4, 8, 8), torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8)
+    net, ae = shaken(UNet(4, widths=(16, 32), depth=1)), shaken(KLAutoencoder(3, (8,), 4, 1, 4))
+    yield denoiser_learner(net, Process(*FLOW), z, z[:8], bs=8), z[:8]
+    yield ae_learner(ae, x, x[:8], bs=8), from_uint8(x[:8])
+
+def shown():
+    "The uint8 pictures (n,3,h,w) of the last figure, which is closed"
+    fig = plt.gcf()
+    px = [torch.as_tensor(np.array(ax.images[0].get_array())) for ax in fig.axes if ax.images]
+    plt.close(fig)
+    return torch.stack(px).permute(0, 3, 1, 2)
+
+def test_learners_show_what_they_see():
+    "Of images themselves, of latents three channels; then what went in above what comes out, which is what the network answers."
+    for (learn, x), picture in zip(learners(), (lambda z: z[:, :3]/3, lambda x: x)):
+        learn.dls.show_batch()
+        first = learn.dls.train.one_batch()[0]
+        assert torch.equal(shown(), to_uint8(picture(first)))
+        with learn.no_bar(): learn.show_results(shuffle=False)
+        rows = shown()
+        assert torch.equal(rows[:8], to_uint8(picture(x))) and len(rows) == 16
+        if picture(x) is not x: continue
+        with torch.no_grad(): out = learn.model.eval()(x)[0]
+        assert (rows[8:].int() - to_uint8(out).int()).abs().max() <= 1
+
+def test_lr_find_leaves_the_weights_alone(tmp_path, monkeypatch):
+    "It tries rising rates, proposes one of them, and what it writes meanwhile is gone."
+    monkeypatch.chdir(tmp_path)
+    for learn, _ in learners():
+        before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+        with learn.no_bar(): found = learn.lr_find(num_it=20, show_plot=False)
+        assert 1e-7 <= found.valley <= 10 and all(torch.equal(before[k], v) for k, v in learn.model.state_dict().items())
+    assert not [f for f in tmp_path.rglob('*') if f.is_file()]
+
+def test_tensorboard_is_told(tmp_path, monkeypatch):
+    "Losses and rates are in its files; where it is missing, one line says so."
+    monkeypatch.setattr('latentdiff.training.find_spec', lambda name: None)
+    assert 'pip install' in one_line(trackers, 'tensorboard', tmp_path) and 'tensorboard' in one_line(trackers, 'wandb', tmp_path)
+    monkeypatch.undo()
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    learn, _ = next(learners())
+    with learn.no_bar(), learn.no_logging(): fit_steps(learn, 12, lr=1e-3, rounds=2, cbs=trackers('tensorboard', tmp_path/'tb'))
+    seen = EventAccumulator(str(tmp_path/'tb')).Reload()
+    assert [o.value for o in seen.Scalars('valid_loss')] == pytest.approx([o[2] for o in learn.history['rows']], rel=1e-5)
+    assert [o.step for o in seen.Scalars('valid_loss')] == [6, 12] and [o.step for o in seen.Scalars('train_loss')] == [*range(1, 13)]
+    assert [o.value for o in seen.Scalars('lr')] == pytest.approx([1e-3*rate(k, 12) for k in range(12)])
+
+def test_the_device_of_a_mac(monkeypatch):
+    "It is taken where there is no CUDA; what is float64 goes to the CPU first, because a Mac's GPU has none."
+    monkeypatch.setattr('torch.cuda.is_available', lambda: False)
+    monkeypatch.setattr('torch.backends.mps.is_available', lambda: True)
+    assert default_device().type == 'mps'
+    x = torch.randn(3)
+    there = SimpleNamespace(device=SimpleNamespace(type='mps'), cpu=lambda: x)   # `double` on it would be an AttributeError
+    assert torch.equal(as_double(there), x.double())
+
+class NoDouble(TorchDispatchMode):
+    "No float64 comes to lie on `meta`, which stands for the GPU of a Mac"
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        for o in out if isinstance(out, (tuple, list)) else [out]:
+            assert not (torch.is_tensor(o) and o.device.type == 'meta' and o.dtype == torch.float64), f
+        return out
+
+def test_nothing_is_float64_on_the_device():
+    "Noise, both networks forward and back, the average and a step of the optimizer; the check itself catches a float64."
+    with torch.device('meta'): net, ae, z, x = UNet(4, widths=(16, 32), depth=1), KLAutoencoder(3, (8,), 4, 1, 4), torch.randn(2, 4, 8, 8), torch.rand(2, 3, 32, 32)
+    with NoDouble():
+        process = Process(*FLOW)
+        x_t, t, target = process.noisify(z)
+        F.mse_loss(net(process.scale_input(x_t, t), process.time_input(t)), target).backward()
+        AELoss()(ae(x), x).backward()
+        ae.eval().decode(ae.encode(x))
+        shadow = [p.detach().clone() for p in net.parameters()]
+        torch._foreach_lerp_(shadow, [p.data for p in net.parameters()], .1)
+        for p in net.parameters(): p.data -= .01*orthogonalise(p.grad.flatten(1)[None])[0].view_as(p) if p.ndim > 2 else p.grad
+        with pytest.raises(AssertionError): z.double()
+
+# --- the report -----------------------------------------------------------------------------------------------------
+
+def blobs(n, distance, seed):
+    "Two Gaussian clouds in 6 dimensions, `distance` apart, and which is which"
+    g = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % 2
+    return torch.randn(n, 6, generator=g) + distance*y[:, None]*torch.eye(6)[0], y
+
+def test_a_judge_is_as_good_as_can_be():
+    "Two clouds at distance d can be told apart in Phi(d/2) of the cases (Bayes), no more; unlabelled ones are left out."
+    (x, y), (new, truth) = blobs(2000, 2., 0), blobs(4000, 2., 1)
+    best = .5*(1 + math.erf(1/math.sqrt(2)))
+    right = (class_judge(x, y)(new) == truth).float().mean().item()
+    assert abs(right - best) < .02
+    spoilt = torch.cat([x, 100 + x]), torch.cat([y, torch.full_like(y, -1)])
+    assert abs((class_judge(*spoilt)(new) == truth).float().mean().item() - best) < .02
+
+def test_guidance_against_what_is_asked():
+    "Samples of which a known share shows what was asked for, by a judge that errs never; their KID is that of the features."
+    x, y = blobs(400, 40., 0)
+    asked, wrong = [0]*50 + [1]*50, {1.: 50, 1.5: 30, 2.: 10, 3.: 0}
+    def draw(g):
+        shown = torch.tensor(asked)
+        shown[:wrong[g]] = 1 - shown[:wrong[g]]
+        return torch.randn(100, 6, generator=torch.Generator().manual_seed(2)) + 40*shown[:, None]*torch.eye(6)[0]
+    d = by_guidance(draw, None, x[:200], y[:200], (x[200:], y[200:]), asked)
+    assert d['right'] == 1 and d['n'] == 100 and d['n_real'] == 200
+    assert [o[3] for o in d['rows']] == pytest.approx([.5, .7, .9, 1.]) and [o[0] for o in d['rows']] == [1, 1.5, 2, 3]
+    k = [o[1] for o in d['rows']]
+    assert k[-1] == min(k) and k[0] == max(k)
+    assert by_guidance(draw, None, x[:200])['rows'][0][3] is None
+
+def test_few_pictures_are_a_caution():
+    "With the error of this very score; where there are many of both, none."
+    m = dict(n_real=18, n_fake=500, kid_se=.123)
+    assert '18 held-out' in caution(m)['caution'] and '0.25' in caution(m)['caution']
+    assert caution({**m, 'n_real': 500}) == {}
