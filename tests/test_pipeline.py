@@ -303,7 +303,7 @@ def test_the_script_of_the_lesson_draws_the_same_pictures(tmp_path):
     "Ten lines that know diffusers alone, on a run with an `AutoencoderKL` whose scale of latents is not 1"
     cell, = (''.join(o['source']) for o in json.loads((ROOT/'nbs/80_pipeline.ipynb').read_text())['cells'] if o['id'] == 'L109')
     script = cell.split("'''")[1].strip()
-    assert 'latentdiff' not in script and len(script.splitlines()) <= 10
+    assert 'latentdiff' not in script and len(script.splitlines()) <= 10 and script in (ROOT/'README.md').read_text()
     save_component(PretrainedKL(dict(small_vae().config)), tmp_path/'vae')
     p = small()
     p.autoencoder = open_autoencoder(tmp_path/'vae')
