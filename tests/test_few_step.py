@@ -1,12 +1,14 @@
 "UniPC against diffusers and exact solutions; shortcuts against the flow map of Gaussian data, which is known in closed form."
 import math, diffusers, pytest, torch
 from torch import nn
+from fastai.basics import Callback
 from latentdiff.conditioning import ClassConditioner, Conditioned, ConditionalUNet
 from latentdiff.core import UserError, load_component, save_component
 from latentdiff.few_step import *
 from latentdiff.noisify import Process
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.sampling import levels, optimal_denoiser, sample, start_noise, time_steps
+from latentdiff.training import Checkpoint
 from latentdiff.unet import UNet
 
 SHAPE = (6, 4, 3, 3)
@@ -21,7 +23,7 @@ def drive(scheduler, net, x):
 # --- UniPC -------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('order', [1, 2, 3])
-@pytest.mark.parametrize('n', [1, 2, 3, 10, 30])
+@pytest.mark.parametrize('n', [1, 3, 10])
 @pytest.mark.parametrize('target,theirs', [('eps', 'epsilon'), ('v', 'v_prediction'), ('x0', 'sample')])
 def test_unipc_equals_diffusers(order, n, target, theirs):
     p = Process('ddpm_linear', target)
@@ -137,7 +139,7 @@ def test_training_finds_the_exact_slopes():
     "From the velocity alone: nobody tells the network where a path ends"
     torch.manual_seed(0)
     z = STD*torch.randn(2000, 5)
-    learn = train_shortcut(Linear(), FLOW, optimal_denoiser(FLOW, torch.zeros(1, 5), STD), z, z[:200], 400, 5e-3, bs=128, device='cpu', rounds=1)
+    learn = train_shortcut(Linear(), FLOW, optimal_denoiser(FLOW, torch.zeros(1, 5), STD), z, z[:200], 300, 5e-3, bs=128, device='cpu', rounds=1)
     x = start_noise(FLOW, (200, 5), seed=1)
     for n in (1, 2, 4, 8):
         ratio = (shortcut(learn.model, FLOW, x, time_steps(FLOW, n))/x).mean().item()
@@ -176,8 +178,6 @@ def test_other_processes_are_refused():
 
 def test_training_on_goes_on_and_says_the_same(tmp_path):
     "Stopped and started again, it is the same training to the bit; every condition goes with its rows"
-    from latentdiff.training import Checkpoint
-    from fastai.basics import Callback
     z, y = torch.randn(64, 4, 8, 8), torch.arange(64) % 2
     seen = []
     def teacher(x, time, label):
@@ -185,14 +185,14 @@ def test_training_on_goes_on_and_says_the_same(tmp_path):
         return x*label.view(-1, 1, 1, 1)
     class Stop(Callback):
         def after_batch(self):
-            if self.training and self.learn.step_by_step.k == 5: raise KeyboardInterrupt
+            if self.training and self.learn.step_by_step.k == 4: raise KeyboardInterrupt
     def train(cbs=(), **kw):
         net = with_steps(noisy(classes()))
-        learn = train_shortcut(net, FLOW, teacher, (z, y), (z[:16], y[:16]), 8, 1e-3, bs=16, device='cpu', rounds=2, cbs=cbs, **kw)
+        learn = train_shortcut(net, FLOW, teacher, (z, y), (z[:16], y[:16]), 6, 1e-3, bs=16, device='cpu', rounds=2, cbs=cbs, **kw)
         return [p.detach().clone() for p in learn.model.parameters()]
     whole, checkpoint = train(), lambda: Checkpoint(tmp_path, 'x', every=0)
     with pytest.raises(KeyboardInterrupt): train([Stop()], checkpoint=checkpoint())
-    assert checkpoint().load(8)[1]['k'] in (4, 5)
+    assert checkpoint().load(6)[1]['k'] in (3, 4)
     for a, b in zip(whole, train(checkpoint=checkpoint())): assert torch.equal(a, b)
     assert all(a == b == c for a, b, c in seen)
 
