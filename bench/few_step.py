@@ -52,7 +52,7 @@ Garments, grey, 32 px, by class, in one to eight evaluations of the network.
 {flaws}
 """
 
-FLAWS = ('Cloth has a faint weave of squares, most of all with one evaluation, where handles of bags and straps of sandals are often lost; seams and prints are blurred. '
+FLAWS = ('Cloth has a faint weave of squares, most of all with one evaluation, where handles of bags and straps of sandals fray and the outlines of shoes break up. '
          'What its teacher does badly it does too. It has no guidance to choose: that of its training is part of it.')
 
 def nearest(pipe, train, x):
@@ -70,12 +70,12 @@ def pack(pipe, student, place, folder, images, lat, judge, n=2048):
     d = {k: evaluate(x, real, judge, features(judge, images, idxs=floor)) for k, x in pixels.items()}
     agrees = lambda x, y: torch.cat([judge.net(o).argmax(1) for o in x.split(256)]).eq(y).float().mean().item()
     held, train = from_uint8(images.pixels(images.valid_idxs)), lat.tensor('train')
-    say = lambda k, v: f'{v} with {k} evaluation' + 's'*(k > 1)
-    write_whole(Path(place)/'README.md', CARD.format(**{**d[2], **facts['settings'], 'n_real': len(held)}, name=Path(place).name, n=n, n_train=len(train),
-        params=sum(o.numel() for o in student.parameters())/1e6, hours=facts['seconds']/3600, extractor=judge.name, flaws=FLAWS,
-        kids=', '.join(say(k, f"{o['kid']:.4f} ± {o['kid_se']:.4f}") for k, o in d.items()), fids=', '.join(say(k, f"{o['fid']:.2f}") for k, o in d.items()),
+    say = lambda form: ', '.join(f"{form.format(**o)} with {k} evaluation" + 's'*(k > 1) for k, o in d.items())
+    told = {**d[2], **facts['settings'], **dict(name=Path(place).name, n=n, n_train=len(train), n_real=len(held), hours=facts['seconds']/3600, flaws=FLAWS,
+        params=sum(o.numel() for o in student.parameters())/1e6, kids=say('{kid:.4f} ± {kid_se:.4f}'), fids=say('{fid:.2f}'),
         nearest=nearest(pipe, train, pixels[2][:256]), nearest_real=nearest(pipe, train, held[:256]),
-        right=agrees(pixels[2], labels), real_right=agrees(held, images.labels[images.valid_idxs])))
+        right=agrees(pixels[2], labels), real_right=agrees(held, images.labels[images.valid_idxs]))}
+    write_whole(Path(place)/'README.md', CARD.format(**told))
 
 def mean(scores):
     "Mean over the seeds and its standard error, from the spread between them"
