@@ -65,10 +65,16 @@ def _ratio_range(process): # any `Process`
     if process.schedule in ('cosine', 'flow'): return .002, 80.   # theirs are 0 and infinite; these are EDM's, table 1
     return tuple(s/a for a, s in (levels(process, 1/process.steps), levels(process, 1.)))
 
+def _falling(ts): # times -> a list
+    "The same times, if a sampler can use them"
+    if len(ts) > 1 and ts[0] <= 1 and ts[-1] == 0 and all(t > u for t, u in pairwise(ts)): return list(ts)
+    raise UserError(f'times fall from at most 1 to 0, in one step or more, not {ts}')
+
 def time_steps(process, n,   # any `Process`; number of steps
-               spacing=None, # 'uniform' in t, 'karras' or 'logsnr'; None: 'karras' for edm, else 'uniform'
+               spacing=None, # 'uniform' in t, 'karras' or 'logsnr'; None: 'karras' for edm, else 'uniform'; or the times
                start=1.):    # first time; below 1 for image-to-image
     "`n+1` times as floats, falling from `start` to 0"
+    if isinstance(spacing, (list, tuple)): return _falling(spacing)
     spacing = spacing or ('karras' if process.schedule == 'edm' else 'uniform')
     if spacing not in ('uniform', 'karras', 'logsnr'):
         raise UserError(f"spacing is uniform, karras or logsnr, not {spacing!r}")
@@ -204,11 +210,12 @@ def sample(net, process,              # denoiser: `net(x_t, time) -> prediction`
            n, shape,                  # how many samples; of one: (c, h, w) or (d,)
            steps=20, sampler=SAMPLER, # a name in `SAMPLERS`, or a function like them
            seed=0,                    # sample `i` is made from (seed, i), whatever `n` and `bs` are
-           bs=128, device=None):      # samples a batch, where there are more; None: the GPU if there is one
+           bs=128, device=None,       # samples a batch, where there are more; None: the GPU if there is one
+           spacing=None):             # of the times, as `time_steps` takes it
     "(n, *shape) float32 standardised latents on the CPU, made from noise"
-    step, ts, bs = _sampler_of(sampler), time_steps(process, steps), min(n, bs)
+    step, ts, bs = _sampler_of(sampler), time_steps(process, steps, spacing), min(n, bs)
     batches = math.ceil(n/bs)
-    bar, out = Bar(steps*batches, f'drawing {n:,} samples'), []
+    bar, out = Bar((len(ts) - 1)*batches, f'drawing {n:,} samples'), []
     for i, net in zip(range(0, n, bs), [net]*batches if callable(net) else net, strict=True):
         gens = generators(seed, bs, i)
         x = levels(process, ts[0])[1]*noise_like(torch.empty(bs, *shape, device=device or default_device()), gens)
