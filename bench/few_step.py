@@ -33,14 +33,14 @@ Garments, grey, 32 px, by class, in one to eight evaluations of the network.
     from latentdiff.few_step import shortcut
     from latentdiff.pipeline import LatentDiffusionPipeline
     pipe = LatentDiffusionPipeline.from_pretrained('{name}')
-    images = pipe(16, steps=2, sampler=shortcut, cond=['dress', 'bag'], guidance=1)
+    images = pipe.draw(16, steps=2, sampler=shortcut, cond=['dress', 'bag'], guidance=1)
 
 | | |
 |---|---|
 | data | Fashion-MNIST by Zalando SE (Xiao, Rasul and Vollgraf 2017), MIT licence; {n_train:,} pictures of 32 px for training, {n_real:,} held out |
 | autoencoder | that of `fashion_mnist32` |
 | denoiser | {params:.2f}M parameters, from the weights of `fashion_mnist32`: {steps:,} steps of {bs} as a shortcut model (lesson `70_few_step`), taught by it with guidance {guidance:g}, Muon at {lr:g}, seed {seed} |
-| machine | AVX2 CPU, 1 thread; {hours:.1f} hours on a busy machine |
+| machine | AVX2 CPU, 1 thread; {hours:.1f} hours in the last go |
 | KID | {kids}; real against real {kid_floor:.4f} ± {kid_floor_se:.4f} |
 | FID | {fids}; real against real {fid_floor:.2f} |
 | protocol | {n:,} samples, each class equally often, 1, 2 and 4 evaluations, seed {seed}, against the held-out pictures; features of {extractor} |
