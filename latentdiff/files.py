@@ -243,16 +243,16 @@ def shard_samples(shards):
     from datasets import StreamingDownloadManager
     key = lambda file: re.match(r'(.*/)?[^/.]*', file[0])[0]      # up to the first dot
     for shard in shards:
+        last = None
         try:
             for k, files in itertools.groupby(StreamingDownloadManager().iter_archive(shard), key):
-                files = [*files]
-                parts = {name[len(k) + 1:].lower(): f.read() for name, f in files}
+                parts = {(last := o)[0][len(k) + 1:].lower(): o[1].read() for o in files}
                 picture = next((v for s, v in parts.items() if f'.{s}' in SUFFIXES), None)
                 caption = parts.get('txt', b'').decode('utf-8', 'replace').strip()
                 if picture is None: picture = f'no picture, only {", ".join([*parts][:3])}'
                 elif not caption or '\ufffd' in caption: picture = 'caption is not UTF-8' if caption else 'no caption'
                 yield f"{PurePosixPath(shard).name.split('.')[0]}/{k}", picture, caption
-            raw = getattr(files[-1][1], 'raw', None)                  # a whole tar goes on behind its last file
+            raw = getattr(last and last[1], 'raw', None)              # a whole tar goes on behind its last file
             if raw and raw.fileobj.tell() == raw.offset + -(-raw.size//512)*512: yield shard, 'shard has no end: cut?'
         except (OSError, ClientError, *DAMAGED) as e: yield shard, f'shard damaged or missing ({one_line(e)})'
 

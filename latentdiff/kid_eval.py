@@ -164,10 +164,10 @@ def features(extractor, # pixels -> features
              images,    # Images, a tensor of images (uint8, or float in [-1,1]), or features (n,d), which pass through
              bs=128, idxs=None):
     "Features of many images -> float32 (n,d) on the CPU"
-    side(images)
-    n = len(images)
+    flat, n = side(images) is None and torch.is_tensor(images), len(images)
+    if flat and idxs is None: return images
     idxs = torch.from_numpy(positions(n, idxs=range(n) if idxs is None else idxs))
-    if getattr(images, 'ndim', 0) == 2: return images[idxs]
+    if flat: return images[idxs]
     get = (lambda i: images[i]) if torch.is_tensor(images) else images.pixels
     batches = progress(idxs.split(number(1, bs=bs)), what=f'features of {len(idxs):,} images')
     return torch.cat([extractor(as_pixels(get(i))).cpu() for i in batches])
