@@ -218,7 +218,7 @@ class KLAutoencoder(Autoencoder):
     def __init__(self, in_channels=3, widths=(64, 128), patch=2, depth=1, # see `conv_encoder`
                  latent_channels=4, latent_mean=None, latent_std=None):   # of a latent; filled in by `fit_scale`
         super().__init__(latent_channels, latent_mean, latent_std)
-        if any(number(8, width=w) % 8 for w in widths): raise UserError(f'widths are {widths}: give multiples of 8')
+        if any(number(8, width=w) % 8 for w in widths or [0]): raise UserError(f'widths {widths}: give multiples of 8')
         self.factor = f = number(1, patch=patch)*2**(len(widths) - 1)
         self.encoder = conv_encoder(number(1, in_channels=in_channels), widths, patch, depth, 2*latent_channels)
         self.decoder = conv_decoder(latent_channels, widths, patch, depth, in_channels)

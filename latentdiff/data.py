@@ -226,7 +226,7 @@ def _usable(kind, read, n, shape, keep=True):
     "From (name, pixels or why not, ...): the first `n` good ones as uint8 (n,*shape) and by columns, and the bad"
     good, bad = [], []
     try: raw = torch.empty(n if keep else 0, *shape, dtype=torch.uint8)
-    except RuntimeError: raise UserError(f'{n:,} pictures of {shape} do not fit into memory: take a smaller n') from None
+    except RuntimeError: raise UserError(f'{n:,} pictures of {shape} do not fit in memory: take a smaller n') from None
     for name, x, *more in progress(read, n, f'decoding {n:,} pictures of {kind}'):
         if isinstance(x, str): bad.append((name, x))
         else:

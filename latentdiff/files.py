@@ -52,7 +52,7 @@ def download(url, path): # http(s); where the file goes, whose folder is made
             tag.unlink()
         except (OSError, ValueError, http.client.HTTPException) as e:
             code, tries = getattr(e, 'code', None), tries - 1
-            if code == 416: part.unlink()                         # there is no such rest: begin afresh
+            if code == 416 and part.exists(): part.unlink()       # there is no such rest: begin afresh
             elif code or not tries:
                 raise UserError(f'could not download {url} ({one_line(e)}): try later, or put it at {path}') from None
     return path
