@@ -33,7 +33,7 @@ def positions(n=None, **given): # how many there are, None: no end; an argument 
     a = np.asarray(v)
     if a.ndim == 1 and (not a.size or a.dtype.kind in 'iu' and -(n or 0) <= a.min() <= a.max() < (n or math.inf)):
         return a.astype(np.int64) % (n or 2**63 - 1)
-    raise UserError(f"{k} is {' '.join(repr(v).split())[:80]}: give a list of whole numbers from 0 to {n or math.inf}")
+    raise UserError(f"{k} is {' '.join(repr(v).split())[:80]}: give whole numbers from 0 to {(n or math.inf) - 1}")
 
 def numbers(n, low=-math.inf, **given): # how many; what they exceed; one argument by its name, a list or tensor
     "A list of `n` finite floats; raises `UserError` for anything else"
