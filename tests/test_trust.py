@@ -1,6 +1,6 @@
 """Malformed arguments, files and networks at the doors of `data`, `files`, `rooms`, `autoencoder`, `noisify` and `kid_eval`:
 one line that names what is wrong. `python tests/test_trust.py` counts the calls that answer otherwise."""
-import bz2, http.server, io, json, lzma, math, pickle, tarfile, threading, warnings, zipfile
+import bz2, http.server, io, json, lzma, math, os, pickle, tarfile, tempfile, threading, warnings, zipfile
 from functools import partial
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -368,6 +368,7 @@ def test_sets_of_other_sizes_are_not_compared():
 
 if __name__ == '__main__':
     warnings.simplefilter('ignore')
+    os.environ |= dict(LATENTDIFF_DATA=tempfile.mkdtemp(), HF_HUB_OFFLINE='1')
     why = {title: answer(*o) for title, o in CALLS.items()}
     for title, o in why.items():
         if o: print(f'{title:45.90} {o}')
