@@ -25,7 +25,9 @@ from fastai.basics import Callback, DataLoaders, Learner, Metric, patch
 from fastai.callback.training import GradientClip
 from .core import WEIGHTS, UserError, artefact, data_home, default_device, file_md5, find_class, fingerprint
 from .core import load_component, load_weights, read_json, save_component, stream, write_whole
-from .data import FITS, as_images
+from .data import FITS, as_images, check_images, like
+from .files import there
+from .rooms import number, numbers
 from .training import Checkpoint, DeviceLoader, Graphed, adamw, fit_steps, muon, zero_init
 
 # %% ../nbs/10_autoencoder.ipynb #c040
@@ -73,6 +75,7 @@ class PSNR(Mean):
 
     @torch.no_grad()
     def update(self, x, y):
+        like(x=x, y=y)
         mse = (as_double(x) - as_double(y)).square().flatten(1).mean(1).to(self.device)
         return super().update(mse, weight=torch.full_like(mse, x[0].numel()))
 
@@ -84,6 +87,7 @@ def _blur(x): return gaussian_blur(gaussian_blur(x, (11, 1), 1.5), (1, 11), 1.5)
 # %% ../nbs/10_autoencoder.ipynb #c026
 def ssim_map(x, y, data_range=2.): # images (b,c,h,w), 6x6 or larger; 2 for those in [-1,1]
     "Structural similarity of every pixel, float64 (Wang et al. 2004, eq. 13)"
+    like(x=x, y=y)
     x, y = as_double(x), as_double(y)
     mx, my = _blur(x), _blur(y)
     vx, vy, cov = (_blur(x*x) - mx*mx).clamp(min=0), (_blur(y*y) - my*my).clamp(min=0), _blur(x*y) - mx*my
@@ -128,21 +132,22 @@ class Autoencoder(nn.Module, ConfigMixin):
 
     def __init__(self, latent_channels, latent_mean=None, latent_std=None): # or length; of raw channels, None: 0 and 1
         super().__init__()
-        self.latent_channels, n = latent_channels, latent_channels
-        self.register_buffer('latent_mean', torch.tensor(latent_mean or [0.]*n), persistent=False)
-        self.register_buffer('latent_std', torch.tensor(latent_std or [1.]*n), persistent=False)
+        self.latent_channels = n = number(1, latent_channels=latent_channels)
+        self.register_buffer('latent_mean', torch.tensor(numbers(n, latent_mean=latent_mean or [0.]*n)), False)
+        self.register_buffer('latent_std', torch.tensor(numbers(n, 0, latent_std=latent_std or [1.]*n)), False)
 
     def encode_raw(self, images): raise NotImplementedError # -> (mean, logvar or None) before standardising
     def decode_raw(self, z): raise NotImplementedError      # -> images, not yet clamped
 
     def scale(self, z): # raw latents
         "Their mean and standard deviation over the training set, shaped to go with `z`"
+        check_images(z, {self.latent_channels}, 1e30, False, 'latents z', (2, 3, 4))
         shape = (1, -1) + (1,)*(z.ndim - 2)
         return self.latent_mean.view(shape), self.latent_std.view(shape)
 
     def posterior(self, images): # (b,c,h,w) float32 in [-1,1]
         "Mean and standard deviation of each picture's cloud, standardised; the second is None where there is no cloud"
-        mean, logvar = self.encode_raw(images)
+        mean, logvar = self.encode_raw(check_images(images, uint8=False))
         m, s = self.scale(mean)
         return (mean - m)/s, None if logvar is None else (0.5*logvar).exp()/s
 
@@ -164,7 +169,7 @@ class Autoencoder(nn.Module, ConfigMixin):
 
     def checked(self, images): # (b,c,h,w)
         "`images`; raises `UserError` unless height and width divide by `factor`"
-        f, (h, w) = self.factor, images.shape[-2:]
+        f, (h, w) = self.factor, check_images(images, {self.config.get('in_channels', 3)}, 1e30, False).shape[-2:]
         if h % f == w % f == 0: return images
         raise UserError(f'this autoencoder needs height and width in multiples of {f}, not {h}x{w}: resize or crop')
 
@@ -174,7 +179,7 @@ class Autoencoder(nn.Module, ConfigMixin):
 
     def set_scale(self, mean, std): # of each raw latent channel
         "Standardise with these from now on, and keep them in the config"
-        mean, std = (torch.as_tensor(o).tolist() for o in (mean, std))
+        mean, std = numbers(len(self.latent_std), latent_mean=mean), numbers(len(self.latent_std), 0, latent_std=std)
         self.latent_mean[:], self.latent_std[:] = torch.tensor(mean), torch.tensor(std)
         self.register_to_config(latent_mean=mean, latent_std=std)
 
@@ -191,11 +196,11 @@ def channel_stats(batches): # an iterable of tensors (b,c,...)
 # %% ../nbs/10_autoencoder.ipynb #c089
 def fit_bs(size, bs=256): # pixels a side, and the most images
     "Images to give an autoencoder at once: a 256-pixel one takes sixteen times the memory of a 64-pixel one"
-    return max(1, min(bs, 256*64**2//size**2))
+    return max(1, min(number(1, bs=bs), 256*64**2//number(1, size=size)**2))
 
 def batches_for(ae, x, bs=256): # an `Autoencoder`; uint8 pixels or float images (n,c,h,w); images a step
     "`x` as float images on the device of `ae`, batch by batch"
-    for b in x.split(fit_bs(x.shape[-1], bs)): yield as_images(b, ae.latent_mean.device)
+    for b in check_images(x, name='x').split(fit_bs(x.shape[-1], bs)): yield as_images(b, ae.latent_mean.device)
 
 # %% ../nbs/10_autoencoder.ipynb #c091
 @patch
@@ -213,8 +218,9 @@ class KLAutoencoder(Autoencoder):
     def __init__(self, in_channels=3, widths=(64, 128), patch=2, depth=1, # see `conv_encoder`
                  latent_channels=4, latent_mean=None, latent_std=None):   # of a latent; filled in by `fit_scale`
         super().__init__(latent_channels, latent_mean, latent_std)
-        self.factor = f = patch*2**(len(widths) - 1)
-        self.encoder = conv_encoder(in_channels, widths, patch, depth, 2*latent_channels)
+        if any(number(8, width=w) % 8 for w in widths or [0]): raise UserError(f'widths {widths}: give multiples of 8')
+        self.factor = f = number(1, patch=patch)*2**(len(widths) - 1)
+        self.encoder = conv_encoder(number(1, in_channels=in_channels), widths, patch, depth, 2*latent_channels)
         self.decoder = conv_decoder(latent_channels, widths, patch, depth, in_channels)
         self.line_in = nn.Conv2d(in_channels, latent_channels, f, f)
         self.line_out = nn.ConvTranspose2d(latent_channels, in_channels, f, f)
@@ -288,9 +294,9 @@ def ae_learner(ae, x_train, x_valid,      # an `Autoencoder`; uint8 pixels (n,c,
                kl_weight=1e-3, feature_weight=0., device=None, cbs=(), # see `AELoss`; None: GPU if any; more callbacks
                opt_func=muon):            # a fastai optimizer
     "A Learner that reconstructs"
-    device, bs = device or default_device(), min(bs, 64, len(x_train))
+    device, bs = device or default_device(), min(bs, 64, len(check_images(x_train, name='x_train')))
     dls = DataLoaders(DeviceLoader(x_train, bs=bs, shuffle=True, flip=flip, seed=seed, device=device),
-                      DeviceLoader(x_valid[:250], bs=bs, seed=seed, device=device))
+                      DeviceLoader(check_images(x_valid, name='x_valid')[:250], bs=bs, seed=seed, device=device))
     return Learner(dls, ae.to(device, memory_format=torch.channels_last), AELoss(kl_weight, feature_weight, device),
                    opt_func=opt_func, metrics=[ValidMetric(PSNR), ValidMetric(SSIM)],
                    cbs=[Reconstruct(), GradientClip(1.), *cbs, Graphed()])
@@ -428,15 +434,15 @@ def from_pretrained(cls:TAEF2, folder=None): # of two .safetensors; None: $LATEN
 # %% ../nbs/10_autoencoder.ipynb #c179
 def open_autoencoder(spec): # a saved folder, one of TAEF2 weights, 'taef2', or a Hub id: 'stabilityai/sd-vae-ft-ema'
     "The autoencoder that `spec` names, in eval mode; raises `UserError` if there is none"
-    folder = Path(spec).expanduser()
+    folder = there(spec)
     if str(spec) == 'taef2': return TAEF2.from_pretrained()
-    if (folder/'encoder.safetensors').is_file(): return TAEF2.from_pretrained(folder)
-    if folder.is_dir(): config = read_json(folder/'config.json', 'give the folder of a saved autoencoder')
+    if folder and (folder/'encoder.safetensors').is_file(): return TAEF2.from_pretrained(folder)
+    if folder and folder.is_dir(): config = read_json(folder/'config.json', 'give the folder of a saved autoencoder')
     elif re.fullmatch(r'\w[\w.-]*/[\w.-]+', str(spec)): config = _hub(AutoencoderKL.load_config, spec)
-    else: raise UserError(f'{spec} is neither a folder nor a Hub id like owner/name')
+    else: raise UserError(f'{spec!r:.200} is neither a folder nor a Hub id like owner/name')
     cls = find_class(config.get('_class_name'))
     if not issubclass(cls, Autoencoder): raise UserError(f'{spec} holds a {cls.__name__}, not an autoencoder')
-    if issubclass(cls, PretrainedKL): return cls.from_pretrained(folder if folder.is_dir() else spec)
+    if issubclass(cls, PretrainedKL): return cls.from_pretrained(folder or spec)
     return load_component(folder)
 
 # %% ../nbs/10_autoencoder.ipynb #c182
@@ -444,7 +450,7 @@ def some_pixels(images, split, seed, most=None): # `Images`; 'train' or 'valid';
     "uint8 pixels (n,c,h,w) of a split, in a fixed random order"
     rows, fit = getattr(images, f'{split}_idxs'), int(FITS//(images.channels*images.size**2))
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(stream(seed, 'pixels', split)))
-    return images.pixels(rows[order[:min(fit, most or fit)]])
+    return images.pixels(rows[order[:min(fit, number(1, most=fit if most is None else most))]])
 
 # %% ../nbs/10_autoencoder.ipynb #c184
 def make_autoencoder(folder, images, p, seed=0, device=None): # of the run; `Images`; a `Preset`; of chance; None: GPU

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RELEASES', 'poly_kernel', 'kernel_sums', 'pair_variance', 'cross_moments', 'point_variance', 'kid_variance', 'finite',
-           'kid', 'Extractor', 'EfficientNetFeatures', 'as_pixels', 'features', 'covariance_factor', 'frechet',
-           'gaussian_stats', 'fid', 'halves', 'evaluate', 'nearest_neighbours', 'subset_kids', 'kid_subsets',
+           'pair', 'kid', 'Extractor', 'EfficientNetFeatures', 'as_pixels', 'side', 'features', 'covariance_factor',
+           'frechet', 'gaussian_stats', 'fid', 'halves', 'evaluate', 'nearest_neighbours', 'subset_kids', 'kid_subsets',
            'kid_blocks', 'FeatureMetric', 'KID', 'FID', 'inception_weights', 'InceptionFeatures', 'GreyClassifier',
            'train_classifier', 'ClassifierFeatures', 'make_judge']
 
@@ -23,7 +23,8 @@ from torcheval.metrics import Metric
 from torchvision.transforms.functional import gaussian_blur
 from .core import UserError, artefact, data_home, default_device, load_component, progress, save_component
 from .core import stream
-from .data import from_uint8, to_uint8
+from .data import check_images, from_uint8, kind_of, to_uint8
+from .rooms import number, one_of, positions
 from .training import DeviceLoader, fit_steps
 from .autoencoder import efficientnet_lite0
 
@@ -82,17 +83,26 @@ def kid_variance(ra, qa, rb, qb, # row sums and squares within the first set, wi
     return torch.maximum(pairs + points, pairs/2).clamp(min=0)
 
 # %% ../nbs/50_kid_eval.ipynb #c033
-def finite(x): # features (n,d)
+def finite(x, name='features'): # features (n,d); what they are called
     "The same features, if all of them are finite numbers"
+    if not torch.is_tensor(x) or x.ndim != 2 or not x.is_floating_point():
+        raise UserError(f'{name} are {kind_of(x)}: give features (n,d), floats, as the function features makes them')
     bad = (~torch.isfinite(x)).any(1).sum().item()
-    if bad: raise UserError(f'{bad} of {len(x)} images have features that are not finite numbers: check what drew them')
+    if bad: raise UserError(f'{name}: {bad} of {len(x)} images have features that are not finite: check what drew them')
     return x
+
+def pair(a, b, least, what): # features (m,d), (n,d); images that are needed of each; for this
+    "Raises `UserError` unless they can be compared"
+    for k, x in dict(a=a, b=b).items(): finite(x, k)
+    if a.shape[1] != b.shape[1]: raise UserError(f'a is {kind_of(a)}, b is {kind_of(b)}: take both from one extractor')
+    if min(len(a), len(b)) < least:
+        raise UserError(f'{what} needs at least {least} images in each set; got {len(a)} and {len(b)}')
 
 def kid(a, b) -> tuple: # features (m,d), (n,d) -> (value, standard error), floats
     "Unbiased squared MMD with KID's kernel, in float64 (Gretton et al. 2012, lemma 6), and its standard error"
+    pair(a, b, 4, 'KID')
     m, n = len(a), len(b)
-    if min(m, n) < 4: raise UserError(f'KID needs at least 4 images in each set; got {m} and {n}')
-    (ra, _, qa), (rb, _, qb), (r, c, q) = kernel_sums(finite(a)), kernel_sums(finite(b)), kernel_sums(a, b)
+    (ra, _, qa), (rb, _, qb), (r, c, q) = kernel_sums(a), kernel_sums(b), kernel_sums(a, b)
     value = ra.sum()/(m*(m-1)) + rb.sum()/(n*(n-1)) - 2*r.sum()/(m*n)
     return value.item(), kid_variance(ra, qa, rb, qb, r, c, q).sqrt().item()
 
@@ -123,6 +133,7 @@ class EfficientNetFeatures(Extractor):
                  blur=1.,        # standard deviation of the blur after that, in pixels; 0 for none
                  first=4.5,      # weight of the first block's channels; 0 leaves them out
                  device=None):
+        number(0, 2048, False, blur=blur, first=first, size=number(1, size=size))
         name = f'efficientnet-lite0@{size}' + f'-blur{blur:g}'*(blur > 0) + f'-first{first:g}'*(first > 0)
         super().__init__(efficientnet_lite0().to(memory_format=torch.channels_last), name, device)
         self.size, self.blur, self.first = size, blur, first
@@ -141,14 +152,24 @@ def as_pixels(x): # float (b,c,h,w) in [-1,1], or uint8 (b,c,h,w) with 1 or 3 ch
     "uint8 (b,3,h,w) of either kind of image"
     return to_uint8(x) if x.is_floating_point() else x.expand(-1, 3, -1, -1)
 
+def side(x, name='images'): # as `features` takes them; what they are called
+    "Pixels a side, or None for features; raises `UserError` for what is neither, or not square"
+    if hasattr(x, 'pixels'): return getattr(x, 'size', None)
+    flat = getattr(x, 'ndim', 0) == 2 and finite(x, name) is x
+    h, w = (None, None) if flat else check_images(x, name=name).shape[2:]
+    if h == w: return h
+    raise UserError(f'{name} are {h}x{w}: cut them to squares first, because feature nets would squeeze them')
+
 def features(extractor, # pixels -> features
              images,    # Images, a tensor of images (uint8, or float in [-1,1]), or features (n,d), which pass through
              bs=128, idxs=None):
     "Features of many images -> float32 (n,d) on the CPU"
-    if torch.is_tensor(images) and images.ndim == 2: return images
-    idxs = torch.arange(len(images)) if idxs is None else torch.as_tensor(idxs)
+    flat, n = side(images) is None and torch.is_tensor(images), len(images)
+    if flat and idxs is None: return images
+    idxs = torch.from_numpy(positions(n, idxs=range(n) if idxs is None else idxs))
+    if flat: return images[idxs]
     get = (lambda i: images[i]) if torch.is_tensor(images) else images.pixels
-    batches = progress(idxs.split(bs), what=f'features of {len(idxs):,} images')
+    batches = progress(idxs.split(number(1, bs=bs)), what=f'features of {len(idxs):,} images')
     return torch.cat([extractor(as_pixels(get(i))).cpu() for i in batches])
 
 # %% ../nbs/50_kid_eval.ipynb #c047
@@ -173,12 +194,13 @@ def gaussian_stats(x): # features (n,d)
 
 def fid(a, b): # features (m,d), (n,d) -> float
     "Fréchet distance of the Gaussians that have the means and covariances of two feature sets"
-    if min(len(a), len(b)) < 2: raise UserError(f'FID needs at least 2 images in each set; got {len(a)} and {len(b)}')
-    return frechet(*gaussian_stats(finite(a)), *gaussian_stats(finite(b)))
+    pair(a, b, 2, 'FID')
+    return frechet(*gaussian_stats(a), *gaussian_stats(b))
 
 # %% ../nbs/50_kid_eval.ipynb #c089
 def halves(x, seed=0):
     "Two sets of equal size, split from one at random"
+    if len(x) < 2: raise UserError(f'x has {len(x)} rows: two or more are needed for two halves')
     a, b = torch.randperm(len(x), generator=torch.Generator().manual_seed(stream(seed, 'halves'))).chunk(2)
     return x[a[:len(b)]], x[b]
 
@@ -188,7 +210,10 @@ def evaluate(fake, real,       # images or features, as `features` takes them
              floor_from=None,  # more real images, for the floor; None splits `real` into halves
              seed=0) -> dict:
     "KID and FID of generated against real images, and of real against real: the floor that no generator should beat"
-    start = time.time()
+    start, seed = time.time(), number(seed=seed)
+    sets = dict(fake=fake, real=real, floor_from=real if floor_from is None else floor_from)
+    sizes = {k: side(o, k) for k, o in sets.items()}
+    if len({*sizes.values()} - {None}) > 1: raise UserError(f'pixels a side: {sizes}: bring all to one size first')
     f, r = features(extractor, fake), features(extractor, real)
     a, b = halves(r, seed) if floor_from is None else (features(extractor, floor_from)[:len(f)], r)
     (k, se), (k0, se0) = kid(f, r), kid(a, b)
@@ -201,6 +226,10 @@ def nearest_neighbours(fake,  # (n,d) features, or images of any one range, whic
                        train, # (m,d) the same of the training set
                        k=1, block=256):
     "Indices and Euclidean distances, each (n,k), of the k nearest training items, nearest first"
+    for name, o in dict(fake=fake, train=train).items():
+        if torch.is_tensor(o) and len(o) and kind_of(o[:1]) == kind_of(fake[:1]) and o.isfinite().all(): continue
+        raise UserError(f'{name} is {kind_of(o)}: give two sets of one kind and shape, all finite')
+    number(1, len(train), k=k)
     t, found = train.flatten(1), []
     for x in fake.flatten(1).split(block):
         x = x.double() # cdist takes |x|²+|y|²-2xy, which in float32 puts a copy of a photograph 32 grey levels away
@@ -219,22 +248,24 @@ def kid_subsets(a, b,             # features (m,d), (n,d)
                 n=100, size=1000, # subsets, and images that one takes from each set
                 seed=0) -> tuple: # (mean, standard deviation) over the subsets, floats
     "KID by the protocol of the papers: n random subsets without replacement; same draws as torch-fidelity's"
+    pair(a, b, 4, 'KID')
+    n, size = number(1, n=n), number(4, size=size)
     m = min(len(a), len(b))
     if m < size: raise UserError(f'subsets of {size} need {size} images a set; got {m}: pass a smaller size or use kid')
     rng = np.random.RandomState(seed if 0 <= seed < 2**32 else stream(seed, 'subsets') % 2**32)
     draws = np.array([[rng.choice(len(x), size, replace=False) for x in (a, b)] for _ in range(n)])
-    k = subset_kids(finite(a), finite(b), *torch.as_tensor(draws).unbind(1))
+    k = subset_kids(a, b, *torch.as_tensor(draws).unbind(1))
     return k.mean().item(), k.std(correction=0).item()
 
 # %% ../nbs/50_kid_eval.ipynb #n502
 def kid_blocks(a, b,             # features (m,d), (n,d)
                size=200, seed=0): # images of each set in a block; of the order in which they are cut into blocks
     "KID as the mean over disjoint blocks, and its standard error (Zaremba et al. 2013): for sets of ten thousands"
-    if size < 4: raise UserError(f'blocks of {size} images are too small: take 4 or more')
-    n = min(len(a), len(b))//size
+    pair(a, b, 4, 'KID')
+    n = min(len(a), len(b))//number(4, size=size)
     if n < 8: raise UserError(f'8 blocks of {size} need {8*size} images a set; got {min(len(a), len(b))}: use kid')
     order = lambda x, k: torch.randperm(len(x), generator=torch.Generator().manual_seed(stream(seed, 'blocks', k)))
-    k = subset_kids(finite(a), finite(b), *(order(x, i)[:n*size].view(n, size) for i, x in enumerate((a, b))))
+    k = subset_kids(a, b, *(order(x, i)[:n*size].view(n, size) for i, x in enumerate((a, b))))
     return k.mean().item(), k.std().item()/n**.5
 
 # %% ../nbs/50_kid_eval.ipynb #c054
@@ -250,9 +281,9 @@ class FeatureMetric(Metric):
     @torch.inference_mode()
     def update(self, x, real: bool):
         "Add a batch: features (n,d), or pixels uint8 (n,3,h,w), of one side"
-        f = self.extractor(x) if self.extractor else x
-        if f.ndim != 2: raise UserError(f'expected features (n,d), got {tuple(f.shape)}: give the metric an extractor')
-        self._take('real' if real else 'fake', self.summary(finite(f.detach()).to(self.device)))
+        one_of((True, False), real=real)
+        f = finite(self.extractor(x) if self.extractor else x, 'x')
+        self._take('real' if real else 'fake', self.summary(f.detach().to(self.device)))
         return self
 
     @torch.inference_mode()
@@ -308,7 +339,7 @@ def inception_weights(url=RELEASES + 'v0.2.0/weights-inception-2015-12-05-672682
     "Path of the FID Inception's weights (91 MB), downloaded once; the hash in their name is checked"
     path = data_home()/'inception-2015-12-05-6726825d.pth'
     try: torch.hub.load_state_dict_from_url(url, path.parent, check_hash=True, file_name=path.name, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
         if path.exists(): raise UserError(f'{path} is damaged: delete it and try again') from e
         why = str(e).splitlines()[0]
         raise UserError(f'no weights from {url} ({why}): try again, or save the file as {path}') from e
@@ -349,12 +380,15 @@ def train_classifier(pixels, labels, # uint8 (n,1,h,w), int64 (n,), -1 where a p
                      epochs=None,    # None: 60,000 images in all, in 1 to 10 epochs
                      seed=0) -> Learner:
     "Train a GreyClassifier on the pictures that have a class"
+    n = len(check_images(pixels, (1,), name='pixels'))
+    told = kind_of(labels) == f'torch.int64 ({n},)' and labels.max() >= 0
+    if not told: raise UserError(f'labels are {kind_of(labels)}: give one int64 for each picture, some of them not -1')
     (x, y), held_out = ((x[y >= 0], y[y >= 0]) for x, y in ((pixels, labels), valid))
     torch.manual_seed(seed)
     net = GreyClassifier(int(y.max()) + 1)
     dls = DataLoaders(DeviceLoader(x, y, bs=128, shuffle=True, seed=seed), DeviceLoader(*held_out, bs=500))
     learn = Learner(dls, net, nn.CrossEntropyLoss(), metrics=accuracy)
-    epochs = epochs or min(10, max(1, 60_000//len(x)))
+    epochs = number(1, epochs=min(10, max(1, 60_000//len(x))) if epochs is None else epochs)
     return fit_steps(learn, epochs=epochs, lr=4e-3, seed=seed, rounds=epochs)
 
 # %% ../nbs/50_kid_eval.ipynb #c080

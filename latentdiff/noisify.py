@@ -8,7 +8,7 @@ __all__ = ['SCHEDULES', 'TARGETS', 'TIMES', 'FILES', 'PREDICTION_TYPES', 'BETA_S
            'prefetch', 'Latents', 'make_latents', 'NoisifyCB', 'save_process']
 
 # %% ../nbs/20_noisify.ipynb #c003
-import functools, hashlib, inspect, json, math, shutil, time
+import functools, hashlib, inspect, json, math, shutil, time, warnings
 import numpy as np, torch
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -17,7 +17,8 @@ from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscr
 from fastai.basics import Callback, patch
 from .autoencoder import fit_bs
 from .core import UserError, artefact, default_device, made, progress, read_json, stream, write_json
-from .data import from_uint8
+from .data import from_uint8, kind_of, like
+from .rooms import number, one_of
 
 # %% ../nbs/20_noisify.ipynb #c076
 def cosine_levels(t): # levels in [0,1] -> (alpha, sigma) like t
@@ -52,8 +53,9 @@ SCHEDULES = 'cosine', 'ddpm_linear', 'scaled_linear', 'ddpm_cosine', 'edm', 'flo
 TARGETS = 'eps', 'x0', 'v', 'velocity'
 TIMES = 'uniform', 'logit_normal', 'edm'
 
-def _as_level(t): # float or tensor
+def _as_level(t, low=0, high=1, name='t'): # float or tensor; what a float may be; what it is called
     "`t` as a tensor: float64 if it is one, else float32 (half precision cannot tell one level from the next)"
+    if not torch.is_tensor(t) and not np.ndim(t): number(low, high, whole=False, **{name: t})
     t = torch.as_tensor(t)
     return t if t.dtype==torch.float64 else t.float()
 
@@ -72,8 +74,10 @@ class Process:
 
     def __post_init__(self):
         for what,names in dict(schedule=SCHEDULES, target=TARGETS, times=TIMES).items():
-            if getattr(self, what) in names: continue
-            raise UserError(f"no {what} {getattr(self, what)!r}: choose one of {', '.join(names)}")
+            one_of(names, **{what: getattr(self, what)})
+        number(1, 10**6, steps=self.steps)
+        number(1e-9, .9999, False, beta_start=self.beta_start, beta_end=self.beta_end)
+        number(1e-9, number(1e-9, 1e6, False, rho=self.rho, sigma_max=self.sigma_max), False, sigma_min=self.sigma_min)
 
     def _table(self, like):
         return log_abar_table(self.schedule, self.beta_start, self.beta_end, self.steps, like.dtype, like.device)
@@ -110,6 +114,7 @@ class Process:
 @patch
 def t_of(self:Process, ratio): # sigma/alpha, >= 0, tensor -> t in [0,1]
     "The level at which sigma/alpha equals `ratio`: the schedule read backwards"
+    ratio = _as_level(ratio, 0, math.inf, 'ratio')
     if self.schedule=='cosine': return torch.atan(ratio)*2/math.pi
     if self.schedule=='flow': return 1/(1+1/ratio)
     if self.schedule=='edm':
@@ -133,7 +138,7 @@ def time_input(self:Process, t): # levels in [0,1], tensor -> float32 like t: di
 @patch
 def t_of_time(self:Process, time): # as `time_input` gives it, or diffusers' timesteps -> t in [0,1]
     "The level of which the network is told `time`: the inverse of `time_input`"
-    time = _as_level(time)
+    time = _as_level(time, -math.inf, math.inf, 'time')
     if self.schedule=='edm': return self.t_of((4*time).exp())
     return (time + (self.schedule!='flow'))/self.steps
 
@@ -146,10 +151,18 @@ def mix(p, x, q, y): # numbers (b,) or one, batches (b,...)
     "p x + q y, in the precision of `x`"
     return (bcast(p, x)*x + bcast(q, x)*y).to(x.dtype)
 
+def _levels_of(t, x): # what stands for levels; the batch they are for
+    "`t` as a tensor beside `x`; raises `UserError` unless it is one level, or one a sample, from 0 to 1"
+    t = torch.as_tensor(_as_level(t), device=x.device)
+    if t.is_cpu: number(0, 1, False, t=t.min().item()), number(0, 1, False, t=t.max().item())
+    if t.ndim and t.shape != x.shape[:1]: raise UserError(f't is {kind_of(t)}: give one level, or {len(x)} of them')
+    return t
+
 @patch
 def add_noise(self:Process, x0, eps, t): # clean latents (b,...) of std 1, noise like them, levels (b,) or one -> x_t
     "x_t = alpha(t) x0 + sigma(t) eps"
-    a,s = self.levels(torch.as_tensor(t, device=x0.device))
+    like(x0=x0, eps=eps)
+    a,s = self.levels(_levels_of(t, x0))
     return mix(a, x0, s, eps)
 
 # %% ../nbs/20_noisify.ipynb #c113
@@ -170,14 +183,16 @@ def target_coefs(self:Process, a, s):
 @patch
 def target_of(self:Process, x0, eps, t):
     "What the network should answer, given x0 and eps (b,...) and t (b,)"
-    p,q = self.target_coefs(*self.levels(torch.as_tensor(t, device=x0.device)))
+    like(x0=x0, eps=eps)
+    p,q = self.target_coefs(*self.levels(_levels_of(t, x0)))
     return mix(p, x0, q, eps)
 
 # %% ../nbs/20_noisify.ipynb #c126
 @patch
 def x0_eps(self:Process, pred, x_t, t): # the answer; noised latents, not scaled; levels (b,) or one -> (x0, eps)
     "Solve alpha x0 + sigma eps = x_t, p x0 + q eps = pred; what cannot be known (determinant below 1e-5) is 0"
-    a,s = self.levels(torch.as_tensor(t, device=x_t.device))
+    like(x_t=x_t, pred=pred)
+    a,s = self.levels(_levels_of(t, x_t))
     p,q = self.target_coefs(a, s)
     det = a*q - s*p
     inv = torch.where(det.abs()<1e-5, 0., 1/det)
@@ -190,8 +205,8 @@ def x0_eps(self:Process, pred, x_t, t): # the answer; noised latents, not scaled
 @patch
 def sample_t(self:Process, n, generator=None, device=None): # how many; torch.Generator on `device` -> t (n,) in (0,1]
     "Training levels: even, or logit-normal (Esser et al. 2024), or log-normal in sigma (Karras et al. 2022, table 1)"
-    if self.times=='uniform': return 1-torch.rand(n, generator=generator, device=device)
-    z = torch.randn(n, generator=generator, device=device)
+    if self.times=='uniform': return 1-torch.rand(number(0, n=n), generator=generator, device=device)
+    z = torch.randn(number(0, n=n), generator=generator, device=device)
     if self.times=='logit_normal': return z.sigmoid()
     return self.t_of((math.log(2)-1.2 + 1.2*z).exp()).clamp(min=1/self.steps)
 
@@ -258,17 +273,31 @@ def _encode_rest(ae, images, folder, shape, flip, bs, save_every=5.):
     finally: checkpoint()
 
 # %% ../nbs/20_noisify.ipynb #c045
+def _sound(m): # a manifest
+    "Whether it describes a set of latents"
+    try:
+        each = [len(m[k]) for k in ('names', 'labels', 'captions') if m[k] is not None or k=='names']
+        whole = all(type(o) is int and o>0 for o in m['shape']) and {*m['valid']} <= {*range(len(m['names']))}
+        return whole and {*each}=={m['shape'][0]} and type(m['mirrored']) is bool and 'classes' in m
+    except (KeyError, TypeError, IndexError): return False
+
 class Latents:
     "Encoded images on disk: float16 in memory maps, float32 when they come out"
     def __init__(self, folder): # the folder `latents` that `make_latents` wrote
-        self.folder = Path(folder)
+        self.folder = Path(str(folder))
         self.manifest = m = read_json(self.folder/'manifest.json', f'no latents in {folder}: delete and encode again')
-        self.fingerprint = made(folder)['fingerprint'] # of what they were made of
+        if not _sound(m): raise UserError(f'{self.folder}/manifest.json is not whole: delete and encode again')
+        self.fingerprint = made(folder).get('fingerprint') # of what they were made of
         self.mean,self.mirrored = (*(self._map(f) for f in FILES[:1+m['mirrored']]), None)[:2]
         self.names,self.classes,self.captions = m['names'],m['classes'],m['captions']
         self.labels = None if m['labels'] is None else torch.tensor(m['labels'])
         valid = torch.isin(torch.arange(len(self)), torch.tensor(m['valid']))
         self.train_idxs,self.valid_idxs = (~valid).nonzero()[:,0],valid.nonzero()[:,0]
+        some = torch.tensor(self.mean[::-(-len(self)//256)]).float()   # enough to see whether they are latents
+        std = some.transpose(0, 1).flatten(1).std(1)
+        if not some.isfinite().all(): raise UserError(f'{folder} holds latents that are not finite: delete it')
+        if len(some) > 16 and not 1/3 < std.min() <= std.max() < 3:
+            warnings.warn(f'latents have std {std.min():.2g} to {std.max():.2g}, not 1: fit_scale their autoencoder')
 
     def _map(self, name):
         f,shape = self.folder/name, tuple(self.manifest['shape'])
@@ -284,6 +313,7 @@ class Latents:
 
     def idxs(self, split):
         "The image that each row of `tensor(split)` was made from"
+        one_of(('train', 'valid', 'all'), split=split)
         if split=='train' and self.mirrored is not None: return self.train_idxs.repeat(2)
         return dict(train=self.train_idxs, valid=self.valid_idxs, all=torch.arange(len(self)))[split]
 
@@ -335,6 +365,7 @@ NEUTRAL = dict( # settings that a process has no place for, and the values at wh
 
 def _settings(scheduler):
     "The settings that its class knows (others may be carried along); UserError for one that a process would lose"
+    if not hasattr(scheduler, 'config'): raise UserError(f'scheduler is {scheduler!r:.80}: give one of diffusers')
     c = {k: v for k,v in scheduler.config.items() if k in inspect.signature(type(scheduler)).parameters}
     for k,neutral in NEUTRAL.items():
         if c.get(k, neutral[0]) not in neutral: raise UserError(f"cannot convert {k}={c[k]!r}: only {k}={neutral[0]!r}")
@@ -382,6 +413,7 @@ def to_diffusers(self:Process, cls=None): # another scheduler class of the famil
     if self.target not in can:
         raise UserError(f"diffusers cannot express {self.target!r} with {self.schedule!r}: only {', '.join(can)}")
     s = _plainest(self)
+    if cls and not hasattr(cls, 'from_config'): raise UserError(f'cls is {cls!r:.80}: give a class of diffusers')
     if cls:
         config = {k: v[0] for k,v in NEUTRAL.items()} | dict(s.config) | dict(rho=self.rho)
         s = cls(**{k: v for k,v in config.items() if k in inspect.signature(cls).parameters})
@@ -393,6 +425,6 @@ def to_diffusers(self:Process, cls=None): # another scheduler class of the famil
 # %% ../nbs/20_noisify.ipynb #c181
 def save_process(process, folder): # a `Process`; of the run, a Path
     "Write process/ and, if diffusers has such a scheduler, scheduler/"
-    process.save(folder/'process')
-    try: process.to_diffusers().save_pretrained(folder/'scheduler')
-    except UserError: shutil.rmtree(folder/'scheduler', ignore_errors=True)
+    process.save(Path(folder)/'process')
+    try: process.to_diffusers().save_pretrained(Path(folder)/'scheduler')
+    except UserError: shutil.rmtree(Path(folder)/'scheduler', ignore_errors=True)

@@ -1,0 +1,376 @@
+"""Malformed arguments, files and networks at the doors of `data`, `files`, `rooms`, `autoencoder`, `noisify` and `kid_eval`:
+one line that names what is wrong. `python tests/test_trust.py` counts the calls that answer otherwise."""
+import bz2, http.server, io, json, lzma, math, os, pickle, tarfile, tempfile, threading, warnings, zipfile
+from functools import partial
+from pathlib import Path
+import numpy as np, pytest, torch
+from latentdiff import autoencoder as A, data as D, files as F, kid_eval as K, noisify as N, rooms as R
+from latentdiff.core import UserError, made, save_component
+from errors import one_line
+
+nan, inf = math.nan, math.inf
+X = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))*2 - 1    # images
+PX, Z = D.to_uint8(X), torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+FEATS = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+ROOMS = D.open_images('rooms', 16, n=20)
+AE, FLOW = A.KLAutoencoder(3, (8,), 2, 1, 4).eval(), N.Process()
+NOWHERE = Path(__file__)/'x.zip'   # no folder can be made there
+NET = K.Extractor(torch.nn.Identity(), 'mean', 'cpu')
+NET.embed = lambda pixels: pixels.float().mean((2, 3)).repeat(1, 3)
+
+def holed(x):
+    x = x.clone()
+    x.view(-1)[3] = nan
+    return x
+
+def each(f, arg, *bad, title=None, says=None, **good):
+    """{title: (call, what the message has to name)} of one function, one argument and its bad values; `good`: the other arguments.
+    Numbers are named with their argument, texts by themselves"""
+    rows = {}
+    for i, v in enumerate(bad):
+        value = repr(v)[:60] if isinstance(v, (int, float, str)) else ''
+        names = (says,) if says is not None else (value,) if isinstance(v, str) and v else (arg, value)
+        rows[f'{title or f.__name__}({arg}={value or f"{i}: {type(v).__name__}"})'] = partial(f, **good, **{arg: v}), names
+    return rows
+
+COUNT = 0, -3, 2.5, nan, '7', True, 10**12     # where a whole number above 0 is asked for
+NUMBER = 'a', nan, 1.5, None                   # where any whole number will do
+BATCH = None, [1.], X.numpy(), X[0], X[None], X[:, :2], X[:0], X.long(), PX, X*200, holed(X), X*inf
+PIXELS = None, PX.numpy(), PX[0], PX[:0], PX[:, :2], X*3, holed(X)
+LIKE = None, Z[:2], Z[:, :1], Z.long(), Z[..., :1]     # where something like Z is asked for
+SET = None, FEATS.numpy(), FEATS[0], FEATS[None], FEATS[:, :5], holed(FEATS), FEATS*inf
+
+CALLS = {
+    **each(R.rooms, 'n', *COUNT[:-1], size=16), **each(R.rooms, 'size', *COUNT, None, n=2), **each(R.rooms, 'seed', *NUMBER, n=2, size=16),
+    **each(R.rooms, 'start', -1, 1.5, 'a', nan, n=2, size=16), **each(R.room_factors, 'index', -1, 1.5, 'a', None, seed=0),
+    **each(R.room_codes, 'index', [-1], [.5], ['a'], None, seed=0), **each(R.draw_rooms, 'size', *COUNT, seed=0, idxs=np.arange(2)),
+    **each(R.draw_rooms, 'idxs', [-1], [.5], seed=0, size=16), **each(R.render_room, 'size', *COUNT, factors={}),
+    **each(R.render_room, 'factors', None, ['red'], size=16), **each(R.render_room, 'factors', dict(jitter=dict(turn=nan)), size=16, says='turn is nan'),
+    **each(R.room_caption, 'factors', None, {}), **each(R.room_caption, 'factors', dict(R.room_factors(0, 0), bed='pink'), says="bed is 'pink'"),
+    **each(D.open_images, 'size', *COUNT, None, data='rooms'), **each(D.open_images, 'n', *COUNT, data='rooms', size=16),
+    **each(D.open_images, 'channels', 0, 2, -1, '3', data='rooms', size=16), **each(D.open_images, 'seed', *NUMBER, data='rooms', size=16),
+    **each(D.open_images, 'data', None, '', 5, b'rooms', size=16, says='no folder or file'), **each(D.open_images, 'data', 'a\0b', 'x'*5000, '~nobody-of-that-name/x', size=16),
+    **each(ROOMS.pixels, 'idxs', [1000], [-21], [.5], ['a'], 3, torch.ones(20, dtype=torch.bool), title='Images.pixels'),
+    **each(D.to_uint8, 'images', None, X.numpy(), X[0, 0], X[:, :2], X[None], holed(X)), **each(D.from_uint8, 'pixels', None, X, PX.long(), PX.numpy()),
+    **each(D.as_images, 'x', None, X.long()), **each(D.image_grid, 'images', None, [], X[:0], X[:, :2], holed(X)),
+    **each(D.image_grid, 'nrow', 0, -1, 'a', images=X), **each(D.show_images, 'nrow', 0, -1, 'a', images=X),
+    **each(D.show_images, 'images', None, X[:0], X[:, :2]), **each(D.split_of, 'name', None, 3), **each(lambda valid_pct: D.split_of('a', valid_pct), 'valid_pct', -1, 101, nan, '9', title='split_of'),
+    **each(D.pick, 'n', -1, 2.5, 'a', names=['a', 'b', 'c'], seed=0), **each(D.fit_pixels, 'size', *COUNT, x=PX, channels=3),
+    **each(D.fit_pixels, 'channels', 2, 0, x=PX, size=8), **each(D.fit_pixels, 'x', None, PX[:, :2], PX[0], size=8, channels=3),
+    **each(D.image_dls, 'bs', 0, -1, 'a', images=ROOMS, device='cpu'),
+    **each(F.shard_names, 'spec', None, 5, 'a', says='names no shards'), **each(F.shard_names, 'seed', 'a', nan, spec='{0..3}.tar'),
+    **each(F.npz_pixels, 'path', None, 5, 'nowhere.npz', says='cannot be read'), **each(F.at_hand, 'data', None, 5, '', 'a\0b', 'x'*5000, says='no folder or file'),
+    **each(F.hub_folder, 'n', 0, -1, 'a', spec='nobody/nothing'), **each(F.hub_folder, 'spec', '', n=3, says='spec is empty'),
+    **each(F.unpacked, 'archive', None, 'nowhere.zip', '.', says='is no archive'),
+    **each(F.download, 'url', None, '', 'nowhere', 'file:///etc/hostname', path=NOWHERE, says='begin with https://'),
+    **each(F.download, 'url', 'http://[1/x.zip', 'http://127.0.0.1/ä.zip', path=NOWHERE, says='could not download'),
+    **each(F.load_pixels, 'size', 0, -1, 'a', file=b''), **each(F.load_pixels, 'channels', 2, 0, file=b'', size=8),
+    **each(AE.encode, 'images', *BATCH), **each(AE.posterior, 'images', X[:, :1], X*200), **each(AE.forward, 'images', None, X[:, :1], PX),
+    **each(AE.decode, 'z', None, Z.numpy(), Z[:, :1], Z[:, :3], Z[0], Z.long(), holed(Z)),
+    **each(A.psnr, 'y', None, X[:1], X[:, :1], PX, x=X), **each(A.psnr, 'x', PX, y=PX), **each(A.ssim, 'y', X[:1], X[:, :1], PX, x=X),
+    **each(A.KLAutoencoder, 'widths', (12,), (0,), 'a', says='width'), **each(A.KLAutoencoder, 'patch', 0, -1, 1.5, 'a'),
+    **each(A.KLAutoencoder, 'latent_channels', 0, -1, 1.5, 'a'), **each(A.KLAutoencoder, 'in_channels', 0, 'a'),
+    **each(A.KLAutoencoder, 'latent_std', [0.]*4, [nan]*4, [1.]*3, [-1.]*4, 'a', 1., latent_mean=[0.]*4),
+    **each(A.KLAutoencoder, 'latent_mean', [nan]*4, [0.]*3, 'abcd', latent_std=[1.]*4),
+    **each(AE.set_scale, 'std', torch.zeros(4), torch.full((4,), nan), torch.ones(3), 1., None, mean=torch.zeros(4), says='latent_std'),
+    **each(AE.set_scale, 'mean', torch.zeros(3), None, std=torch.ones(4), says='latent_mean'),
+    **each(A.fit_bs, 'size', 0, -1, 'a'), **each(AE.fit_scale, 'x', None, X[:0], X*200, holed(X)),
+    **each(A.quality, 'x', *PIXELS, ae=AE),  **each(A.some_pixels, 'most', -1, 0, 'a', images=ROOMS, split='train', seed=0),
+    **each(A.open_autoencoder, 'spec', None, 5, '', 'a\0b', 'x'*5000, says='neither a folder nor a Hub id'), **each(A.ae_learner, 'x_train', *PIXELS, ae=AE, x_valid=PX, device='cpu'),
+    **each(A.ae_learner, 'x_valid', None, X[:0], ae=AE, x_train=PX, device='cpu'),
+    **each(N.Process, 'steps', 0, -1, 1.5, 'a', None, True), **each(N.Process, 'beta_start', 0., -1., nan, 2., 'a', schedule='ddpm_linear'), **each(N.Process, 'beta_end', 1., nan, None, schedule='ddpm_linear'),
+    **each(N.Process, 'sigma_min', 0., -1., nan, 90., 'a', schedule='edm', target='v'), **each(N.Process, 'sigma_max', 0., inf, nan, schedule='edm', target='v'), **each(N.Process, 'rho', 0., -1., nan, inf, 'a', schedule='edm', target='v'),
+    **each(N.Process, 'schedule', None, [], {}, 'edm2'), **each(N.Process, 'target', None, 'V'), **each(N.Process, 'times', 3),
+    **each(FLOW.levels, 't', -.1, 1.5, nan, 'a', None, True), **each(FLOW.add_noise, 'eps', *LIKE, x0=Z, t=torch.full((5,), .5)), **each(FLOW.add_noise, 'x0', None, Z.long(), eps=Z, t=torch.full((5,), .5)),
+    **each(FLOW.add_noise, 't', -1., 2., nan, 'a', None, torch.full((3,), .5), torch.full((5,), 999.), torch.full((5, 1), .5), x0=Z, eps=Z),
+    **each(FLOW.noisify, 't', 2., torch.full((2,), .5), torch.full((5,), nan), x0=Z), **each(FLOW.noisify, 'eps', *LIKE[1:], x0=Z), **each(FLOW.noisify, 'x0', Z.long()),
+    **each(FLOW.target_of, 'eps', *LIKE, x0=Z, t=torch.full((5,), .5)), **each(FLOW.x0_eps, 'pred', *LIKE, x_t=Z, t=torch.full((5,), .5)), **each(FLOW.x0_eps, 't', torch.full((3,), .5), 2., 'a', pred=Z, x_t=Z),
+    **each(FLOW.sample_t, 'n', -1, 2.5, 'a', None), **each(FLOW.t_of, 'ratio', 'a', None), **each(FLOW.time_input, 't', 'a', None, 2.), **each(FLOW.t_of_time, 'time', 'a', None),
+    **each(N.Process.from_diffusers, 'scheduler', None, 'ddpm', 3), **each(FLOW.to_diffusers, 'cls', 'ddpm', dict), **each(N.Latents, 'folder', None, 5, says='manifest.json is missing'),
+    **each(K.kid, 'a', *SET, b=FEATS), **each(K.kid, 'b', *SET, a=FEATS), **each(K.kid, 'a', FEATS[:0], FEATS[:3], b=FEATS, says='at least 4 images'), **each(K.fid, 'a', *SET, b=FEATS), **each(K.fid, 'b', FEATS[:, :5], X, a=FEATS),
+    **each(K.kid_subsets, 'n', 0, -1, 'a', a=FEATS, b=FEATS, size=10), **each(K.kid_subsets, 'size', 0, -1, 'a', 2.5, a=FEATS, b=FEATS, n=2), **each(K.kid_subsets, 'b', FEATS[:, :5], X, a=FEATS, n=2, size=10),
+    **each(K.kid_blocks, 'size', 0, -1, 'a', 4.5, a=FEATS, b=FEATS), **each(K.kid_blocks, 'b', FEATS[:, :5], X[:, 0], a=FEATS, size=4),
+    **each(K.features, 'images', None, [], [X], X.numpy(), X[0], X[:0], X*200, holed(X), X[..., :8], X[:, :2], PX.long(), FEATS.long(), extractor=NET),
+    **each(K.features, 'bs', 0, -1, 'a', images=X, extractor=NET), **each(K.features, 'idxs', [99], [.5], [-99], images=X, extractor=NET), **each(K.features, 'idxs', [99], images=ROOMS, extractor=NET),
+    **each(K.evaluate, 'fake', X*200, holed(X), X[..., :8], X[..., :8, :8], X[:0], None, real=X, extractor=NET), **each(K.evaluate, 'real', X*200, X[..., :8, :8], ROOMS.names, fake=X, extractor=NET),
+    **each(K.evaluate, 'floor_from', X*200, X[..., :8, :8], fake=X, real=X, extractor=NET), **each(K.evaluate, 'real', FEATS, fake=X, extractor=NET, says='from one extractor'),
+    **each(K.evaluate, 'seed', 'a', nan, fake=FEATS, real=FEATS, extractor=NET), **each(K.halves, 'x', FEATS[:1], FEATS[:0]),
+    **each(K.nearest_neighbours, 'k', 0, -1, 41, 'a', 1.5, fake=FEATS, train=FEATS), **each(K.nearest_neighbours, 'train', None, FEATS[:, :5], FEATS[:0], holed(FEATS), X, PX, fake=FEATS),
+    **each(K.nearest_neighbours, 'fake', None, FEATS[:0], holed(FEATS), train=FEATS), **each(K.nearest_neighbours, 'train', PX, fake=X),
+    **each(lambda x, real: K.KID().update(x, real), 'real', 'fake', 'real', None, 2, x=FEATS, title='KID.update'), **each(lambda x: K.FID().update(x, True), 'x', None, X, FEATS.numpy(), holed(FEATS), title='FID.update'),
+    **each(K.EfficientNetFeatures, 'size', 0, -1, 'a', device='cpu'), **each(K.EfficientNetFeatures, 'blur', -1., nan, 'a', device='cpu'),
+    **each(K.train_classifier, 'labels', torch.full((6,), -1), torch.zeros(5).long(), torch.zeros(6), None, pixels=PX[:, :1], valid=(PX[:, :1], torch.zeros(6).long())),
+    **each(K.train_classifier, 'pixels', None, PX, labels=torch.zeros(6).long(), valid=(PX[:, :1], torch.zeros(6).long())),
+    **each(K.train_classifier, 'epochs', -1, 'a', 1.5, pixels=PX[:, :1], labels=torch.zeros(6).long(), valid=(PX[:, :1], torch.zeros(6).long())),
+    **each(K.inception_weights, 'url', 'nowhere', '', says='no weights from'),
+}
+
+def answer(call, names):
+    "None if the call is refused in one line that has `names` in it, else what happened"
+    try: call()
+    except UserError as e: message = str(e)
+    except Exception as e: return f'{type(e).__name__}: {" ".join(str(e).split())[:90]}'
+    else: return 'no word'
+    missing = [o for o in names if o not in message]
+    return f'several lines: {message!r}' if '\n' in message else f'does not name {missing}: {message}' if missing else None
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv('LATENTDIFF_DATA', str(tmp_path/'home'))
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
+    return tmp_path/'home'
+
+@pytest.mark.parametrize('title', CALLS)
+def test_malformed_call(title): assert answer(*CALLS[title]) is None
+
+@pytest.mark.parametrize('x', [X, X[:1], D.to_uint8(X)[:, :1], X.half()*.999])
+def test_what_is_sound_is_taken(x):
+    "The checks refuse nothing that they should not: grey, one picture, half precision, the very ends of the range"
+    assert D.check_images(x) is x and D.as_images(x).dtype == torch.float32
+    assert torch.equal(AE.encode(X.clamp(-1, 1)), AE.encode(X)) and K.features(NET, x).shape == (len(x), 9)
+    assert R.number(1, n=np.int64(3)) == 3 and R.positions(5, idxs=[-1, 0]).tolist() == [4, 0] and R.positions(5, idxs=[]).size == 0
+    FLOW.add_noise(Z, Z, 1), FLOW.add_noise(Z, Z, torch.tensor(0.)), FLOW.x0_eps(Z, Z, torch.full((5,), .5, dtype=torch.float64))
+
+# --- networks, latents and what is said about them
+
+def stored(state, tmp_path, **config):
+    "A saved autoencoder whose weights and config were changed"
+    from safetensors.torch import save_file
+    folder = save_component(A.KLAutoencoder(3, (8,), 2, 1, 4), tmp_path/'ae')
+    d = json.loads((folder/'config.json').read_text()) | config
+    (folder/'config.json').write_text(json.dumps(d))
+    if state: save_file(state(dict(A.KLAutoencoder(3, (8,), 2, 1, 4).state_dict())), folder/'autoencoder.safetensors')
+    return folder
+
+DEEP = '['*10_000 + ']'*10_000
+NOT_JSON = ['', '[]', 'null', '3', '{', DEEP, '{"a":' + DEEP + '}', '\0', '{"_class_name": 5}', '{"_class_name": "' + 'x'*10**6 + '"}', '{"_class_name": "Path"}', '{}']
+
+@pytest.mark.parametrize('config', [dict(latent_std=[0.]*4), dict(latent_std=[nan]*4), dict(latent_std=[1e400]*4), dict(latent_std=[-1.]*4), dict(latent_std=[1.]*3),
+    dict(latent_std='abcd'), dict(latent_std=3), dict(latent_mean=[nan]*4), dict(latent_mean=[[0.]]*4), dict(widths=[12]), dict(widths=8), dict(widths=None), dict(widths=[]),
+    dict(patch=0), dict(patch='2'), dict(latent_channels=-4), dict(in_channels=0), dict(in_channels=True), dict(depth='x')], ids=str)
+def test_a_config_that_no_network_has_is_one_line(config, tmp_path):
+    one_line(A.open_autoencoder, stored(None, tmp_path, **config))
+
+@pytest.mark.parametrize('change', [lambda s: {**s, 'line_in.bias': s['line_in.bias']*nan}, lambda s: {**s, 'line_in.bias': s['line_in.bias']/0},
+    lambda s: {k: v for k, v in s.items() if k != 'line_in.bias'}, lambda s: {**s, 'more': torch.zeros(1)}, lambda s: {**s, 'line_in.bias': torch.zeros(5)}])
+def test_weights_that_cannot_be_used_are_one_line(change, tmp_path): one_line(A.open_autoencoder, stored(change, tmp_path))
+
+READ = dict(autoencoder=A.open_autoencoder, latents=N.Latents, process=N.Process.load, artefact=made)
+FINE = dict(process=NOT_JSON[8:], artefact=NOT_JSON[8:], autoencoder=[], latents=[])   # objects: a process has a default for everything
+
+@pytest.mark.parametrize('what,text', [(k, o) for k in READ for o in NOT_JSON if o not in FINE[k]], ids=lambda o: o[:40])
+def test_what_is_no_config_is_one_line(what, text, tmp_path):
+    "Wrong type, missing, nested 10,000 deep, huge"
+    for name in ('config.json', 'manifest.json', 'made.json'): (tmp_path/name).write_text(text)
+    one_line(READ[what], tmp_path)
+
+@pytest.mark.parametrize('config', [dict(steps='1000'), dict(steps=1e3), dict(steps=10**9), dict(beta_end='x'), dict(sigma_min=None), dict(sigma_max=nan), dict(rho=[]), dict(schedule=[]),
+    dict(schedule={}), dict(target='eps2'), dict(more=1), dict(times=None)], ids=str)
+def test_a_process_of_another_kind_is_one_line(config, tmp_path):
+    (tmp_path/'config.json').write_text(json.dumps({'_class_name': 'Process', **config}))
+    one_line(N.Process.load, tmp_path)
+
+def latents_in(folder, z, **change):
+    "A folder as `make_latents` leaves it, without an autoencoder"
+    folder.mkdir(exist_ok=True)
+    z = np.asarray(z, np.float16)
+    m = dict(shape=list(z.shape), mirrored=False, names=[f'{i}' for i in range(len(z))], classes=None, captions=None, labels=None, valid=[1]) | change
+    (folder/'manifest.json').write_text(json.dumps({k: v for k, v in m.items() if v != 'gone'}))
+    (folder/'made.json').write_text('{"fingerprint": "x"}')
+    z.tofile(folder/'latents.f16')
+    return folder
+
+WHITE = torch.randn(40, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+
+@pytest.mark.parametrize('change', [dict(shape=[40]), dict(shape=[-40, 4, 4, 4]), dict(shape=[40., 4, 4, 4]), dict(shape='gone'), dict(shape=None), dict(shape=[10**12, 4, 4, 4]), dict(mirrored='no'),
+    dict(mirrored='gone'), dict(names=['a']), dict(names=None), dict(names=3), dict(labels=[1, 2]), dict(labels=5), dict(captions=['a']), dict(valid=[99]), dict(valid=['a']), dict(valid=None),
+    dict(valid=[[1]]), dict(classes='gone'), dict(shape=[]), dict(shape=[True, 4, 4, 4])], ids=str)
+def test_a_manifest_that_does_not_describe_its_latents_is_one_line(change, tmp_path):
+    assert 'delete' in one_line(N.Latents, latents_in(tmp_path/'latents', WHITE, **change))
+
+def test_latents_far_from_white_are_announced_once(tmp_path):
+    "Their figures, in one warning where they are opened; those within a factor of three pass, those that are not finite do not"
+    for by in (1., 2.5, .5):
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            assert len(N.Latents(latents_in(tmp_path/'latents', WHITE*by))) == 40
+    one_channel = torch.ones(4).index_fill(0, torch.tensor(2), 5.).view(1, 4, 1, 1)
+    for by, figure in ((4., 'to 4'), (.2, r'0\.[12]'), (one_channel, 'to [45]')):
+        with pytest.warns(UserWarning, match=figure) as seen: N.Latents(latents_in(tmp_path/'latents', WHITE*by))
+        assert len(seen) == 1
+    for bad in (nan, inf):
+        z = WHITE.clone()
+        z[39, 0, 0, 0] = bad
+        assert 'not finite' in one_line(N.Latents, latents_in(tmp_path/'latents', z))
+
+# --- arrays
+
+class Planted:
+    "What a pickle that runs a program looks like"
+    def __reduce__(self): return Path.touch, (Path('planted-was-here'),)
+
+def npz_of(**arrays):
+    out = io.BytesIO()
+    np.savez(out, **arrays)
+    return out.getvalue()
+
+def npz_with_header(shape):
+    "An array whose header promises more than there is"
+    head, out = io.BytesIO(), io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, dict(descr='|u1', fortran_order=False, shape=shape))
+    with zipfile.ZipFile(out, 'w') as z: z.writestr('arr_0.npy', head.getvalue() + b'few')
+    return out.getvalue()
+
+def zip_of(members, kind=zipfile.ZIP_STORED):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, 'w', kind) as z:
+        for name, data in members:
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')                        # duplicates
+                z.writestr(name, data)
+    return out.getvalue()
+
+PIXELS4 = np.zeros((4, 8, 8, 3), np.uint8)
+NPZS = dict(empty=b'', text=b'<html>not found</html>', pickle=pickle.dumps(Planted()), npy=(lambda o: (np.save(o, PIXELS4), o.getvalue())[1])(io.BytesIO()),
+    object=npz_of(arr_0=np.array([Planted(), None])), floats=npz_of(arr_0=PIXELS4/255), signed=npz_of(arr_0=PIXELS4.astype(np.int8)), ints=npz_of(arr_0=PIXELS4.astype(int)),
+    bools=npz_of(arr_0=PIXELS4 > 0), text_array=npz_of(arr_0=np.array(['a'])), flat=npz_of(arr_0=PIXELS4[0]), deep=npz_of(arr_0=PIXELS4[None]), none=npz_of(arr_0=PIXELS4[:0]),
+    no_pixels=npz_of(arr_0=PIXELS4[:, :0]), chw=npz_of(arr_0=PIXELS4.transpose(0, 3, 1, 2)), rgba=npz_of(arr_0=np.zeros((4, 8, 8, 4), np.uint8)), nothing=npz_of(),
+    two=npz_of(a=PIXELS4, b=PIXELS4), no_array=zip_of([('arr_0.txt', 'hello')]), bad_array=zip_of([('arr_0.npy', 'hello')]), half=npz_of(arr_0=PIXELS4)[:300],
+    promise=npz_with_header((10**6, 10**6, 10**3, 3)), more=npz_with_header((10, 8, 8, 3)), negative=npz_with_header((-4, 8, 8, 3)), folder=zip_of([('arr_0.npy/', '')]))
+
+@pytest.mark.parametrize('kind', NPZS)
+def test_an_npz_without_pictures_is_one_line(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'a.npz').write_bytes(NPZS[kind])
+    assert 'a.npz' in one_line(D.open_images, tmp_path/'a.npz', 8) and not (tmp_path/'planted-was-here').exists()
+
+def test_labels_beside_the_pictures_are_no_obstacle(tmp_path):
+    "The samples that papers publish have the pictures in arr_0 and their labels in arr_1"
+    (tmp_path/'a.npz').write_bytes(npz_of(arr_1=np.arange(4), arr_0=PIXELS4))
+    assert len(F.npz_pixels(tmp_path/'a.npz')) == 4
+
+# --- archives
+
+def tar_of(members, mode='w', **kw):
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode=mode, **kw) as t:
+        for name, data in members:
+            m = data if isinstance(data, tarfile.TarInfo) else tarfile.TarInfo(name)
+            if isinstance(data, bytes): m.size = len(data)
+            elif data is None: m.type = tarfile.DIRTYPE
+            t.addfile(m, io.BytesIO(data) if isinstance(data, bytes) else None)
+    return out.getvalue()
+
+def sparse_tar(size):
+    "A file of `size` bytes, all of them holes"
+    m = tarfile.TarInfo('a.png')
+    m.pax_headers = {'GNU.sparse.map': '0,0', 'GNU.sparse.size': str(size), 'GNU.sparse.realsize': str(size)}
+    return tar_of([('', m)], format=tarfile.PAX_FORMAT)
+
+def flipped(data, at): return data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1:]
+
+PNG = (lambda o: (__import__('PIL.Image').Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(o, 'png'), o.getvalue())[1])(io.BytesIO())
+NOISE = np.random.RandomState(0).bytes(4000)
+ONE = [('a.png', PNG), ('b.bin', NOISE)]
+UTF8 = zip_of([('a\u00e9.png', PNG)])
+ARCHIVES = {  # name of the file: (its bytes, what the message says)
+    'file-then-folder.tar': (tar_of([('a', PNG), ('a/b.png', PNG)]), 'cannot be a file here'), 'folder-then-file.tar': (tar_of([('a/b.png', PNG), ('a', PNG)]), 'cannot be a file here'),
+    'file-then-folder.zip': (zip_of([('a', PNG), ('a/b.png', PNG)]), 'cannot be a file here'), 'folder-then-file.zip': (zip_of([('a/b.png', PNG), ('a', PNG)]), 'cannot be a file here'),
+    'point.tar': (tar_of([('.', PNG)]), 'cannot be a file here'), 'point.zip': (zip_of([('.', PNG)]), 'cannot be a file here'),
+    'long.tar': (tar_of([('x'*300 + '.png', PNG)]), 'cannot be a file here'), 'long.zip': (zip_of([('x'*300 + '.png', PNG)]), 'cannot be a file here'),
+    'deep.zip': (zip_of([('x/'*3000 + 'a.png', PNG)]), 'cannot be a file here'), 'not-utf8.zip': (UTF8.replace('\u00e9'.encode(), b'\xff\xff'), 'damaged'),
+    'lzma.zip': (flipped(zip_of(ONE, zipfile.ZIP_LZMA), 700), 'damaged'), 'bz2.zip': (flipped(zip_of(ONE, zipfile.ZIP_BZIP2), 700), 'damaged'),
+    'xz.tar': (flipped(lzma.compress(tar_of(ONE)), 900), 'damaged'), 'bz2.tar': (flipped(bz2.compress(tar_of(ONE)), 900), 'damaged'), 'cut-xz.tar': (lzma.compress(tar_of(ONE))[:-500], 'damaged'),
+    'cut-bz2.tar': (bz2.compress(tar_of(ONE))[:-500], 'damaged'), 'xz-head.tar': (b'\xfd7zXZ\0' + NOISE, 'damaged'), 'bz2-head.tar': (b'BZh9' + NOISE, 'damaged'),
+    'html.zip': (b'<!DOCTYPE html><html>sign in</html>', 'damaged'), 'html.tgz': (b'<!DOCTYPE html><html>sign in</html>'*99, 'damaged'), 'empty.tar': (b'', 'damaged'),
+    'sparse.tar': (sparse_tar(2**40), 'over 4 GB'), 'bad-map.tar': (sparse_tar(2**40).replace(b'sparse.map=0,0', b'sparse.map=x,y'), 'damaged')}
+
+@pytest.mark.parametrize('name', ARCHIVES)
+def test_an_archive_that_cannot_be_unpacked_is_one_line(name, tmp_path, home):
+    "Nothing stays of it, and nothing is written beside it"
+    data, says = ARCHIVES[name]
+    (tmp_path/name).write_bytes(data)
+    message = one_line(D.open_images, tmp_path/name, 16)
+    assert says in message and name in message and len(message) < 300
+    assert not home.exists() or not [*home.iterdir()]
+
+def test_duplicates_are_taken_as_tar_takes_them(tmp_path):
+    for i, data in enumerate((tar_of(ONE + ONE), zip_of(ONE + ONE), tar_of([('./a.png', PNG), ('a.png', PNG)]))):
+        (tmp_path/f'{i}.{"zip" if i == 1 else "tar"}').write_bytes(data)
+        assert len(D.open_images(tmp_path/f'{i}.{"zip" if i == 1 else "tar"}', 16)) == 1
+
+@pytest.mark.parametrize('name', ['bomb.zip', 'bomb.tgz'])
+def test_a_bomb_is_capped_and_the_cap_named(name, tmp_path, home, monkeypatch):
+    "Ten megabytes of nothing in ten kilobytes; with more room the same archive is unpacked"
+    members = [('a.png', PNG), ('b.bin', bytes(10**7))]
+    (tmp_path/name).write_bytes(zip_of(members, zipfile.ZIP_DEFLATED) if name == 'bomb.zip' else tar_of(members, 'w:gz'))
+    assert (tmp_path/name).stat().st_size < 20_000
+    assert len(D.open_images(tmp_path/name, 16)) == 1
+    (tmp_path/'again').mkdir()
+    (tmp_path/name).rename(tmp_path/'again'/name)
+    monkeypatch.setenv('LATENTDIFF_DATA', str(tmp_path/'other'))
+    monkeypatch.setattr(F, 'UNPACKED', 5e6)
+    assert '0.005 GB' in one_line(D.open_images, tmp_path/'again'/name, 16) and not [*(tmp_path/'other').glob('*')]
+
+def test_a_shard_that_is_cut_between_two_files_is_counted(tmp_path):
+    "The stream just ends there, as a whole one would; but a whole one has empty blocks behind its last file"
+    whole = tar_of([(f'{i}.{kind}', data) for i in range(6) for kind, data in (('png', PNG), ('txt', b'a room'))])
+    sample = len(tar_of([('0.png', PNG), ('0.txt', b'a room')]).rstrip(b'\0')) // 512*512 + 512
+    for k, n in ((len(whole), 6), (4*sample, 4), (sample, 1), (6*sample, 6)):
+        (tmp_path/'0.tar').write_bytes(whole[:k])
+        images = D.open_images(str(tmp_path/'{0..0}.tar'), 16)
+        assert len(images) == n and [('no end' in why) for _, why in images.skipped] == [True]*(k < len(whole))
+
+# --- a server
+
+class Liar(http.server.BaseHTTPRequestHandler):
+    "Answers every request with `server.answer`: (status, headers, body)"
+    def do_GET(self):
+        status, headers, body = self.server.answer
+        self.send_response(status)
+        for k, v in headers.items(): self.send_header(k, v)
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *args): pass
+
+@pytest.fixture
+def liar():
+    s = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Liar)
+    threading.Thread(target=s.serve_forever, kwargs=dict(poll_interval=.02), daemon=True).start()
+    yield s
+    s.shutdown()
+    s.server_close()
+
+HTML = b'<!DOCTYPE html><html>sign in first</html>'
+@pytest.mark.parametrize('path,answer', [*[('/a.zip', (200, {'Content-Length': o}, zip_of(ONE))) for o in ('many', '1e3', '999999', '12')],
+    *[(path, (200, {'Content-Type': 'text/html'}, HTML)) for path in ('/a.zip', '/a.tgz', '/a.npz')], *[('/a.zip', (status, {}, b'')) for status in (204, 206, 302, 404, 416, 500)],
+    ('/a.zip', (302, {'Location': 'file:///etc/hostname'}, b'')), ('/a.npz', (200, {}, pickle.dumps(Planted())))], ids=str)
+def test_a_server_that_lies_is_one_line_and_leaves_nothing(path, answer, liar, home):
+    liar.answer = answer
+    one_line(D.open_images, f'http://127.0.0.1:{liar.server_port}{path}', 16)
+    assert not [o for o in home.rglob('*') if o.is_file() and not o.name.endswith(('.part', '.part.tag'))]
+    if answer[0] == 200 and path == '/a.zip':                          # the next call is not misled by what is left
+        liar.answer = 200, {'Content-Length': str(len(zip_of(ONE)))}, zip_of(ONE)
+        assert len(D.open_images(f'http://127.0.0.1:{liar.server_port}{path}', 16)) == 1
+
+@pytest.mark.parametrize('text', ['{"file_name": "a.png", "text": ' + DEEP + '}', '{"file_name": "a.png", "text": 5}', '{"file_name": 5, "text": "a"}', '{"file_name": "a.png", "text": ["a"]}', '[]', '\0', DEEP])
+def test_a_table_of_captions_that_is_none_is_one_line(text, tmp_path):
+    (tmp_path/'s').mkdir()
+    (tmp_path/'s'/'a.png').write_bytes(PNG)
+    (tmp_path/'s'/'metadata.jsonl').write_text(text)
+    assert 'metadata.jsonl' in one_line(D.open_images, tmp_path/'s', 16)
+
+def test_sets_of_other_sizes_are_not_compared():
+    "By their size in pixels, whether they are tensors or opened; features have none"
+    other = D.open_images('rooms', 24, n=20)
+    assert "'fake': 24, 'real': 16" in one_line(K.evaluate, other, ROOMS, NET) and "'fake': 16, 'real': 24" in one_line(K.evaluate, X, other, NET)
+    assert K.evaluate(K.features(NET, ROOMS), K.features(NET, other), NET)['n_fake'] == 20
+
+if __name__ == '__main__':
+    warnings.simplefilter('ignore')
+    os.environ |= dict(LATENTDIFF_DATA=tempfile.mkdtemp(), HF_HUB_OFFLINE='1')
+    why = {title: answer(*o) for title, o in CALLS.items()}
+    for title, o in why.items():
+        if o: print(f'{title:45.90} {o}')
+    raw = sum(bool(o) and not o.startswith('does not name') for o in why.values())
+    print(f'of {len(why)} malformed calls {raw} give a raw exception or a silent answer, {sum(map(bool, why.values())) - raw} do not name what is wrong')
