@@ -27,7 +27,7 @@ from .core import WEIGHTS, UserError, artefact, data_home, default_device, file_
 from .core import load_component, load_weights, read_json, save_component, stream, write_whole
 from .data import FITS, as_images, check_images, like
 from .files import there
-from .rooms import number, numbers
+from .core import number, numbers
 from .training import Checkpoint, DeviceLoader, Graphed, adamw, fit_steps, muon, zero_init
 
 # %% ../nbs/10_autoencoder.ipynb #c040

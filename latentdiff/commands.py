@@ -192,7 +192,9 @@ def write_npz(path, px):
     write_whole(path, f.getvalue())
 
 @patch(as_prop=True)
-def sampling(self:Run): return dict(steps=self.p.sample_steps, sampler=self.p.sampler or sampling.SAMPLER)
+def sampling(self:Run):
+    d = dict(steps=self.p.sample_steps, sampler=self.p.sampler or sampling.SAMPLER)
+    return d | (dict(spacing=self.p.spacing) if self.p.spacing else {})
 
 @patch(as_prop=True)
 def how(self:Run): return dict(**self.sampling, seed=self.seed, bs=self.p.bs)
@@ -264,7 +266,7 @@ def evaluate(self:Run, folder):
     d = kid_eval.evaluate(fake, self.real_features, self.judge, floor_from=floor, seed=self.seed)
     if self.condition: d['guidance'] = self.by_guidance(folder, floor, rows)
     ae, net = (made(self.folder/k)['facts'] for k in self.pipeline.parts())
-    net = {'kid': [(1., d['kid'], d['kid_se'])]} | net   # a denoiser that a lesson trained was not scored on the way
+    net = net | {'kid': [o for o in net.get('kid', []) if o[0] < 1] + [(1., d['kid'], d['kid_se'])]}
     report.save_png(report.training_curves(ae['history'], net, d), folder/'training.png')
     return d
 
@@ -469,7 +471,7 @@ def sample_cli(
     out:str=None,           # folder for n PNGs, named by index; must not exist yet
     npz:str=None,           # file for one uint8 array (n,h,w,c)
     steps:int=20,           # of the sampler
-    sampler:str='dpmpp_2m', # ddpm, ddim, euler, heun or dpmpp_2m
+    sampler:str='dpmpp_2m', # ddpm, ddim, euler, heun, dpmpp_2m or dpmpp_2m_sde
     seed:int=0,             # of the noise
     bs:int=16,              # images at a time; images are the same to the bit only for the same number
     Class:str=None,         # what to draw, in a run that was trained with classes; several with commas between

@@ -17,10 +17,10 @@ from PIL import Image
 from fastai.data.all import Categorize, Datasets, TensorImage, URLs, show_image
 from torchvision.datasets import FashionMNIST, MNIST
 from torchvision.utils import make_grid
-from .core import UserError, data_home, default_device, fingerprint, progress
+from .core import UserError, data_home, default_device, fingerprint, number, one_of, positions, progress
 from .files import (SUFFIXES, at_hand, captions_in, hub_folder, known_folder, npz_pixels, one_line,
                               pixels_or_why, shard_names, shard_samples, unpacked)
-from .rooms import ROOM_FACTORS, draw_rooms, number, one_of, positions, room_caption, room_codes
+from .rooms import ROOM_FACTORS, draw_rooms, room_caption, room_codes
 
 # %% ../nbs/00_data.ipynb #c023
 def to_uint8(images): # (b,c,h,w) or (c,h,w) float in [-1,1], c 1 or 3

@@ -17,7 +17,7 @@ import fsspec, numpy as np, torch, torchvision.transforms.functional as TF
 from PIL import Image, ImageOps, UnidentifiedImageError
 from fastai.data.external import untar_data
 from .core import DATASETS, UserError, data_home, fingerprint, progress, whole_folder
-from .rooms import number, one_of
+from .core import number, one_of
 
 # %% ../nbs/parts/files.ipynb #f007
 def one_line(e): # an exception

@@ -24,7 +24,7 @@ from torchvision.transforms.functional import gaussian_blur
 from .core import UserError, artefact, data_home, default_device, load_component, progress, save_component
 from .core import stream
 from .data import check_images, from_uint8, kind_of, to_uint8
-from .rooms import number, one_of, positions
+from .core import number, one_of, positions
 from .training import DeviceLoader, fit_steps
 from .autoencoder import efficientnet_lite0
 

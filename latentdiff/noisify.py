@@ -18,7 +18,7 @@ from fastai.basics import Callback, patch
 from .autoencoder import fit_bs
 from .core import UserError, artefact, default_device, made, progress, read_json, stream, write_json
 from .data import from_uint8, kind_of, like
-from .rooms import number, one_of
+from .core import number, one_of
 
 # %% ../nbs/20_noisify.ipynb #c076
 def cosine_levels(t): # levels in [0,1] -> (alpha, sigma) like t

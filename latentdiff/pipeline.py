@@ -115,11 +115,12 @@ def sampler_of(self:LatentDiffusionPipeline, sampler=None): # name in `SAMPLERS`
 @patch
 def latents(self:LatentDiffusionPipeline, n, # how many
     steps=20, sampler=None, # of the sampler; as `sampler_of` takes it
-    seed=0, bs=16, **told): # of the start noise; latents at a time; as `listening` takes it
+    seed=0, bs=16,          # of the start noise; latents at a time
+    spacing=None, **told):  # of the times, as `time_steps` takes it; what to draw, as `listening` takes it
     "Draw `n` latents, float32 (n, *latent_shape) on the CPU; latent `i` depends on `seed` and `i` alone"
     full = -(-n//bs)*bs   # whole batches only: in a batch of another size the same sums may be done in another order
     nets, step = self.listening(full, bs, **told), self.sampler_of(sampler)
-    return sample(nets, self.process, full, self.latent_shape, steps, step, seed, bs, self.device)[:n]
+    return sample(nets, self.process, full, self.latent_shape, steps, step, seed, bs, self.device, spacing)[:n]
 
 # %% ../nbs/80_pipeline.ipynb #c021
 @patch
@@ -447,7 +448,7 @@ def expectation(pipe, n, steps, sampler, bs, **told):
 class KIDCurve(Callback):
     "Score the averaged weights at some points of a training; it goes on as if nothing had happened"
     run_valid = False
-    def __init__(self, score, at=(.25, .5, 1.)): # (net, process) -> (KID, standard error); shares of the steps
+    def __init__(self, score, at=(.25, .5)): # (net, process) -> (KID, standard error); shares of the steps
         self.score, self.at = score, at
 
     def after_batch(self):

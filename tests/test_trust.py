@@ -4,7 +4,7 @@ import bz2, http.server, io, json, lzma, math, os, pickle, tarfile, tempfile, th
 from functools import partial
 from pathlib import Path
 import numpy as np, pytest, torch
-from latentdiff import autoencoder as A, data as D, files as F, kid_eval as K, noisify as N, rooms as R
+from latentdiff import autoencoder as A, core as C, data as D, files as F, kid_eval as K, noisify as N, rooms as R
 from latentdiff.core import UserError, made, save_component
 from errors import one_line
 
@@ -128,7 +128,7 @@ def test_what_is_sound_is_taken(x):
     "The checks refuse nothing that they should not: grey, one picture, half precision, the very ends of the range"
     assert D.check_images(x) is x and D.as_images(x).dtype == torch.float32
     assert torch.equal(AE.encode(X.clamp(-1, 1)), AE.encode(X)) and K.features(NET, x).shape == (len(x), 9)
-    assert R.number(1, n=np.int64(3)) == 3 and R.positions(5, idxs=[-1, 0]).tolist() == [4, 0] and R.positions(5, idxs=[]).size == 0
+    assert C.number(1, n=np.int64(3)) == 3 and C.positions(5, idxs=[-1, 0]).tolist() == [4, 0] and C.positions(5, idxs=[]).size == 0
     FLOW.add_noise(Z, Z, 1), FLOW.add_noise(Z, Z, torch.tensor(0.)), FLOW.x0_eps(Z, Z, torch.full((5,), .5, dtype=torch.float64))
 
 # --- networks, latents and what is said about them
