@@ -120,7 +120,7 @@ DATASETS = ('rooms', 'fashion_mnist', 'mnist', 'lsun_bedroom', 'stanford_cars', 
 _SMALL = dict(n=None, ae_pretrained=None, ae_widths=(64,128), widths=(128,256))
 _FOR_DATA = {
     ('cpu', 'rooms'): dict(size=64, n=6000, ae_widths=(32,64), latent_channels=6, ae_steps=350, ae_lr=8e-3, ae_kl=5e-3,
-        steps=660, n_eval=500, sample_steps=26, sampler='dpmpp_2m_sde', spacing='logsnr', minutes=6.8, gb=2.2),
+        steps=660, n_eval=500, sample_steps=26, sampler='dpmpp_2m_sde', spacing='logsnr', minutes=5.9, gb=2.3),
     **{('cpu', o): dict(size=32, n=None, ae_widths=(64,), latent_channels=4, ae_steps=1000, ae_kl=1e-3, steps=1600,
         n_eval=1000, sample_steps=20, sampler=None) for o in ('fashion_mnist', 'mnist')},
     ('cpu', 'photos'): dict(n=10_000, ae_widths=(64,128), ae_steps=8000, widths=(96,192), depth=2, steps=12_000,

@@ -340,7 +340,8 @@ def notes_of(folder): # of a run
     s = s['settings']
     n = f"{s['n']:,}" if s['n'] else 'all'
     return {'pictures': f"{Path(s['data']).name}, {n} at {s['size']} px; preset {s['preset']}, seed {s['seed']}",
-        'steps': f"{s['ae_steps']:,} of the autoencoder, {s['steps']:,} of the denoiser",
+        'autoencoder': f"{s['ae_steps']:,} steps" if s.get('ae_steps') else f"that of {s['autoencoder'] or s['from']}",
+        'denoiser': f"{s['steps']:,} steps" + (f", going on from {s['from']}" if 'start' in s else ''),
         'reconstructions': f"PSNR {m['psnr']:.1f} dB on {m['n_reconstructed']:,} held-out pictures",
         'KID': '{kid:.4f} ± {kid_se:.4f}, real against real {kid_floor:.4f} ± {kid_floor_se:.4f}'.format(**m),
         'protocol': f"{m['n_fake']:,} samples, {m['sampler']} with {m['steps']} steps, seed {m['seed']}, "
@@ -348,7 +349,9 @@ def notes_of(folder): # of a run
 
 def model_card(repo_id, terms, folder): # owner/name; whose pictures, under which terms; of the run
     "README.md of a model on the Hub"
-    head = ModelCardData(tags=['diffusers', 'latentdiff', 'unconditional-image-generation'], library_name='latentdiff')
+    told = (Path(folder)/'denoiser').exists()
+    tags = ['diffusers', 'latentdiff'] + ['unconditional-image-generation']*(not told)
+    head = ModelCardData(tags=tags, library_name='latentdiff')
     rows = ''.join(f'| {k} | {v} |\n' for k, v in notes_of(Path(folder)).items())
     return CARD.format(head=head, title=repo_id.split('/')[-1], repo_id=repo_id, terms=terms, rows=rows)
 

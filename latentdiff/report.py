@@ -76,10 +76,10 @@ def loss_curves(ax, name, history):
 
 def kid_curve(ax, curve, scores):
     "KID with its standard error during the training; dashed: the floor, real pictures against real ones"
-    ax.set(title='KID on the way', xlabel='share of the steps', yscale='log')
+    ax.set(title='KID on the way', xlabel='share of the steps')
     at, k, se = zip(*curve)
-    ax.errorbar(at, np.maximum(k, 1e-5), yerr=se, marker='.', capsize=2)
-    floor = max(scores['kid_floor'], 1e-5)
+    ax.errorbar(at, k, yerr=se, marker='.', capsize=2)
+    floor = scores['kid_floor']
     ax.axhline(floor, ls='--', c='grey', lw=1)
     ax.text(1, floor, 'real against real', ha='right', va='bottom', fontsize=8, color='grey')
 
