@@ -147,7 +147,7 @@ class Autoencoder(nn.Module, ConfigMixin):
 
     def posterior(self, images): # (b,c,h,w) float32 in [-1,1]
         "Mean and standard deviation of each picture's cloud, standardised; the second is None where there is no cloud"
-        mean, logvar = self.encode_raw(check_images(images, uint8=False))
+        mean, logvar = self.encode_raw(check_images(images, most=1e30, uint8=False))
         m, s = self.scale(mean)
         return (mean - m)/s, None if logvar is None else (0.5*logvar).exp()/s
 

@@ -348,7 +348,7 @@ def load_component(folder): # as `save_component` left it
     "The module saved there, in eval mode; raises `UserError` if it is not whole"
     config = read_json(Path(folder)/'config.json', 'it is not the folder of a saved component')
     try: module = find_class(config.get('_class_name')).from_config(config)
-    except UserError: raise
+    except UserError as e: raise type(e)(f'{folder}/config.json: {e}') from None
     except (TypeError, RuntimeError, KeyError, ValueError, AttributeError) as e:
         why = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise UserError(f'{folder}/config.json does not describe a network ({why}): save it again') from e

@@ -153,12 +153,10 @@ def as_pixels(x): # float (b,c,h,w) in [-1,1], or uint8 (b,c,h,w) with 1 or 3 ch
     return to_uint8(x) if x.is_floating_point() else x.expand(-1, 3, -1, -1)
 
 def side(x, name='images'): # as `features` takes them; what they are called
-    "Pixels a side, or None for features; raises `UserError` for what is neither, or not square"
-    if hasattr(x, 'pixels'): return getattr(x, 'size', None)
+    "Pixels (h, w), or None for features; raises `UserError` for what is neither"
+    if hasattr(x, 'pixels'): return (x.size, x.size) if hasattr(x, 'size') else None
     flat = getattr(x, 'ndim', 0) == 2 and finite(x, name) is x
-    h, w = (None, None) if flat else check_images(x, name=name).shape[2:]
-    if h == w: return h
-    raise UserError(f'{name} are {h}x{w}: cut them to squares first, because feature nets would squeeze them')
+    return None if flat else tuple(check_images(x, name=name).shape[2:])
 
 def features(extractor, # pixels -> features
              images,    # Images, a tensor of images (uint8, or float in [-1,1]), or features (n,d), which pass through
@@ -214,6 +212,8 @@ def evaluate(fake, real,       # images or features, as `features` takes them
     sets = dict(fake=fake, real=real, floor_from=real if floor_from is None else floor_from)
     sizes = {k: side(o, k) for k, o in sets.items()}
     if len({*sizes.values()} - {None}) > 1: raise UserError(f'pixels a side: {sizes}: bring all to one size first')
+    for k, o in sizes.items():
+        if o and o[0] != o[1]: raise UserError(f'{k} are {o[0]}x{o[1]}: cut them to squares, or nets squeeze them')
     f, r = features(extractor, fake), features(extractor, real)
     a, b = halves(r, seed) if floor_from is None else (features(extractor, floor_from)[:len(f)], r)
     (k, se), (k0, se0) = kid(f, r), kid(a, b)

@@ -121,7 +121,8 @@ def entries(tree, lines):
             inner = [method(m, o.name, lines) for m in methods(o) + [f for cls,f in patches if cls == o.name]]
             made[o.name] = entry('class', o.name, class_source(o, lines), ast.get_docstring(o), inner=''.join(inner))
         elif isinstance(o, ast.Assign):
-            for t in o.targets: made[ast.unparse(t)] = entry('data', ast.unparse(t), constant(o, lines), '')
+            for t in o.targets:   # `a, b = 1, 2` names two
+                for name in map(ast.unparse, t.elts if isinstance(t, ast.Tuple) else [t]): made[name] = entry('data', name, constant(o, lines), '')
     foreign = [method(f, cls, lines) for cls,f in patches if cls not in made]
     return [made[n] for n in public(tree) if n in made or not is_module(n)] + foreign
 

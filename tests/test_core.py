@@ -44,7 +44,7 @@ def test_a_preset_is_whole(data):
     "What a row for other data leaves out comes from the bedrooms' row, and fits there"
     p, home = preset('cpu', data), preset('cpu', 'lsun_bedroom')
     assert home == preset('cpu') and home.size == 64
-    assert (p.sampler == 'ddpm') == (data in (None, 'rooms')) and (p.n is None) == (data in ('fashion_mnist', 'mnist'))
+    assert p.sampler == {None: 'ddpm', 'rooms': 'dpmpp_2m_sde'}.get(data) and (p.n is None) == (data in ('fashion_mnist', 'mnist'))
     assert p.steps > 10*home.steps if data == 'photos/of/mine' else p.steps < 10*home.steps
 
 # --- exercises

@@ -223,5 +223,5 @@ def test_a_pipeline_of_few_steps_is_saved_and_drawn(tmp_path):
     pipe = LatentDiffusionPipeline(zoo.autoencoder, with_steps(zoo.denoiser).eval(), zoo.process, 32)
     pipe.save_pretrained(tmp_path)
     again, told = LatentDiffusionPipeline.from_pretrained(tmp_path, 'cpu'), dict(seed=1, bs=2, cond=['bag', 'dress'])
-    assert torch.equal(again(2, 2, shortcut, guidance=1, **told), pipe(2, 2, shortcut, guidance=1, **told))
-    close(again(2, 2, **told), zoo(2, 2, **told))       # not trained yet, and other samplers need not know
+    assert torch.equal(again.draw(2, 2, shortcut, guidance=1, **told), pipe.draw(2, 2, shortcut, guidance=1, **told))
+    close(again.draw(2, 2, **told), zoo.draw(2, 2, **told))       # not trained yet, and other samplers need not know

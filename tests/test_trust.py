@@ -35,7 +35,7 @@ def each(f, arg, *bad, title=None, says=None, **good):
 
 COUNT = 0, -3, 2.5, nan, '7', True, 10**12     # where a whole number above 0 is asked for
 NUMBER = 'a', nan, 1.5, None                   # where any whole number will do
-BATCH = None, [1.], X.numpy(), X[0], X[None], X[:, :2], X[:0], X.long(), PX, X*200, holed(X), X*inf
+BATCH = None, [1.], X.numpy(), X[0], X[None], X[:, :2], X[:0], X.long(), PX, holed(X), X*inf
 PIXELS = None, PX.numpy(), PX[0], PX[:0], PX[:, :2], X*3, holed(X)
 LIKE = None, Z[:2], Z[:, :1], Z.long(), Z[..., :1]     # where something like Z is asked for
 SET = None, FEATS.numpy(), FEATS[0], FEATS[None], FEATS[:, :5], holed(FEATS), FEATS*inf
@@ -65,7 +65,7 @@ CALLS = {
     **each(F.download, 'url', None, '', 'nowhere', 'file:///etc/hostname', path=NOWHERE, says='begin with https://'),
     **each(F.download, 'url', 'http://[1/x.zip', 'http://127.0.0.1/ä.zip', path=NOWHERE, says='could not download'),
     **each(F.load_pixels, 'size', 0, -1, 'a', file=b''), **each(F.load_pixels, 'channels', 2, 0, file=b'', size=8),
-    **each(AE.encode, 'images', *BATCH), **each(AE.posterior, 'images', X[:, :1], X*200), **each(AE.forward, 'images', None, X[:, :1], PX),
+    **each(AE.encode, 'images', *BATCH), **each(AE.posterior, 'images', X[:, :1]), **each(AE.forward, 'images', None, X[:, :1], PX),
     **each(AE.decode, 'z', None, Z.numpy(), Z[:, :1], Z[:, :3], Z[0], Z.long(), holed(Z)),
     **each(A.psnr, 'y', None, X[:1], X[:, :1], PX, x=X), **each(A.psnr, 'x', PX, y=PX), **each(A.ssim, 'y', X[:1], X[:, :1], PX, x=X),
     **each(A.KLAutoencoder, 'widths', (12,), (0,), 'a', says='width'), **each(A.KLAutoencoder, 'patch', 0, -1, 1.5, 'a'),
@@ -90,7 +90,7 @@ CALLS = {
     **each(K.kid, 'a', *SET, b=FEATS), **each(K.kid, 'b', *SET, a=FEATS), **each(K.kid, 'a', FEATS[:0], FEATS[:3], b=FEATS, says='at least 4 images'), **each(K.fid, 'a', *SET, b=FEATS), **each(K.fid, 'b', FEATS[:, :5], X, a=FEATS),
     **each(K.kid_subsets, 'n', 0, -1, 'a', a=FEATS, b=FEATS, size=10), **each(K.kid_subsets, 'size', 0, -1, 'a', 2.5, a=FEATS, b=FEATS, n=2), **each(K.kid_subsets, 'b', FEATS[:, :5], X, a=FEATS, n=2, size=10),
     **each(K.kid_blocks, 'size', 0, -1, 'a', 4.5, a=FEATS, b=FEATS), **each(K.kid_blocks, 'b', FEATS[:, :5], X[:, 0], a=FEATS, size=4),
-    **each(K.features, 'images', None, [], [X], X.numpy(), X[0], X[:0], X*200, holed(X), X[..., :8], X[:, :2], PX.long(), FEATS.long(), extractor=NET),
+    **each(K.features, 'images', None, [], [X], X.numpy(), X[0], X[:0], X*200, holed(X), X[:, :2], PX.long(), FEATS.long(), extractor=NET),
     **each(K.features, 'bs', 0, -1, 'a', images=X, extractor=NET), **each(K.features, 'idxs', [99], [.5], [-99], images=X, extractor=NET), **each(K.features, 'idxs', [99], images=ROOMS, extractor=NET),
     **each(K.evaluate, 'fake', X*200, holed(X), X[..., :8], X[..., :8, :8], X[:0], None, real=X, extractor=NET), **each(K.evaluate, 'real', X*200, X[..., :8, :8], ROOMS.names, fake=X, extractor=NET),
     **each(K.evaluate, 'floor_from', X*200, X[..., :8, :8], fake=X, real=X, extractor=NET), **each(K.evaluate, 'real', FEATS, fake=X, extractor=NET, says='from one extractor'),
