@@ -211,9 +211,10 @@ def evaluate(fake, real,       # images or features, as `features` takes them
     start, seed = time.time(), number(seed=seed)
     sets = dict(fake=fake, real=real, floor_from=real if floor_from is None else floor_from)
     sizes = {k: side(o, k) for k, o in sets.items()}
-    if len({*sizes.values()} - {None}) > 1: raise UserError(f'pixels a side: {sizes}: bring all to one size first')
     for k, o in sizes.items():
         if o and o[0] != o[1]: raise UserError(f'{k} are {o[0]}x{o[1]}: cut them to squares, or nets squeeze them')
+    sides = {k: o and o[0] for k, o in sizes.items()}
+    if len({*sides.values()} - {None}) > 1: raise UserError(f'pixels a side: {sides}: bring all to one size first')
     f, r = features(extractor, fake), features(extractor, real)
     a, b = halves(r, seed) if floor_from is None else (features(extractor, floor_from)[:len(f)], r)
     (k, se), (k0, se0) = kid(f, r), kid(a, b)
