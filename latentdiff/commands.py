@@ -394,7 +394,7 @@ def _options(
     n:int=None,           # use so many images; default: the preset's
     autoencoder:str=None, # take this one (a folder or a Hub id) instead of training one
     condition:str=None,   # tell the denoiser class (first folder level), text (captions), auto: what there is; or none
-    From:str=None,        # go on from this run folder, name in the zoo or on the Hub; none; default: what fits, for few pictures
+    From:str=None,        # go on from a run, or a name in the zoo or on the Hub; none; default: what fits few pictures
     config:str=None,      # file of options, such as config.toml in a run folder; those given beside it count more
     track:str=None,       # tensorboard: its files of the denoiser's training go into the run folder
     out:str=None          # run folder; default: runs/<data>-<preset>-<size>px-seed<seed>

@@ -297,7 +297,7 @@ class Latents:
         std = some.transpose(0, 1).flatten(1).std(1)
         if not some.isfinite().all(): raise UserError(f'{folder} holds latents that are not finite: delete it')
         if len(some) > 16 and not 1/3 < std.min() <= std.max() < 3:
-            warnings.warn(f'latents have std {std.min():.2g} to {std.max():.2g}, not 1: fit_scale their autoencoder')
+            warnings.warn(f'latents have std {std.min():.2g} to {std.max():.2g}, not 1: fit_scale measures their scale')
 
     def _map(self, name):
         f,shape = self.folder/name, tuple(self.manifest['shape'])

@@ -71,7 +71,7 @@ def _falling(ts): # times -> a list
     raise UserError(f'times fall from at most 1 to 0, in one step or more, not {ts}')
 
 def time_steps(process, n,   # any `Process`; number of steps
-               spacing=None, # 'uniform' in t, 'karras' or 'logsnr'; None: 'karras' for edm, else 'uniform'; or the times
+               spacing=None, # 'uniform' in t, 'karras', 'logsnr'; None: 'karras' for edm, else 'uniform'; or the times
                start=1.):    # first time; below 1 for image-to-image
     "`n+1` times as floats, falling from `start` to 0"
     if isinstance(spacing, (list, tuple)): return _falling(spacing)
