@@ -208,7 +208,7 @@ def test_reference_says_what_a_parameter_is(site):
     def entry(module, name):
         return text_of(soup(site, f'api/{module}').find('dt', id=f'latentdiff.{module}.{name}').parent)
     steps = entry('sampling', 'time_steps')
-    assert "spacing=None, # 'uniform' in t, 'karras' or 'logsnr'" in steps
+    assert "spacing=None, # 'uniform' in t, 'karras', 'logsnr'; None: 'karras' for edm, else 'uniform'; or the times" in steps
     assert 'falling from start to 0' in steps and 'raise' not in steps
     assert 'size: int # pixels a side' in entry('core', 'Preset')
     assert 'def add_noise(self:Process, x0, eps, t): # clean latents' in entry('noisify', 'Process.add_noise')
