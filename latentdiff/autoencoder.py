@@ -25,10 +25,10 @@ from fastai.basics import Callback, DataLoaders, Learner, Metric, patch
 from fastai.callback.training import GradientClip
 from .core import WEIGHTS, UserError, agreed, artefact, data_home, default_device, file_md5, find_class
 from .core import fingerprint, first_ahead, load_component, load_weights, number, numbers, read_json
-from .core import save_component, stream, world, write_whole
+from .core import save_component, stream, write_whole
 from .data import FITS, as_images, check_images, like
 from .files import there
-from .training import Checkpoint, DeviceLoader, Graphed, adamw, fit_steps, muon, rows_of, zero_init
+from .training import Checkpoint, DeviceLoader, Graphed, adamw, fit_steps, muon, randn_rows, zero_init
 
 # %% ../nbs/10_autoencoder.ipynb #c040
 def _conv(cin, cout, k=3, stride=1): return nn.Conv2d(cin, cout, k, stride, padding=k//2)
@@ -164,8 +164,7 @@ class Autoencoder(nn.Module, ConfigMixin):
     def forward(self, images):
         "(reconstruction, raw mean, raw logvar or None)"
         mean, logvar = self.encode_raw(images)
-        draws = self.training and logvar is not None
-        z = posterior_sample(mean, logvar, draw=partial(rows_of, torch.randn)) if draws else mean
+        z = posterior_sample(mean, logvar, draw=randn_rows) if self.training and logvar is not None else mean
         return self.decode_raw(z), mean, logvar
 
     def checked(self, images): # (b,c,h,w)
@@ -522,7 +521,6 @@ def sharpen_decoder(ae, x_train, x_valid, steps,            # a finished `KLAuto
                     bs=16, flip=False, seed=0, width=32, device=None): # see `ae_learner`; of the `PatchDiscriminator`
     "Train its decoder further, in place; the encoder and its scale stay, so latents stay valid; returns the Learner"
     if not isinstance(ae, KLAutoencoder): raise UserError(f'sharpening is for a KLAutoencoder, no {type(ae).__name__}')
-    if world() > 1: raise UserError('sharpening is the work of one process: start it without accelerate launch')
     ae.requires_grad_(False)
     for part in (ae.decoder, ae.line_out): part.requires_grad_(True)
     start = steps//4 if start is None else start

@@ -17,7 +17,7 @@ from PIL import Image
 from fastai.data.all import Categorize, Datasets, TensorImage, URLs, show_image
 from torchvision.datasets import FashionMNIST, MNIST
 from torchvision.utils import make_grid
-from .core import UserError, data_home, default_device, fingerprint, number, one_of, positions, progress
+from .core import UserError, data_home, default_device, fingerprint, first_ahead, number, one_of, positions, progress
 from .files import (SUFFIXES, at_hand, captions_in, hub_folder, known_folder, npz_pixels, one_line,
                               pixels_or_why, shard_names, shard_samples, unpacked)
 from .rooms import ROOM_FACTORS, draw_rooms, room_caption, room_codes
@@ -300,6 +300,7 @@ class ArrayImages(Images):
         super().__init__(Path(path).stem, [f'{i:06d}' for i in keep], size, channels or x.shape[1], contents)
 
 # %% ../nbs/00_data.ipynb #c240
+@first_ahead()
 def open_images(
     data,                  # of `DATASETS`, folder, archive, .npz, URL, 'x/{00..17}.tar', 'hub:owner/name'
     size, n=None,          # pixels a side; at most so many, chosen by hash of the name (streams: the first ones)
