@@ -6,15 +6,14 @@
 __all__ = ['SAMPLERS', 'SAMPLER', 'levels', 'predict', 'optimal_denoiser', 'euler', 'time_steps', 'generators', 'noise_like',
            'start_noise', 'ddim', 'ddpm', 'heun', 'dpmpp_2m', 'dpmpp_2m_sde', 'evaluations', 'evaluating', 'sample',
            'denoise_path', 'save_gif', 'slerp', 'interpolate', 'img2img', 'inpaint', 'draw_between', 'noise_and_guess',
-           'look', 'panel']
+           'look']
 
 # %% ../nbs/40_sampling.ipynb #c003
-import io, math, time
+import math
 from contextlib import contextmanager
 from itertools import pairwise
 import numpy as np, torch
 from .core import Bar, UserError, default_device, number
-from .data import image_grid
 
 # %% ../nbs/40_sampling.ipynb #c011
 def levels(process, t): # any `Process`; one time, 0 (clean) to 1 (pure noise)
@@ -283,7 +282,7 @@ def inpaint(net, process, z, # z: (b, ...) standardised latents, known where `ma
     return x
 
 # %% ../nbs/40_sampling.ipynb #P002
-def draw_between(pipe, a, b, ws,            # a `LatentDiffusionPipeline`; two seeds; where between them: 0 is `a`, 1 is `b`
+def draw_between(pipe, a, b, ws,            # a `LatentDiffusionPipeline`; two seeds; where between them, 0 (a) to 1 (b)
                  steps=20, sampler=SAMPLER, # as `sample` takes them
                  **told):                   # what to draw, as `pipe.listening` takes it
     "(len(ws), c, h, w) latents, drawn from start noises between those of two seeds"
@@ -310,43 +309,3 @@ def look(pipe, t, w, a, b, # a `LatentDiffusionPipeline`; noise level, 0..1; whe
     "Three images in [-1, 1]: one that is drawn, that one with noise on it, and the guess from the noisy one"
     z = draw_between(pipe, a, b, [w], steps, sampler, **told)
     return pipe.decode(torch.cat([z, *noise_and_guess(pipe, z, t, **told)]), bs=3)
-
-# %% ../nbs/40_sampling.ipynb #P010
-def _controls(widgets, conds): # the package ipywidgets; labels or captions to choose from
-    "A widget for each argument of `look`, by name"
-    calm = dict(continuous_update=False)   # a slider tells where it was let go, and nothing on the way
-    cs = dict(t=widgets.FloatSlider(description='noise t', value=.5, max=1, step=.05, **calm),
-              w=widgets.FloatSlider(description='from a to b', value=0, max=1, step=.05, **calm),
-              a=widgets.BoundedIntText(description='seed a', value=1, max=9999),
-              b=widgets.BoundedIntText(description='seed b', value=2, max=9999),
-              steps=widgets.IntSlider(description='steps', value=10, min=1, max=50, **calm),
-              sampler=widgets.Dropdown(description='sampler', options=[*SAMPLERS], value=SAMPLER))
-    if conds: cs |= dict(cond=widgets.Dropdown(description='show', options=conds),
-                         guidance=widgets.FloatSlider(description='guidance', value=2, max=8, step=.5, **calm))
-    return cs
-
-def _png(image, side=160): # (c, h, w) in [-1, 1]; pixels on the page
-    "The picture as the bytes of a PNG file"
-    file = io.BytesIO()
-    image_grid(image[None]).resize((side, side), 0).save(file, 'PNG')   # 0: nearest, so that pixels stay squares
-    return file.getvalue()
-
-# %% ../nbs/40_sampling.ipynb #P011
-def panel(pipe,      # a `LatentDiffusionPipeline`
-          conds=()): # labels or captions to choose from, where it was trained with some
-    "What `look` shows, with a widget for each of its arguments; without ipywidgets one line on how to get it"
-    try: import ipywidgets as widgets
-    except ImportError:
-        return print('The sliders need a running notebook and ipywidgets: pip install ipywidgets, and open it again.')
-    cs, says = _controls(widgets, conds), widgets.Label()
-    frames = {k: widgets.Image(format='png') for k in ('drawn', 'with noise', 'guess')}
-    def draw(change=None):
-        start = time.perf_counter()
-        for frame, image in zip(frames.values(), look(pipe, **{k: c.value for k, c in cs.items()})):
-            frame.value = _png(image)
-        n = evaluations(cs['sampler'].value, cs['steps'].value)
-        says.value = f'drawn with {n} evaluations; {time.perf_counter() - start:.1f} s in all'
-    for c in cs.values(): c.observe(draw, 'value')
-    draw()
-    shown = widgets.HBox([widgets.VBox([widgets.Label(k), frame]) for k, frame in frames.items()])
-    return widgets.HBox([widgets.VBox([*cs.values()]), widgets.VBox([shown, says])])

@@ -492,8 +492,21 @@ def test_the_guess_is_made_with_new_noise():
     starts = [start_noise(Process(), (1, 3, 8, 8), seed=s) for s in (0, 1, 9999)]
     assert torch.pdist(torch.cat([noise, *starts]).flatten(1)).min() > 15          # about sqrt(2*192)
 
+@pytest.fixture(scope='module')
+def panel():
+    "The function of the lesson, from its own cells"
+    import io, json, time
+    from pathlib import Path
+    from latentdiff.data import image_grid
+    names = globals() | dict(io=io, time=time, image_grid=image_grid)
+    nb = json.loads((Path(__file__).parents[1]/'nbs/40_sampling.ipynb').read_text(encoding='utf-8'))
+    sources = [''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'code']
+    for s in sources:
+        if s.startswith(('def controls_for(', 'def panel(')): exec(s, names)
+    return names['panel']
+
 @pytest.fixture
-def controls():
+def controls(panel):
     "The controls of a panel by name, its pictures, and the line below them"
     pytest.importorskip('ipywidgets')
     left, right = panel(Mixture(), [0, 1]).children
@@ -530,12 +543,12 @@ def test_pictures_of_the_panel_are_those_of_look(controls):
         with Image.open(io.BytesIO(o.value)) as im: pixels = torch.from_numpy(np.array(im)).permute(2, 0, 1)
         assert torch.equal(pixels, x.repeat_interleave(20, 1).repeat_interleave(20, 2))
 
-def test_panel_of_a_pipeline_without_classes():
+def test_panel_of_a_pipeline_without_classes(panel):
     pytest.importorskip('ipywidgets')
     left, right = panel(Mixture()).children
     assert [o.description for o in left.children] == ['noise t', 'from a to b', 'seed a', 'seed b', 'steps', 'sampler']
 
-def test_without_ipywidgets_a_line_says_what_is_missing(monkeypatch, capsys):
+def test_without_ipywidgets_a_line_says_what_is_missing(panel, monkeypatch, capsys):
     import sys
     monkeypatch.setitem(sys.modules, 'ipywidgets', None)
     assert panel(Mixture()) is None
