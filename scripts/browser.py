@@ -126,7 +126,7 @@ def play(page, name, slider, expected):
     if not handle.count(): return [f'there is no slider {slider}']
     pictures, value = panel.locator('img.widget-image'), handle.get_attribute('aria-valuetext')
     before = pictures.evaluate_all(DRAWN)
-    drag(page, handle, 60)
+    drag(page, handle, 30)
     if handle.get_attribute('aria-valuetext') == value: return [f'the slider {slider} stays at {value}']
     end, changed = time.monotonic() + 60, []
     while changed != expected and time.monotonic() < end:
