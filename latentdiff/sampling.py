@@ -13,11 +13,7 @@ import math
 from contextlib import contextmanager
 from itertools import pairwise
 import numpy as np, torch
-<<<<<<< HEAD
-from .core import Bar, UserError, default_device, gathered, share, world
-=======
-from .core import Bar, UserError, default_device, number
->>>>>>> s7panel
+from .core import Bar, UserError, default_device, gathered, number, share, world
 
 # %% ../nbs/40_sampling.ipynb #c011
 def levels(process, t): # any `Process`; one time, 0 (clean) to 1 (pure noise)
