@@ -23,12 +23,13 @@ from torchvision.transforms.functional import gaussian_blur
 # %% ../nbs/10_autoencoder.ipynb #c005
 from fastai.basics import Callback, DataLoaders, Metric, patch
 from fastai.callback.training import GradientClip
-from .core import WEIGHTS, UserError, artefact, data_home, default_device, file_md5, find_class, fingerprint
-from .core import load_component, load_weights, read_json, save_component, stream, write_whole
+from .core import WEIGHTS, UserError, agreed, artefact, data_home, default_device, file_md5, find_class
+from .core import fingerprint, first_ahead, load_component, load_weights, number, numbers, read_json
+from .core import save_component, stream, world, write_whole
 from .data import FITS, as_images, check_images, like
 from .files import there
-from .core import number, numbers
-from .training import Checkpoint, DeviceLoader, Graphed, Learner, adamw, fit_steps, muon, zero_init
+from .training import Checkpoint, DeviceLoader, Graphed, Learner, adamw, fit_steps, muon, rows_of
+from .training import zero_init
 
 # %% ../nbs/10_autoencoder.ipynb #c040
 def _conv(cin, cout, k=3, stride=1): return nn.Conv2d(cin, cout, k, stride, padding=k//2)
@@ -119,9 +120,9 @@ def patch_pca(x, f, k): # images (n,c,h,w) in [-1,1], side of a patch, component
     return mean, dirs.flip(1)[:, :k], var.flip(0)[:k].clamp(min=1e-8).sqrt()
 
 # %% ../nbs/10_autoencoder.ipynb #c054
-def posterior_sample(mean, logvar, generator=None): # (b,...) both, and a torch.Generator on their device
+def posterior_sample(mean, logvar, generator=None, draw=torch.randn): # (b,...) both; on their device; of the noise
     "A draw from N(mean, exp(logvar)) through which gradients flow (Kingma and Welling 2014, eq. 10)"
-    eps = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+    eps = draw(*mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
     return mean + (0.5*logvar).exp()*eps
 
 # %% ../nbs/10_autoencoder.ipynb #c056
@@ -164,7 +165,8 @@ class Autoencoder(nn.Module, ConfigMixin):
     def forward(self, images):
         "(reconstruction, raw mean, raw logvar or None)"
         mean, logvar = self.encode_raw(images)
-        z = posterior_sample(mean, logvar) if self.training and logvar is not None else mean
+        draws = self.training and logvar is not None
+        z = posterior_sample(mean, logvar, draw=partial(rows_of, torch.randn)) if draws else mean
         return self.decode_raw(z), mean, logvar
 
     def checked(self, images): # (b,c,h,w)
@@ -458,8 +460,8 @@ FEW = 500  # pictures
 def make_autoencoder(folder, images, p, seed=0, device=None): # of the run; `Images`; a `Preset`; of chance; None: GPU
     "The autoencoder of a run, in eval mode: made once, in autoencoder/ (ours) or vae/ (diffusers'), then loaded"
     folder, device, parents = Path(folder), device or default_device(), dict(images=images.fingerprint)
-    found = next((o for o in ('autoencoder', 'vae') if (folder/o).exists()), None)
-    ready = open_autoencoder(p.ae_pretrained) if p.ae_pretrained and not found else None
+    found = agreed(next((o for o in ('autoencoder', 'vae') if (folder/o).exists()), None))
+    with first_ahead(): ready = open_autoencoder(p.ae_pretrained) if p.ae_pretrained and not found else None
     path = folder/(found or ('vae' if isinstance(ready, PretrainedKL) else 'autoencoder'))
     settings, kw = dict(seed=seed, pretrained=p.ae_pretrained), dict(bs=p.bs, lr=p.ae_lr, kl_weight=p.ae_kl)
     if not p.ae_pretrained:
@@ -524,6 +526,7 @@ def sharpen_decoder(ae, x_train, x_valid, steps,            # a finished `KLAuto
                     bs=16, flip=False, seed=0, width=32, device=None): # see `ae_learner`; of the `PatchDiscriminator`
     "Train its decoder further, in place; the encoder and its scale stay, so latents stay valid; returns the Learner"
     if not isinstance(ae, KLAutoencoder): raise UserError(f'sharpening is for a KLAutoencoder, no {type(ae).__name__}')
+    if world() > 1: raise UserError('sharpening is the work of one process: start it without accelerate launch')
     ae.requires_grad_(False)
     for part in (ae.decoder, ae.line_out): part.requires_grad_(True)
     start = steps//4 if start is None else start

@@ -9,15 +9,15 @@ __all__ = ['data', 'training', 'autoencoder', 'noisify', 'unet', 'sampling', 'ki
            'eval_cli']
 
 # %% ../nbs/90_commands.ipynb #c004
-import importlib, io, json, platform, sys
+import importlib, io, json, os, platform, sys
 from functools import wraps
 from pathlib import Path
 import fastprogress.fastprogress, numpy as np
 from fastcore.basics import patch
 from fastcore.script import call_parse
-from .core import STEPS, UserError, above_zero, artefact, beside_file, default_device, fingerprint, locked, made
-from .core import preset_of, progress, read_json, run_folder, settings_of, to_toml, whole_folder, write_json
-from .core import write_whole
+from .core import STEPS, UserError, above_zero, agreed, artefact, beside_file, default_device, fingerprint
+from .core import first_ahead, locked, made, preset_of, progress, rank, read_json, run_folder, settings_of
+from .core import to_toml, whole_folder, write_json, write_whole
 
 # %% ../nbs/90_commands.ipynb #n201
 class _Lazy:
@@ -34,7 +34,7 @@ class Run:
     "A run folder: its settings, and the artefacts that are made from them, each when it is first asked for"
     def __init__(self, folder, settings): # where everything goes, dict from `settings_of`
         self.folder, self.device, self.kept, self.trackers = Path(folder), default_device(), {}, []
-        self.settings = self.read(settings)
+        self.settings = agreed(self.read(settings))
         self.p, self.seed = preset_of(self.settings), self.settings['seed']
 
     def read(self, settings):
@@ -79,8 +79,10 @@ class Run:
 def images(self:Run):
     "The data, opened once; `UserError` if there are too few to test on"
     d, classes = self.settings['data'], self.settings.get('start', {}).get('classes')
-    opened = lambda: data.open_images(d, self.p.size, n=self.p.n, seed=self.seed)
-    found = self.once('images', lambda: source.counted_as(classes, opened()) if classes else opened())
+    def opened():
+        with first_ahead(): found = data.open_images(d, self.p.size, n=self.p.n, seed=self.seed)
+        return source.counted_as(classes, found) if classes else found
+    found = self.once('images', opened)
     if len(found.valid_idxs) >= 8: return found
     raise UserError(f'{d} has {len(found)} images, {len(found.valid_idxs)} of them to test on: give a hundred or more.')
 
@@ -339,9 +341,11 @@ def announce(self:Run):
 def go(self:Run, goals=GOALS):
     "Make what is not there yet; `UserError` if another process is at it"
     if not self.folder.exists(): new_place(self.folder, '--out')
-    fresh, _ = not (self.folder/'run.json').exists(), self.condition
+    fresh, _ = agreed(not (self.folder/'run.json').exists()), self.condition
     if fresh: self.begin()
     self.fix_steps()
+    self.settings = agreed(self.settings)
+    self.p = preset_of(self.settings)
     if fresh: self.announce()       # errors in data and settings come before anything is written
     self.folder.mkdir(parents=True, exist_ok=True)
     stamp = lambda: {o: o.stat().st_mtime_ns for o in self.folder.glob('**/*.json')}   # each part has its made.json
@@ -360,6 +364,7 @@ def plain_output():
     if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
         sys.stdout.reconfigure(line_buffering=True)
         fastprogress.fastprogress.NO_BAR, fastprogress.fastprogress.ConsoleProgressBar.fill = True, ''
+    if rank(): sys.stdout = sys.stderr = open(os.devnull, 'w')   # the first of several processes speaks
 
 def one_line_errors(f):
     "A `UserError` becomes one line on stderr and exit code 1; Ctrl-C one line and exit code 130"
@@ -436,7 +441,6 @@ def train_cli(
         done = made(r.folder/('denoiser' if r.condition else 'unet'))
         if not done: raise UserError(f'{run} has no finished denoiser: run latentdiff-train without --more first.')
         r.settings['steps'] = done['settings']['steps'] + more
-        r.p = preset_of(r.settings)
     r.go(('denoiser', 'pipeline'))
 
 # %% ../nbs/90_commands.ipynb #c046

@@ -65,11 +65,13 @@ def like(**given): # tensors by their names
         raise UserError(f'{k} is {kind_of(v)}: give floats of shape {tuple(shape) or "(b,...)"}')
 
 # %% ../nbs/00_data.ipynb #c028
-def image_grid(images, nrow=8, pad=1): # (b,c,h,w) float in [-1,1]; pictures a row; white pixels between them
+def image_grid(images, nrow=8, pad=1, # (b,c,h,w) float in [-1,1]; pictures a row; white pixels between them
+               scale=1):              # so many times larger, each pixel a square
     "One PIL image with all of them, row by row"
     grid = make_grid(to_uint8(images).cpu(), number(1, nrow=nrow), pad, pad_value=255)
     if len(images) > 1 and pad: grid = grid[:, pad:-pad, pad:-pad]
-    return Image.fromarray(grid.permute(1, 2, 0).numpy())
+    grid = Image.fromarray(grid.permute(1, 2, 0).numpy())
+    return grid if scale == 1 else grid.resize((grid.width*scale, grid.height*scale), Image.Resampling.NEAREST)
 
 # %% ../nbs/00_data.ipynb #c030
 def show_images(

@@ -12,7 +12,7 @@ import math
 from contextlib import contextmanager
 from itertools import pairwise
 import numpy as np, torch
-from .core import Bar, UserError, default_device
+from .core import Bar, UserError, default_device, gathered, share, world
 
 # %% ../nbs/40_sampling.ipynb #c011
 def levels(process, t): # any `Process`; one time, 0 (clean) to 1 (pure noise)
@@ -215,14 +215,14 @@ def sample(net, process,              # denoiser: `net(x_t, time) -> prediction`
     "(n, *shape) float32 standardised latents on the CPU, made from noise"
     step, ts, bs = _sampler_of(sampler), time_steps(process, steps, spacing), min(n, bs)
     batches = math.ceil(n/bs)
-    bar, out = Bar((len(ts) - 1)*batches, f'drawing {n:,} samples'), []
-    for i, net in zip(range(0, n, bs), [net]*batches if callable(net) else net, strict=True):
+    bar, out = Bar((len(ts) - 1)*math.ceil(batches/world()), f'drawing {n:,} samples'), []
+    for i, net in share(zip(range(0, n, bs), [net]*batches if callable(net) else net, strict=True)):
         gens = generators(seed, bs, i)
         x = levels(process, ts[0])[1]*noise_like(torch.empty(bs, *shape, device=device or default_device()), gens)
         with evaluating(net), torch.inference_mode():
             out.append(step(net, process, x, ts, callback=bar.step, generator=gens).cpu())
     bar.close()
-    return torch.cat(out)[:n]
+    return torch.cat(gathered(out))[:n]
 
 # %% ../nbs/40_sampling.ipynb #c087
 def denoise_path(net, process, x, ts,              # x: start noise, at the strength of `ts[0]`; ts: from `time_steps`

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['adamw', 'muon', 'largest_divisor', 'zero_init', 'peak_gb', 'as_pictures', 'shifted', 'DeviceLoader', 'EMA',
-           'mixed_precision', 'no_sync', 'Learner', 'Graphed', 'orthogonalise', 'Muon', 'step_time', 'seconds_per_step',
-           'decay_start', 'rate', 'Checkpoint', 'StepByStep', 'Keeper', 'fit_steps', 'trackers']
+           'mixed_precision', 'no_sync', 'Learner', 'Graphed', 'orthogonalise', 'Muon', 'rows_of', 'Together',
+           'together', 'step_time', 'seconds_per_step', 'decay_start', 'rate', 'Checkpoint', 'StepByStep', 'Keeper',
+           'fit_steps', 'trackers']
 
 # %% ../nbs/parts/training.ipynb #c004
-import json, safetensors.torch, sys, tempfile, time, timeit, torch, torch.nn.functional as F
+import json, safetensors.torch, sys, tempfile, time, timeit, torch, torch.distributed as dist, torch.nn.functional as F
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import nn
 from fastai import learner
 from fastai.basics import AvgSmoothLoss, Callback, CancelFitException, DataLoader, OptimWrapper, join_path_file, listify
 from fastai.callback.fp16 import AMPMode, MixedPrecision
-from .core import UserError, default_device, not_finite, read_weights, stream, write_whole
+from .core import UserError, agreed, default_device, not_finite, rank, read_weights, stream, world, write_whole
 from .data import as_images, show_images
 from .files import one_line
 
@@ -191,7 +192,7 @@ class Learner(learner.Learner):
         parts = dict(model=self.model.state_dict(), opt=_memory(opt) if opt else {})
         tensors = {f'{p}.{k}': v.detach().cpu().contiguous() for p, d in parts.items() for k, v in d.items()}
         hypers = [{k: v for k, v in h.items() if type(v) in (int, float)} for h in opt.hypers] if opt else []
-        write_whole(f, safetensors.torch.save(tensors, dict(opt=_kind(opt), hypers=json.dumps(hypers))))
+        if not rank(): write_whole(f, safetensors.torch.save(tensors, dict(opt=_kind(opt), hypers=json.dumps(hypers))))
         return f
 
     def load(self, file, device=None, with_opt=True, **kwargs): # as for `save`; the others are what fastai passes
@@ -298,6 +299,47 @@ class Muon(torch.optim.AdamW):
 
 muon = partial(OptimWrapper, opt=Muon, weight_decay=.01)
 
+# %% ../nbs/parts/training.ipynb #n911
+def rows_of(draw, n, *rest, **kw): # torch.rand or torch.randn; rows of this process' share of a batch; their shape
+    "Random numbers (n, *rest) for a network in training: of those for the whole batch, the share of this process"
+    return draw(n*world(), *rest, **kw).chunk(world())[rank()]
+
+class Together(Callback):
+    "Train one network in several processes: each takes its rows of a batch, and all follow the mean gradient"
+    order, run_valid = MixedPrecision.order - 1, False   # after noise was added, before a GPU records the step
+    def before_fit(self):
+        bs = self.dls.train.bs
+        agreed()
+        if bs % world(): raise UserError(f'{world()} processes cannot share a batch of {bs}: start a divisor of {bs}')
+        for p in self.model.parameters():
+            first = p.data.contiguous()
+            dist.broadcast(first, 0)
+            p.data.copy_(first)
+
+    def before_batch(self):
+        cut = lambda batch: tuple(o.chunk(world())[rank()] for o in batch)
+        self.learn.xb, self.learn.yb = cut(self.xb), cut(self.yb)
+
+    def mean(self, tensors):
+        "Numbers of several tensors, one after another, averaged over the processes"
+        flat = torch.cat([o.flatten() for o in tensors])/world()
+        dist.all_reduce(flat)
+        return flat
+
+    def after_loss(self):
+        mean = self.mean([self.loss_grad.detach(), self.learn.loss.detach()])
+        self.learn.loss_grad, self.learn.loss = self.loss_grad + 0*mean[0], mean[1]
+
+    def after_backward(self):
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        mean = self.mean(grads)
+        for g, new in zip(grads, mean.split([g.numel() for g in grads])): g.copy_(new.view_as(g))
+
+def together(model):
+    "The callbacks that let several processes train `model` as one"
+    whole = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    return [] if world() == 1 or whole else [Together()]
+
 # %% ../nbs/parts/training.ipynb #c017
 class _Stopwatch(Callback):
     "Time a few steps, then stop the fit"
@@ -311,7 +353,7 @@ class _Stopwatch(Callback):
 def step_time(learn): # a fastai Learner
     "Seconds of one training step of `learn`: the best of three after a warm-up, which leave its weights as they were"
     state, watch = {k: v.clone() for k, v in learn.model.state_dict().items()}, _Stopwatch()
-    with learn.no_bar(), learn.no_logging(): learn.fit(4, 0., cbs=watch)
+    with learn.no_bar(), learn.no_logging(): learn.fit(4, 0., cbs=[watch, *together(learn.model)])
     learn.model.load_state_dict(state)
     learn.opt = None
     return min((b - a for a, b in zip(watch.times, watch.times[1:])), default=.01)
@@ -394,7 +436,7 @@ class StepByStep(Callback):
         self.learn.pct_train = self.k/self.steps
         self.opt.set_hyper('lr', self.peak*rate(self.k, self.steps))
 
-    def after_loss(self):
+    def before_backward(self):
         loss = self.learn.loss_grad.detach().mean()
         if not loss.is_cuda: return self.finite(bool(loss.isfinite()))
         if self.flag is not None: self.finite(bool(self.flag))
@@ -446,7 +488,7 @@ class Keeper(Callback):
 
     def write(self):
         "Write what is due"
-        if not self.checkpoint: return
+        if not self.checkpoint or rank(): return
         if self.step_by_step.k == decay_start(self.step_by_step.steps): self.save('stable')
         if time.monotonic() - self.saved > self.checkpoint.every: self.save('last')
 
@@ -461,7 +503,8 @@ class Keeper(Callback):
         tensors, scaler = self.tensors(), getattr(getattr(self.learn, 'mixed_precision', None), 'scaler', None)
         self.check(tensors)
         note = dict(k=self.step_by_step.k, steps=self.step_by_step.steps, history=self.history,
-                    ema=self.ema.n if hasattr(self.learn, 'ema') else 0, scaler=scaler.state_dict() if scaler else None)
+                    smooth=self.recorder.smooth_loss.val, ema=self.ema.n if hasattr(self.learn, 'ema') else 0,
+                    scaler=scaler.state_dict() if scaler else None)
         self.checkpoint.save(name, tensors, note)
         self.saved = time.monotonic()
 
@@ -476,7 +519,8 @@ class Keeper(Callback):
         if note['scaler']: self.learn.mixed_precision.scaler.load_state_dict(note['scaler'])
         device = next(self.model.parameters()).device
         self.best = {k: v.to(device) for k, v in part('best.').items()} or None
-        self.history = note['history']
+        self.history, smooth = note['history'], self.recorder.smooth_loss
+        smooth.count, smooth.val = note['k'], torch.tensor(note['smooth'], device=device)
 
 # %% ../nbs/parts/training.ipynb #c029
 def fit_steps(learn,                                 # a fastai Learner whose training loader is a `DeviceLoader`
@@ -491,14 +535,15 @@ def fit_steps(learn,                                 # a fastai Learner whose tr
     with torch.random.fork_rng():
         secs = step_time(no_sync(learn))
         if steps is None: steps = epochs*len(dl) if minutes is None else 60*minutes/secs
-        steps = max(1, int(steps))
+        steps = agreed(max(1, int(steps)))
         found = checkpoint and checkpoint.load(steps, exact=keep_best)
         k, n = found[1]['k'] if found else 0, sum(p.numel() for p in learn.model.parameters())
         print(f'training {type(learn.model).__name__}, {n/1e6:.2f}M parameters, on {learn.dls.device}: {steps:,} steps '
               f'of {dl.bs}, {steps*dl.bs/dl.n:.1f} passes over {dl.n:,}, about {(steps - k)*secs/60:.2g} min'
               + (f' from step {k:,} on' if k else ''), flush=True)
         each = StepByStep(steps, lr, seed, rounds, k)
-        try: learn.fit(len(each.left()), lr, cbs=[each, Keeper(checkpoint, found, keep_best), *listify(cbs)])
+        more = [Keeper(checkpoint, found, keep_best), *together(learn.model), *listify(cbs)]
+        try: learn.fit(len(each.left()), lr, cbs=[each, *more])
         except UserError as e: raise UserError(str(e).split('\t')[-1]) from None  # without fastai's line above it
     return learn
 
