@@ -16,7 +16,7 @@ import fastprogress.fastprogress, numpy as np
 from fastcore.basics import patch
 from fastcore.script import call_parse
 from .core import STEPS, UserError, above_zero, agreed, artefact, beside_file, default_device, fingerprint
-from .core import first_ahead, locked, made, preset_of, progress, rank, read_json, run_folder, settings_of
+from .core import locked, made, preset_of, progress, rank, read_json, run_folder, settings_of
 from .core import to_toml, whole_folder, write_json, write_whole
 
 # %% ../nbs/90_commands.ipynb #n201
@@ -79,10 +79,8 @@ class Run:
 def images(self:Run):
     "The data, opened once; `UserError` if there are too few to test on"
     d, classes = self.settings['data'], self.settings.get('start', {}).get('classes')
-    def opened():
-        with first_ahead(): found = data.open_images(d, self.p.size, n=self.p.n, seed=self.seed)
-        return source.counted_as(classes, found) if classes else found
-    found = self.once('images', opened)
+    opened = lambda: data.open_images(d, self.p.size, n=self.p.n, seed=self.seed)
+    found = self.once('images', lambda: source.counted_as(classes, opened()) if classes else opened())
     if len(found.valid_idxs) >= 8: return found
     raise UserError(f'{d} has {len(found)} images, {len(found.valid_idxs)} of them to test on: give a hundred or more.')
 
@@ -317,14 +315,13 @@ def step_times(self:Run):
 
 @patch
 def fix_steps(self:Run):
-    "Minutes become steps, by a measurement, the first time; what is in run.json stays"
-    if (self.folder/'run.json').exists(): return
+    "Minutes become steps, by a measurement"
     self.p, share = preset_of(self.settings), 1.
     if self.settings['minutes']:
         a, d = self.step_times()
         share = 60*self.settings['minutes']/(self.p.ae_steps*a + self.p.steps*d)
     given = self.p.ae_pretrained or 'start' in self.settings   # then no autoencoder is trained
-    self.settings |= {k: max(1, round(getattr(self.p, k)*share)) for k in STEPS[bool(given):]}
+    self.settings |= agreed({k: max(1, round(getattr(self.p, k)*share)) for k in STEPS[bool(given):]})
     self.p = preset_of(self.settings)
 
 @patch
@@ -342,18 +339,16 @@ def go(self:Run, goals=GOALS):
     "Make what is not there yet; `UserError` if another process is at it"
     if not self.folder.exists(): new_place(self.folder, '--out')
     fresh, _ = agreed(not (self.folder/'run.json').exists()), self.condition
-    if fresh: self.begin()
-    self.fix_steps()
-    self.settings = agreed(self.settings)
-    self.p = preset_of(self.settings)
-    if fresh: self.announce()       # errors in data and settings come before anything is written
+    if fresh:                       # errors in data and settings come before anything is written
+        self.begin()
+        self.fix_steps()
+        self.announce()
     self.folder.mkdir(parents=True, exist_ok=True)
     stamp = lambda: {o: o.stat().st_mtime_ns for o in self.folder.glob('**/*.json')}   # each part has its made.json
     with locked(self.folder):
         before = stamp()
         if fresh or read_json(self.folder/'run.json', 'delete it').get('settings') != self.settings: self.write()
-        if fresh:
-            if self.images.skipped: write_json(self.folder/'skipped.json', self.images.skipped, indent=1)
+        if fresh and self.images.skipped: write_json(self.folder/'skipped.json', self.images.skipped, indent=1)
         for k in goals: getattr(self, k)
     done = 'is finished: nothing to do' if before == stamp() else f'{training.peak_gb(self.device):.1f} GB at most'
     print(f'{self.folder} {done}')
@@ -441,6 +436,7 @@ def train_cli(
         done = made(r.folder/('denoiser' if r.condition else 'unet'))
         if not done: raise UserError(f'{run} has no finished denoiser: run latentdiff-train without --more first.')
         r.settings['steps'] = done['settings']['steps'] + more
+        r.p = preset_of(r.settings)
     r.go(('denoiser', 'pipeline'))
 
 # %% ../nbs/90_commands.ipynb #c046

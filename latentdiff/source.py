@@ -10,7 +10,8 @@ __all__ = ['NETWORK', 'ENOUGH', 'told_of', 'fitting', 'as_there', 'counted_as', 
 import torch
 from copy import deepcopy
 from .core import UserError, artefact, fingerprint, load_component, read_json, save_component
-from .autoencoder import FEW, batches_for, channel_stats, quality, some_pixels
+from .data import FEW
+from .autoencoder import batches_for, channel_stats, quality, some_pixels
 from .noisify import Process, weights_hash
 from .pipeline import LatentDiffusionPipeline, zoo
 
@@ -123,5 +124,5 @@ def refusal(images, condition, name, db): # as above; None: there is no name
     mirrored = ' mirrored and' if images.channels == 3 else ''
     why = f'{name} gives these back with only {db:.1f} dB' if db else f'none draws {shape}'
     return (f'{len(images)} pictures are few to learn everything from, but no pipeline of this package helps: {why}. '
-            f'So the training starts from nothing. Its autoencoder sees the pictures{mirrored} moved a little at random, '
+            f'So the training starts from nothing. Its autoencoder sees them{mirrored} moved a little at random, '
             'and its best weights are kept. More pictures would help more than more steps.')
