@@ -107,7 +107,8 @@ It draws with two evaluations by shortcuts and without guidance unless you say o
 {flaws}
 """
 
-FLAWS = ('Cloth has a faint weave of squares, most of all with one evaluation, where handles of bags and straps of sandals fray and the outlines of shoes break up. '
+FLAWS = ('Cloth has a faint weave of squares. Straps of sandals break into pieces and handles of bags end in the air, a little more so with one evaluation than with two; '
+         'a bag may have no shape at all (one of the first four has none), and grey specks stand on the black beside sleeves and shoes. '
          'What its teacher does badly it does too. It has no guidance to choose: that of its training is part of it.')
 
 def nearest(pipe, train, x):
