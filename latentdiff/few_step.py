@@ -121,7 +121,7 @@ class Shortcut(nn.Module, ConfigMixin):
     def __init__(self, net): # a `UNet` or `ConditionalUNet`, trained or not; it becomes part of this one
         super().__init__()
         self.net = net
-        net.time_embedding, net.drawn_with = StepTime(net.time_embedding), self.drawn_with
+        net.time_embedding = StepTime(net.time_embedding)
 
     @property
     def config(self): return self.net.config
