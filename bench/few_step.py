@@ -45,8 +45,9 @@ class Consistency(Shortcuts):
     @torch.no_grad()
     def answers(self, x, t, d, cond):
         "Mean slopes (b, ...) over the whole way"
-        each = self.step_by_step
-        gap = t*self.gaps[min(each.k*len(self.gaps)//each.steps, len(self.gaps) - 1)]
+        each = getattr(self, 'step_by_step', None)   # not yet there while the time of a step is measured
+        done = each.k/each.steps if each else 0.
+        gap = t*self.gaps[min(int(done*len(self.gaps)), len(self.gaps) - 1)]
         first = midpoint(lambda x, t: self.teacher(x, self.process.time_input(t), *cond), x, t, gap)
         r = t - gap
         rest = self.average(x - bcast(gap, x)*first, step_input(self.process, r, r), *cond)
