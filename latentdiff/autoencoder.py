@@ -21,14 +21,14 @@ from torcheval.metrics import Mean
 from torchvision.transforms.functional import gaussian_blur
 
 # %% ../nbs/10_autoencoder.ipynb #c005
-from fastai.basics import Callback, DataLoaders, Learner, Metric, patch
+from fastai.basics import Callback, DataLoaders, Metric, patch
 from fastai.callback.training import GradientClip
 from .core import WEIGHTS, UserError, agreed, artefact, data_home, default_device, file_md5, find_class
 from .core import fingerprint, first_ahead, load_component, load_weights, number, numbers, read_json
 from .core import save_component, stream, write_whole
-from .data import FITS, as_images, check_images, like
+from .data import FEW, FITS, as_images, check_images, like
 from .files import there
-from .training import Checkpoint, DeviceLoader, Graphed, adamw, fit_steps, muon, randn_rows, zero_init
+from .training import Checkpoint, DeviceLoader, Graphed, Learner, adamw, fit_steps, muon, randn_rows, zero_init
 
 # %% ../nbs/10_autoencoder.ipynb #c040
 def _conv(cin, cout, k=3, stride=1): return nn.Conv2d(cin, cout, k, stride, padding=k//2)
@@ -292,10 +292,10 @@ class ValidMetric(Metric):
 def ae_learner(ae, x_train, x_valid,      # an `Autoencoder`; uint8 pixels (n,c,h,w) or float images in [-1,1]
                bs=64, flip=False, seed=0, # images a step, at most 64; mirror half of them; of order and mirror
                kl_weight=1e-3, feature_weight=0., device=None, cbs=(), # see `AELoss`; None: GPU if any; more callbacks
-               opt_func=muon):            # a fastai optimizer
+               opt_func=muon, crop=0):    # a fastai optimizer; move each picture by up to so many pixels
     "A Learner that reconstructs"
     device, bs = device or default_device(), min(bs, 64, len(check_images(x_train, name='x_train')))
-    dls = DataLoaders(DeviceLoader(x_train, bs=bs, shuffle=True, flip=flip, seed=seed, device=device),
+    dls = DataLoaders(DeviceLoader(x_train, bs=bs, shuffle=True, flip=flip, seed=seed, device=device, crop=crop),
                       DeviceLoader(check_images(x_valid, name='x_valid')[:250], bs=bs, seed=seed, device=device))
     return Learner(dls, ae.to(device, memory_format=torch.channels_last), AELoss(kl_weight, feature_weight, device),
                    opt_func=opt_func, metrics=[ValidMetric(PSNR), ValidMetric(SSIM)],
@@ -461,8 +461,8 @@ def make_autoencoder(folder, images, p, seed=0, device=None): # of the run; `Ima
     path = folder/(found or ('vae' if isinstance(ready, PretrainedKL) else 'autoencoder'))
     settings, kw = dict(seed=seed, pretrained=p.ae_pretrained), dict(bs=p.bs, lr=p.ae_lr, kl_weight=p.ae_kl)
     if not p.ae_pretrained:
+        kw |= dict(flip=images.channels == 3) | ({'crop': max(1, images.size//16)} if len(images) < FEW else {})
         network = dict(widths=p.ae_widths, patch=p.ae_patch, latent_channels=p.latent_channels)
-        kw |= dict(flip=images.channels == 3)
         settings |= dict(**network, optimizer='Muon', **kw)
         kw |= dict(checkpoint=Checkpoint(folder/'checkpoints'/'autoencoder', fingerprint(**settings, **parents)))
         settings |= dict(steps=p.ae_steps)

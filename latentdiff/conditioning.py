@@ -13,9 +13,9 @@ from functools import lru_cache
 from importlib.util import find_spec
 from torch import nn
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from fastai.basics import DataLoaders, Learner, Path
+from fastai.basics import DataLoaders, Path
 from .core import UserError, find_class, fingerprint, stream, write_json
-from .training import DeviceLoader, adamw, fit_steps, largest_divisor, rows_of, zero_init
+from .training import DeviceLoader, Learner, adamw, fit_steps, largest_divisor, rows_of, zero_init
 from .data import as_images
 from .unet import UNet, make_denoiser, unet_for
 

@@ -17,7 +17,6 @@ import numpy as np, torch, torch.nn.functional as F
 from torch import nn
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from fastai.data.core import DataLoaders
-from fastai.learner import Learner
 from fastai.metrics import accuracy
 from torcheval.metrics import Metric
 from torcheval.metrics.toolkit import get_synced_metric
@@ -26,7 +25,7 @@ from .core import UserError, artefact, data_home, default_device, load_component
 from .core import share, stream, world
 from .data import check_images, from_uint8, kind_of, to_uint8
 from .core import number, one_of, positions
-from .training import DeviceLoader, fit_steps
+from .training import DeviceLoader, Learner, fit_steps
 from .autoencoder import efficientnet_lite0
 
 # %% ../nbs/50_kid_eval.ipynb #c012

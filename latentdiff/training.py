@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['adamw', 'muon', 'randn_rows', 'largest_divisor', 'zero_init', 'peak_gb', 'as_pictures', 'DeviceLoader', 'EMA',
-           'mixed_precision', 'no_sync', 'Graphed', 'orthogonalise', 'Muon', 'rows_of', 'Together', 'together',
-           'step_time', 'seconds_per_step', 'decay_start', 'rate', 'Checkpoint', 'StepByStep', 'Keeper', 'fit_steps',
-           'trackers']
+           'mixed_precision', 'no_sync', 'Learner', 'Graphed', 'orthogonalise', 'Muon', 'rows_of', 'Together',
+           'together', 'step_time', 'seconds_per_step', 'decay_start', 'rate', 'Checkpoint', 'StepByStep', 'Keeper',
+           'fit_steps', 'trackers']
 
 # %% ../nbs/parts/training.ipynb #c004
-import json, safetensors.torch, sys, time, timeit, torch, torch.distributed as dist, torch.nn.functional as F
+import fastai.callback.schedule, fastai.learner, json, safetensors.torch, sys, tempfile, time, timeit
+import torch, torch.distributed as dist, torch.nn.functional as F
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from torch import nn
-from fastai.basics import AvgSmoothLoss, Callback, CancelFitException, DataLoader, OptimWrapper, listify
+from fastai.basics import AvgSmoothLoss, Callback, CancelFitException, DataLoader, OptimWrapper, join_path_file, listify
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from .core import UserError, agreed, default_device, not_finite, rank, read_weights, stream, world, write_whole
-from .data import as_images, show_images
+from .data import as_images, shifted, show_images
 
 # %% ../nbs/parts/training.ipynb #c007
 def largest_divisor(n, most): # a whole number, at least 1; the answer is no larger than this
@@ -45,9 +46,9 @@ class DeviceLoader(DataLoader):
     "Batches of tensors that live on the device: no Python a sample, no copy, no wait for the device"
     def __init__(self, x, *ys,          # (n,...) float, or uint8 that becomes float in [-1,1]; n labels and so on
                  bs=64, shuffle=False,  # batch size, at most n; a new order each epoch, and whole batches only
-                 flip=False, seed=None, # mirror half of the pictures; of order and mirror, None draws one from torch
-                 device=None, transform=None): # None: the GPU if there is one; called with the batch of x on the device
-        self.flip, self.transform, self.epoch, self._order = flip, transform, 0, (None, None)
+                 flip=False, crop=0,    # mirror half of the pictures; move each by up to so many pixels, see `shifted`
+                 seed=None, device=None, transform=None): # None: torch's; None: the GPU if any; called with x on it
+        self.flip, self.crop, self.transform, self.epoch, self._order = flip, crop, transform, 0, (None, None)
         self.seed = int(torch.randint(2**31, (1,))) if seed is None else int(seed)
         super().__init__(torch.utils.data.TensorDataset(x, *ys), bs=min(bs, len(x)), shuffle=shuffle, drop_last=shuffle)
         self.to(device or default_device())
@@ -70,10 +71,11 @@ class DeviceLoader(DataLoader):
         epoch, i = divmod(k, len(self))
         x, *ys = (o[self.order(epoch)[i*self.bs:(i + 1)*self.bs]] for o in self.dataset.tensors)
         x = as_images(x)
+        chance = lambda what: torch.Generator(self.device).manual_seed(stream(self.seed, what, k))
         if self.flip:
-            generator = torch.Generator(self.device).manual_seed(stream(self.seed, 'mirror', k))
-            coin = torch.rand(len(x), *[1]*(x.ndim - 1), generator=generator, device=self.device) < .5
+            coin = torch.rand(len(x), *[1]*(x.ndim - 1), generator=chance('mirror'), device=self.device) < .5
             x = torch.where(coin, x.flip(-1), x)
+        if self.crop: x = shifted(x, self.crop, chance('crop'))
         return self.after_batch((x if self.transform is None else self.transform(x), *ys))
 
     def __iter__(self):
@@ -94,7 +96,7 @@ class DeviceLoader(DataLoader):
 
     def new(self, dataset=None, cls=None, **kwargs):
         "The same loader over the same or other tensors, with some settings changed"
-        own = {k: getattr(self, k) for k in ('bs', 'shuffle', 'flip', 'seed', 'device', 'transform')}
+        own = {k: getattr(self, k) for k in ('bs', 'shuffle', 'flip', 'seed', 'device', 'transform', 'crop')}
         own |= {k: v for k, v in kwargs.items() if k in own}
         return type(self)(*(dataset or self.dataset).tensors, **own)
 
@@ -150,6 +152,60 @@ def no_sync(learn): # a fastai Learner
     vars(recorder).update(smooth_loss=_DeviceSmoothLoss(), after_fit=to_host)  # past fastai, which warns of its names
     if bar is not None: vars(bar)['after_batch'] = draw
     return learn
+
+# %% ../nbs/parts/training.ipynb #s704
+def _memory(opt): # a fastai optimizer, its own or a wrapped one of torch
+    "What it remembers of its parameters, {'number.name': tensor}"
+    state = opt.state_dict()['state']
+    each = state.items() if isinstance(state, dict) else enumerate(state)
+    return {f'{i}.{k}': torch.as_tensor(v) for i, s in each for k, v in s.items()}
+
+def _remind(opt, memory): # a fastai optimizer; what `_memory` said of one of its kind with such parameters
+    "Make it remember that; fastai's own keep plain numbers"
+    d, params = opt.state_dict(), [p for group in opt.param_lists for p in group]
+    wrapped = isinstance(d['state'], dict)
+    for k, v in memory.items():
+        (i, name), p = k.split('.'), params[int(k.split('.')[0])]
+        state = d['state'].setdefault(int(i), {}) if wrapped else d['state'][int(i)]
+        state[name] = torch.empty_like(p).copy_(v) if v.shape == p.shape else v if wrapped or v.ndim else v.item()
+    opt.load_state_dict(d)
+
+def _kind(opt): return type(getattr(opt, 'opt', opt)).__name__ if opt else ''
+
+class Learner(fastai.learner.Learner):
+    "fastai's, which saves and loads safetensors and no pickles"
+    def save(self, file, with_opt=True): # name in models/, or a path, without .safetensors; the optimizer's memory too
+        "Write the weights; returns the path"
+        f, opt = join_path_file(file, self.path/self.model_dir, '.safetensors'), with_opt and self.opt
+        parts = dict(model=self.model.state_dict(), opt=_memory(opt) if opt else {})
+        tensors = {f'{p}.{k}': v.detach().cpu().contiguous() for p, d in parts.items() for k, v in d.items()}
+        hypers = {k: [h[k] for h in opt.hypers] for k, v in opt.hypers[0].items() if type(v) is float} if opt else {}
+        if not rank(): write_whole(f, safetensors.torch.save(tensors, dict(opt=_kind(opt), hypers=json.dumps(hypers))))
+        return f
+
+    def load(self, file, device=None, with_opt=True, **kwargs): # as for `save`; the others are what fastai passes
+        "Read what `save` wrote, onto the device where the network is; raises `UserError` if it does not fit"
+        f = join_path_file(file, self.path/self.model_dir, '.safetensors')
+        tensors, part = read_weights(f), lambda p: {k[len(p):]: v for k, v in tensors.items() if k.startswith(p)}
+        with safetensors.safe_open(f, 'pt') as o: note = o.metadata() or {}
+        try: self.model.load_state_dict(part('model.'))
+        except RuntimeError: raise UserError(f'{f} does not fit this {type(self.model).__name__}') from None
+        if not with_opt or not note.get('opt'): return self
+        if self.opt is None: self.create_opt()
+        if _kind(self.opt) != note['opt']: raise UserError(f'{f} is of {note["opt"]}: load it with with_opt=False')
+        self.opt.clear_state()
+        _remind(self.opt, part('opt.'))
+        self.opt.set_hypers(**json.loads(note['hypers']))
+        return self
+
+    def lr_find(self, *args, **kwargs): # as fastai's
+        "Try rising rates; the weights stay as they are"
+        with tempfile.TemporaryDirectory() as home:
+            had, _ = self.opt, self.save(Path(home)/'before')
+            try: return super().lr_find(*args, **kwargs)
+            finally:
+                self.opt = had
+                self.load(Path(home)/'before')
 
 # %% ../nbs/parts/training.ipynb #n006
 class Graphed(Callback):
@@ -421,9 +477,8 @@ class Keeper(Callback):
 
     def tensors(self):
         "Everything the next step depends on, by name"
-        opt = {f'{i}.{k}': v for i, s in self.opt.opt.state_dict()['state'].items() for k, v in s.items()}
         ema = {str(i): s for i, s in enumerate(self.ema.shadow)} if hasattr(self.learn, 'ema') else {}
-        parts = dict(model=self.model.state_dict(), opt=opt, ema=ema, best=self.best or {})
+        parts = dict(model=self.model.state_dict(), opt=_memory(self.opt), ema=ema, best=self.best or {})
         return {f'{p}.{k}': torch.as_tensor(v) for p, d in parts.items() for k, v in d.items()}
 
     def save(self, name):
@@ -440,19 +495,14 @@ class Keeper(Callback):
         "Go on from a checkpoint"
         part = lambda p: {k[len(p):]: v for k, v in tensors.items() if k.startswith(p)}
         self.model.load_state_dict(part('model.'))
-        params, opt = [p for g in self.opt.opt.param_groups for p in g['params']], self.opt.opt.state_dict()
-        for k, v in part('opt.').items():
-            i, name = k.split('.')
-            p = params[int(i)]
-            opt['state'].setdefault(int(i), {})[name] = torch.empty_like(p).copy_(v) if v.shape == p.shape else v
-        self.opt.opt.load_state_dict(opt)
+        _remind(self.opt, part('opt.'))
         if hasattr(self.learn, 'ema'):
             for i, s in enumerate(self.ema.shadow): s.copy_(tensors[f'ema.{i}'])
             self.ema.n = note['ema']
         if note['scaler']: self.learn.mixed_precision.scaler.load_state_dict(note['scaler'])
-        self.best = {k: v.to(params[0].device) for k, v in part('best.').items()} or None
+        self.best = {k: v.to(self.dls.device) for k, v in part('best.').items()} or None
         self.history, smooth = note['history'], self.recorder.smooth_loss
-        smooth.count, smooth.val = note['k'], torch.tensor(note['smooth'], device=params[0].device)
+        smooth.count, smooth.val = note['k'], torch.tensor(note['smooth'], device=self.dls.device)
 
 # %% ../nbs/parts/training.ipynb #c029
 def fit_steps(learn,                                 # a fastai Learner whose training loader is a `DeviceLoader`
