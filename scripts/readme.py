@@ -10,10 +10,10 @@ def from_root(text):
     return LINK.sub(lambda m: m[1] + posixpath.normpath('nbs/' + m[2]), text)
 
 def output(out, files, alt):
-    "One output as markdown; a picture, which shows `alt`, is added to `files`, {path: bytes}: a PNG, large ones as JPEG."
+    "One output as markdown; a picture, which shows `alt`, is added to `files`, {path: bytes}."
     data = out.get('data', {})
-    if 'image/png' in data:
-        kind = 'jpeg' if 'image/jpeg' in data and len(data['image/png']) > 4/3*200_000 else 'png'
+    kind = next((o for o in ('png', 'jpeg') if f'image/{o}' in data), None)
+    if kind:
         path = f'nbs/images/index-{len(files)}.{kind}'
         files[path] = base64.b64decode(data[f'image/{kind}'])
         return f'![{alt}]({path})'
