@@ -4,12 +4,13 @@ BIN := $(VENV)/bin
 META := settings.ini setup.py pyproject.toml
 DOCS := $(shell sed -n 's/^docs_requirements = //p' settings.ini)
 .DELETE_ON_ERROR:
-.PHONY: demo lessons test test-browser readme docs wheel wheel-check colab-check clean
+.PHONY: demo lessons test test-long test-browser readme docs wheel wheel-check colab-check clean
 
 help:
 	@echo "make demo         train, sample and evaluate on the embedded data set; writes runs/demo/report.html"
 	@echo "make lessons      JupyterLab with the lessons, in copies of your own"
 	@echo "make test         every notebook at the tiny preset, and the other tests"
+	@echo "make test-long    the same for hours: more kills, more bad input, no lesson finds another's work; then with the oldest and newest versions"
 	@echo "make test-browser a lesson in JupyterLab and pages of the site, in a headless Chromium"
 	@echo "make readme       README.md from nbs/index.ipynb"
 	@echo "make docs         the site in _docs: the lessons as web pages, and the library"
@@ -27,6 +28,11 @@ lessons: $(BIN)/.dev
 # One thread a worker: two workers with two threads each are slower than two with one.
 test: $(BIN)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+# Hours, and 16 GB in .versions for two more environments.
+test-long: $(BIN)/.dev
+	OMP_NUM_THREADS=1 LATENTDIFF_LONG=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python scripts/versions.py oldest newest
 
 # Needs the extra `browser` and a Chromium, and says so where they are missing.
 test-browser: $(BIN)/.dev
@@ -67,4 +73,4 @@ colab-check: $(BIN)/.dev
 	$(BIN)/python scripts/colab_check.py
 
 clean:
-	rm -rf build dist _docs *.egg-info
+	rm -rf build dist _docs .versions *.egg-info

@@ -1,6 +1,6 @@
 """Real processes without the seconds that it takes to import torch: a server imports it once, and forks a child for each program.
 A child runs its program as the interpreter would: an environment, a folder, arguments, streams and an exit code of its own."""
-import contextlib, json, os, signal, subprocess, sys, threading
+import contextlib, json, os, random, signal, subprocess, sys, threading
 from pathlib import Path
 from fastcore.basics import AttrDict
 
@@ -63,8 +63,27 @@ class Server:
         except ProcessLookupError: return False
         return True
 
-    def kill(self):
-        with contextlib.suppress(ProcessLookupError): os.kill(self.pid, signal.SIGKILL)
+    def kill(self): self.signal(signal.SIGKILL)
+
+    def signal(self, number):
+        with contextlib.suppress(ProcessLookupError): os.kill(self.pid, number)
+
+    @contextlib.contextmanager
+    def starved(self, seed=0):
+        """Children are stopped again and again for random times, a quarter of all. Like beside busy processes some steps last far longer than
+        others, but on any number of cores, and nothing is taken from other workers."""
+        over, rng = threading.Event(), random.Random(seed)
+        def now_and_then():
+            while not over.wait(rng.uniform(0, .6)):
+                self.signal(signal.SIGSTOP)
+                over.wait(rng.uniform(0, .2))
+                self.signal(signal.SIGCONT)
+        thread = threading.Thread(target=now_and_then, daemon=True)
+        thread.start()
+        try: yield
+        finally:
+            over.set()
+            thread.join()
 
     def run(self, script, *args, seconds=None, cwd=None, **env):
         "Start the file `script`, and wait for it"

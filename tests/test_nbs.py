@@ -33,7 +33,8 @@ def left(server, shared):
     return runs
 
 def earlier(nb):
-    "Folders of the run that lessons before `nb` leave"
+    "Folders of the run that lessons before `nb` leave; the overview shows a run that is there already"
+    if nb.name == 'index.ipynb': return sum(LEAVES.values(), [])
     number = re.match(r'\d+_', str(nb))
     return [o for k, names in LEAVES.items() if number and k < int(number[0][:-1]) for o in names]
 
@@ -45,7 +46,7 @@ def test_notebook(nb, tmp_path, server, request):
     shutil.copy(ROOT/'nbs'/nb, copy)
     for name in [] if os.environ.get('LATENTDIFF_LONG') else earlier(nb):
         found, = request.getfixturevalue('left').glob(f'*/{name}')
-        shutil.copytree(found, tmp_path/'runs'/found.parent.name/name)
+        shutil.copytree(found, tmp_path/'runs'/('demo' if nb.name == 'index.ipynb' else found.parent.name)/name)
     r = server.code(RUN, copy, seconds=3600, LATENTDIFF_RUNS=f'{tmp_path}/runs', LATENTDIFF_DATA=f'{tmp_path}/data') # against a hang
     assert r.rc == 0, f'{nb}:\n{r.out[-3000:]}\n{r.err[-6000:]}'
     assert [p.name for p in copy.parent.iterdir()] == [nb.name]
