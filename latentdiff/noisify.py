@@ -258,7 +258,8 @@ FILES = 'latents.f16', 'mirrored.f16'
 def _encode_rest(ae, images, folder, shape, flip, bs, save_every=5.):
     "Fill the files in `folder`, from the row where an earlier call stopped"
     count = folder/'done.json'
-    done = read_json(count, f'delete {folder}')['done'] if count.is_file() else 0
+    said = read_json(count, f'delete {folder}').get('done') if count.is_file() else 0
+    done = number(0, len(images), **{f'done in {count}': said})
     files = [np.memmap(folder/f, np.float16, 'r+' if done else 'w+', shape=shape) for f in FILES[:1+flip]]
     def checkpoint():
         for f in files: f.flush()
@@ -278,6 +279,8 @@ def _sound(m): # a manifest
     try:
         each = [len(m[k]) for k in ('names', 'labels', 'captions') if m[k] is not None or k=='names']
         whole = all(type(o) is int and o>0 for o in m['shape']) and {*m['valid']} <= {*range(len(m['names']))}
+        whole = whole and all(type(o) is int and -1<=o<2**31 for o in m['labels'] or ())
+        whole = whole and all(type(o) is str for o in (*m['names'], *(m['captions'] or ()), *(m['classes'] or ())))
         return whole and {*each}=={m['shape'][0]} and type(m['mirrored']) is bool and 'classes' in m
     except (KeyError, TypeError, IndexError): return False
 
