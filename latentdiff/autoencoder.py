@@ -133,8 +133,10 @@ class Autoencoder(nn.Module, ConfigMixin):
     def __init__(self, latent_channels, latent_mean=None, latent_std=None): # or length; of raw channels, None: 0 and 1
         super().__init__()
         self.latent_channels = n = number(1, latent_channels=latent_channels)
-        self.register_buffer('latent_mean', torch.tensor(numbers(n, latent_mean=latent_mean or [0.]*n)), False)
-        self.register_buffer('latent_std', torch.tensor(numbers(n, 0, latent_std=latent_std or [1.]*n)), False)
+        if (latent_mean is None) != (latent_std is None): raise UserError('latent_mean goes with latent_std: give both')
+        if latent_std is None: latent_mean, latent_std = [0.]*n, [1.]*n
+        self.register_buffer('latent_mean', torch.tensor(numbers(n, latent_mean=latent_mean)), False)
+        self.register_buffer('latent_std', torch.tensor(numbers(n, 0, latent_std=latent_std)), False)
 
     def encode_raw(self, images): raise NotImplementedError # -> (mean, logvar or None) before standardising
     def decode_raw(self, z): raise NotImplementedError      # -> images, not yet clamped

@@ -107,6 +107,8 @@ class Process:
     def load(cls, folder):
         "Read what `save` wrote; UserError if it is not there"
         config = read_json(Path(folder)/'config.json', 'no noise process here, give the folder that Process.save wrote')
+        lost = [k for k in cls.__dataclass_fields__ if k not in config]
+        if lost: raise UserError(f'{folder}/config.json: not the settings of a noise process, they lack {lost[0]}')
         try: return cls(**{k:v for k,v in config.items() if k[0]!='_'})
         except TypeError as e: raise UserError(f"not the settings of a noise process: {e}") from None
 

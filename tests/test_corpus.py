@@ -70,7 +70,7 @@ HOLDS = {'run.json': (train, ('settings', 'settings.data', 'settings.preset', 's
     'unet/made.json': (train, (), ()), 'scores/made.json': (report_of, ('facts', 'facts.kid', 'facts.n_fake', 'parents', 'settings'), [(k, v) for k in ('facts.kid', 'facts.n_fake') for v in (-1, 2**63)]),
     'autoencoder/made.json': (report_of, ('facts', 'facts.psnr', 'facts.n', 'settings', 'fingerprint'), [(k, v) for k in ('facts.psnr', 'facts.n') for v in (-1, 2**63)]),
     'model_index.json': (load, ('_class_name', 'size', 'autoencoder', 'unet'), [('size', 2**63)]),
-    'autoencoder/config.json': (load, ('_class_name', 'widths', 'latent_std', 'patch'), ()), 'unet/config.json': (load, ('_class_name', 'in_channels', 'block_out_channels'), ()),
+    'autoencoder/config.json': (load, ('_class_name', 'widths', 'latent_std', 'patch'), ()), 'unet/config.json': (load, ('_class_name', 'block_out_channels'), ()),
     'process/config.json': (load, ('schedule', 'steps', 'rho'), ()),
     '.latents.making/done.json': (encode_again, ('done',), ()), 'config.toml': (by_config, (), ())}
 
@@ -111,7 +111,7 @@ def nothing_long(patch):
     patch.setattr(training, 'step_time', lambda learn: .1)
     patch.setattr(report, 'report', lambda folder, settings, m: str(report.headline(m)) + begin())
     patch.setattr(P, 'expectation', lambda pipe, n, steps, sampler, bs, **told: begin(sampling._sampler_of(sampler), pipe.listening(bs, bs, **told)))
-    patch.setattr(M.Run, 'judge', property(lambda self: type('Judge', (), dict(name=json.loads((self.folder/'scores'/'made.json').read_text()).get('parents', {}).get('judge')))()))
+    patch.setattr(M.Run, 'judge', property(lambda self: type('Judge', (), dict(name=json.loads((self.folder/'metrics.json').read_text())['extractor']))()))
 
 
 @pytest.fixture(scope='module')
@@ -226,7 +226,7 @@ FIRST = dict(run=('--data', 'rooms', '--n', 40), encode=('--data', 'rooms', '--n
 WRONG = {**{(verb, o): (*WORDS, *BELOW, *BEYOND) for verb in ('run', 'encode') for o in ('size', 'steps', 'ae-steps', 'n')}, ('run', 'minutes'): (*WORDS, '-1', '0'), ('run', 'seed'): (*WORDS, '1.5'),
     **{('run', o): WORDS[bool(o == 'preset'):] for o in ('preset', 'condition')}, ('run', 'data'): (*WORDS, '-5', '/dev/zero', '/dev/null', 'a\0b', '~nobody/x', '/proc/self/mem'), ('run', 'autoencoder'): WORDS[1:], ('run', 'from'): WORDS,
     ('run', 'config'): (*WORDS[1:], '/dev/null/x', '/proc'), ('run', 'track'): WORDS, ('train', 'more'): (*WORDS, *BELOW, str(2**63)), ('eval', 'seed'): (*WORDS, '1.5'),
-    **{('sample', o): (*WORDS, *BELOW, *BEYOND) for o in ('n', 'steps', 'bs')}, ('sample', 'seed'): (*WORDS, '1.5', str(2**63), str(-2**70)), ('sample', 'sampler'): WORDS[1:], ('sample', 'class'): WORDS, ('sample', 'prompt'): WORDS,
+    **{('sample', o): (*WORDS, *BELOW, *BEYOND) for o in ('n', 'steps', 'bs')}, ('sample', 'seed'): (*WORDS, '1.5'), ('sample', 'sampler'): WORDS[1:], ('sample', 'class'): WORDS, ('sample', 'prompt'): WORDS,
     ('sample', 'guidance'): WORDS, ('sample', 'negative'): WORDS}
 WRONG = [(verb, o, v) for (verb, o), values in WRONG.items() for v in values]
 
@@ -245,6 +245,43 @@ def test_what_is_said_to_the_commands(folder, short, monkeypatch, tmp_path):
     assert len(WRONG) > 199
     said = {o: answer_to_option(folder, *o) for o in WRONG}
     assert {k: v for k, v in said.items() if v != 'one line'} == {}
+
+# --- functions
+
+NET, FLOW, X = torch.nn.Identity(), N.Process(), torch.zeros(1, 4, 8, 8)
+
+@pytest.mark.parametrize('name', sampling.SAMPLERS)
+@pytest.mark.parametrize('ts', [[], [1.], ()])
+def test_a_sampler_without_a_step_is_one_line(name, ts):
+    assert answer(sampling.SAMPLERS[name], lambda x, t: x, FLOW, X, ts) == 'one line'
+
+@pytest.mark.parametrize('how', [dict(steps=o) for o in (nan, -1, 0, 'a', 1.5, 2**63)] + [dict(minutes=o) for o in (nan, -1, 0, 'a', float('inf'), 1e308)] + [dict(epochs=o) for o in (nan, -1, 0, 'a')]
+    + [dict(steps=2, lr=o) for o in (nan, -1, 'a', None, float('inf'))] + [dict(steps=2, rounds=o) for o in (0, -1, 'a')] + [dict(steps=2, seed=o) for o in (nan, 'a', 1.5)], ids=str)
+def test_a_training_of_no_length_is_one_line(how):
+    class Learner: dls = type('Dls', (), dict(train=None))
+    assert answer(partial(training.fit_steps, Learner(), **how)) == 'one line'
+
+def test_the_size_of_a_set_does_not_hang_on_one_picture(tmp_path):
+    "Whichever of them is damaged or tiny; arrays that are not square are refused"
+    from PIL import Image
+    for k in range(12):
+        folder = tmp_path/f'{k}'
+        folder.mkdir()
+        for i in range(12):
+            side = 9 if i == k else 40
+            Image.new('RGB', (side + 5, side)).save(folder/f'{i}.png')
+        (folder/f'{(k + 1) % 12}.png').write_bytes(b'damaged')
+        assert M.side_of(folder) == 40
+    np.savez(tmp_path/'a.npz', np.zeros((9, 8, 16, 3), np.uint8))
+    with pytest.raises(UserError, match='8x16'): M.side_of(tmp_path/'a.npz')
+
+def test_a_message_is_one_line_of_short_words():
+    said = str(UserError('a\nb ' + 'x'*9999 + ' c'))
+    assert '\n' not in said and said.startswith('a b xxx') and said.endswith('xxx c') and len(said) < 400
+    assert str(UserError('no folder a')) == 'no folder a'
+
+def test_a_size_that_will_work_is_named():
+    with pytest.raises(UserError, match='16x33.*resize or crop to 16 or 20') as e: A.KLAutoencoder(3, (8,), 4, 1, 4).encode(torch.zeros(1, 3, 16, 33))
 
 if __name__ == '__main__':
     warnings.simplefilter('ignore')
