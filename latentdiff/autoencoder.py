@@ -173,7 +173,8 @@ class Autoencoder(nn.Module, ConfigMixin):
         "`images`; raises `UserError` unless height and width divide by `factor`"
         f, (h, w) = self.factor, check_images(images, {self.config.get('in_channels', 3)}, 1e30, False).shape[-2:]
         if h % f == w % f == 0: return images
-        near = ' or '.join(str(o) for o in (h//f*f, h//f*f + f) if o)
+        low = (h if h % f else w)//f*f
+        near = ' or '.join(str(o) for o in (low, low + f) if o)
         raise UserError(f'this autoencoder needs sides in multiples of {f}, not {h}x{w}: resize or crop to {near}')
 
     def latent_shape(self, size): # side of the image in pixels
