@@ -47,7 +47,7 @@ setup(
     package_data = {cfg['lib_path']: ['lesson.mplstyle', 'zoo/*/*', 'zoo/*/*/*']},
     install_requires = words('requirements'),
     extras_require = {'eval': words('eval_requirements'), 'text': words('text_requirements'), 'docs': words('docs_requirements'),
-                      'browser': words('browser_requirements'), 'track': words('track_requirements'),
-                      'dev': [o for k in ('dev', 'text', 'docs', 'track') for o in words(f'{k}_requirements')]},
+                      'browser': words('browser_requirements'), 'track': words('track_requirements'), 'multi': words('multi_requirements'),
+                      'dev': [o for k in ('dev', 'text', 'docs', 'track', 'multi') for o in words(f'{k}_requirements')]},
     entry_points = {'console_scripts': words('console_scripts')},
 )

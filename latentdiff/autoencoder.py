@@ -21,14 +21,14 @@ from torcheval.metrics import Mean
 from torchvision.transforms.functional import gaussian_blur
 
 # %% ../nbs/10_autoencoder.ipynb #c005
-from fastai.basics import Callback, DataLoaders, Learner, Metric, patch
+from fastai.basics import Callback, DataLoaders, Metric, patch
 from fastai.callback.training import GradientClip
-from .core import WEIGHTS, UserError, artefact, data_home, default_device, file_md5, find_class, fingerprint
-from .core import load_component, load_weights, read_json, save_component, stream, write_whole
-from .data import FITS, as_images, check_images, like
+from .core import WEIGHTS, UserError, agreed, artefact, data_home, default_device, file_md5, find_class
+from .core import fingerprint, first_ahead, load_component, load_weights, number, numbers, read_json
+from .core import save_component, stream, write_whole
+from .data import FEW, FITS, as_images, check_images, like
 from .files import there
-from .core import number, numbers
-from .training import Checkpoint, DeviceLoader, Graphed, adamw, fit_steps, muon, zero_init
+from .training import Checkpoint, DeviceLoader, Graphed, Learner, adamw, fit_steps, muon, randn_rows, zero_init
 
 # %% ../nbs/10_autoencoder.ipynb #c040
 def _conv(cin, cout, k=3, stride=1): return nn.Conv2d(cin, cout, k, stride, padding=k//2)
@@ -119,9 +119,9 @@ def patch_pca(x, f, k): # images (n,c,h,w) in [-1,1], side of a patch, component
     return mean, dirs.flip(1)[:, :k], var.flip(0)[:k].clamp(min=1e-8).sqrt()
 
 # %% ../nbs/10_autoencoder.ipynb #c054
-def posterior_sample(mean, logvar, generator=None): # (b,...) both, and a torch.Generator on their device
+def posterior_sample(mean, logvar, generator=None, draw=torch.randn): # (b,...) both; on their device; of the noise
     "A draw from N(mean, exp(logvar)) through which gradients flow (Kingma and Welling 2014, eq. 10)"
-    eps = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+    eps = draw(*mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
     return mean + (0.5*logvar).exp()*eps
 
 # %% ../nbs/10_autoencoder.ipynb #c056
@@ -166,7 +166,7 @@ class Autoencoder(nn.Module, ConfigMixin):
     def forward(self, images):
         "(reconstruction, raw mean, raw logvar or None)"
         mean, logvar = self.encode_raw(images)
-        z = posterior_sample(mean, logvar) if self.training and logvar is not None else mean
+        z = posterior_sample(mean, logvar, draw=randn_rows) if self.training and logvar is not None else mean
         return self.decode_raw(z), mean, logvar
 
     def checked(self, images): # (b,c,h,w)
@@ -296,10 +296,10 @@ class ValidMetric(Metric):
 def ae_learner(ae, x_train, x_valid,      # an `Autoencoder`; uint8 pixels (n,c,h,w) or float images in [-1,1]
                bs=64, flip=False, seed=0, # images a step, at most 64; mirror half of them; of order and mirror
                kl_weight=1e-3, feature_weight=0., device=None, cbs=(), # see `AELoss`; None: GPU if any; more callbacks
-               opt_func=muon):            # a fastai optimizer
+               opt_func=muon, crop=0):    # a fastai optimizer; move each picture by up to so many pixels
     "A Learner that reconstructs"
     device, bs = device or default_device(), min(bs, 64, len(check_images(x_train, name='x_train')))
-    dls = DataLoaders(DeviceLoader(x_train, bs=bs, shuffle=True, flip=flip, seed=seed, device=device),
+    dls = DataLoaders(DeviceLoader(x_train, bs=bs, shuffle=True, flip=flip, seed=seed, device=device, crop=crop),
                       DeviceLoader(check_images(x_valid, name='x_valid')[:250], bs=bs, seed=seed, device=device))
     return Learner(dls, ae.to(device, memory_format=torch.channels_last), AELoss(kl_weight, feature_weight, device),
                    opt_func=opt_func, metrics=[ValidMetric(PSNR), ValidMetric(SSIM)],
@@ -460,13 +460,13 @@ def some_pixels(images, split, seed, most=None): # `Images`; 'train' or 'valid';
 def make_autoencoder(folder, images, p, seed=0, device=None): # of the run; `Images`; a `Preset`; of chance; None: GPU
     "The autoencoder of a run, in eval mode: made once, in autoencoder/ (ours) or vae/ (diffusers'), then loaded"
     folder, device, parents = Path(folder), device or default_device(), dict(images=images.fingerprint)
-    found = next((o for o in ('autoencoder', 'vae') if (folder/o).exists()), None)
-    ready = open_autoencoder(p.ae_pretrained) if p.ae_pretrained and not found else None
+    found = agreed(next((o for o in ('autoencoder', 'vae') if (folder/o).exists()), None))
+    with first_ahead(): ready = open_autoencoder(p.ae_pretrained) if p.ae_pretrained and not found else None
     path = folder/(found or ('vae' if isinstance(ready, PretrainedKL) else 'autoencoder'))
     settings, kw = dict(seed=seed, pretrained=p.ae_pretrained), dict(bs=p.bs, lr=p.ae_lr, kl_weight=p.ae_kl)
     if not p.ae_pretrained:
+        kw |= dict(flip=images.channels == 3) | ({'crop': max(1, images.size//16)} if len(images) < FEW else {})
         network = dict(widths=p.ae_widths, patch=p.ae_patch, latent_channels=p.latent_channels)
-        kw |= dict(flip=images.channels == 3)
         settings |= dict(**network, optimizer='Muon', **kw)
         kw |= dict(checkpoint=Checkpoint(folder/'checkpoints'/'autoencoder', fingerprint(**settings, **parents)))
         settings |= dict(steps=p.ae_steps)

@@ -9,15 +9,15 @@ __all__ = ['data', 'training', 'autoencoder', 'noisify', 'unet', 'sampling', 'ki
            'eval_cli']
 
 # %% ../nbs/90_commands.ipynb #c004
-import importlib, io, json, platform, sys
+import importlib, io, json, os, platform, sys
 from functools import wraps
 from pathlib import Path
 import fastprogress.fastprogress, numpy as np
 from fastcore.basics import patch
 from fastcore.script import call_parse
-from .core import STEPS, UserError, above_zero, artefact, beside_file, default_device, fingerprint, locked, made
-from .core import preset_of, progress, read_json, run_folder, settings_of, to_toml, whole_folder, write_json
-from .core import write_whole
+from .core import STEPS, UserError, above_zero, agreed, artefact, beside_file, default_device, fingerprint
+from .core import locked, made, preset_of, progress, rank, read_json, run_folder, settings_of
+from .core import to_toml, whole_folder, write_json, write_whole
 
 # %% ../nbs/90_commands.ipynb #L990
 from .core import check_settings, number
@@ -37,7 +37,7 @@ class Run:
     "A run folder: its settings, and the artefacts that are made from them, each when it is first asked for"
     def __init__(self, folder, settings): # where everything goes, dict from `settings_of`
         self.folder, self.device, self.kept, self.trackers = Path(folder), default_device(), {}, []
-        self.settings = self.read(settings)
+        self.settings = agreed(self.read(settings))
         self.p, self.seed = preset_of(self.settings), self.settings['seed']
 
     def read(self, settings):
@@ -324,14 +324,13 @@ def step_times(self:Run):
 
 @patch
 def fix_steps(self:Run):
-    "Minutes become steps, by a measurement, the first time; what is in run.json stays"
-    if (self.folder/'run.json').exists(): return
+    "Minutes become steps, by a measurement"
     self.p, share = preset_of(self.settings), 1.
     if self.settings['minutes']:
         a, d = self.step_times()
         share = 60*self.settings['minutes']/(self.p.ae_steps*a + self.p.steps*d)
     given = self.p.ae_pretrained or 'start' in self.settings   # then no autoencoder is trained
-    self.settings |= {k: max(1, round(getattr(self.p, k)*share)) for k in STEPS[bool(given):]}
+    self.settings |= agreed({k: max(1, round(getattr(self.p, k)*share)) for k in STEPS[bool(given):]})
     self.p = preset_of(self.settings)
 
 @patch
@@ -348,17 +347,17 @@ def announce(self:Run):
 def go(self:Run, goals=GOALS):
     "Make what is not there yet; `UserError` if another process is at it"
     if not self.folder.exists(): new_place(self.folder, '--out')
-    fresh, _ = not (self.folder/'run.json').exists(), self.condition
-    if fresh: self.begin()
-    self.fix_steps()
-    if fresh: self.announce()       # errors in data and settings come before anything is written
+    fresh, _ = agreed(not (self.folder/'run.json').exists()), self.condition
+    if fresh:                       # errors in data and settings come before anything is written
+        self.begin()
+        self.fix_steps()
+        self.announce()
     self.folder.mkdir(parents=True, exist_ok=True)
     stamp = lambda: {o: o.stat().st_mtime_ns for o in self.folder.glob('**/*.json')}   # each part has its made.json
     with locked(self.folder):
         before = stamp()
         if fresh or read_json(self.folder/'run.json', 'delete it').get('settings') != self.settings: self.write()
-        if fresh:
-            if self.images.skipped: write_json(self.folder/'skipped.json', self.images.skipped, indent=1)
+        if fresh and self.images.skipped: write_json(self.folder/'skipped.json', self.images.skipped, indent=1)
         for k in goals: getattr(self, k)
     done = 'is finished: nothing to do' if before == stamp() else f'{training.peak_gb(self.device):.1f} GB at most'
     print(f'{self.folder} {done}')
@@ -369,6 +368,7 @@ def plain_output():
     if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
         sys.stdout.reconfigure(line_buffering=True)
         fastprogress.fastprogress.NO_BAR, fastprogress.fastprogress.ConsoleProgressBar.fill = True, ''
+    if rank(): sys.stdout = sys.stderr = open(os.devnull, 'w')   # the first of several processes speaks
 
 def one_line_errors(f):
     "A `UserError` becomes one line on stderr and exit code 1; Ctrl-C one line and exit code 130"

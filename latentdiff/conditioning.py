@@ -13,9 +13,9 @@ from functools import lru_cache
 from importlib.util import find_spec
 from torch import nn
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from fastai.basics import DataLoaders, Learner, Path
+from fastai.basics import DataLoaders, Path
 from .core import UserError, find_class, fingerprint, stream, write_json
-from .training import DeviceLoader, adamw, fit_steps, largest_divisor, zero_init
+from .training import DeviceLoader, Learner, adamw, fit_steps, largest_divisor, rows_of, zero_init
 from .data import as_images
 from .unet import UNet, make_denoiser, unet_for
 
@@ -148,7 +148,7 @@ class Conditioned(nn.Module, ConfigMixin):
         "(b, conditioners) bool: which conditions a training step may see, from torch's own generator"
         all_at_once = self.drop/2
         alone = (self.drop - all_at_once)/(1 - all_at_once)  # so that together they make `drop`
-        draws = torch.rand(b, 1 + len(self.conditioners), device=device)
+        draws = rows_of(torch.rand, b, 1 + len(self.conditioners), device=device)
         return (draws[:, 1:] >= alone) & (draws[:, :1] >= all_at_once)
 
     def tokens(self, *conds, keep=None): # one for each conditioner, None: it says nothing; (b, conditioners) bool

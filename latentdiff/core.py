@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'WEIGHTS', 'UserError', 'default_device', 'data_home', 'runs_home', 'number', 'one_of',
            'positions', 'numbers', 'Preset', 'preset', 'run_folder', 'above_zero', 'preset_of', 'check_settings',
-           'settings_of', 'stream', 'Bar', 'progress', 'write_whole', 'write_json', 'read_json', 'file_md5', 'to_toml',
-           'check_kinds', 'read_toml', 'beside_file', 'whole_folder', 'weights_name', 'not_finite', 'save_component',
-           'find_class', 'read_weights', 'load_weights', 'load_component', 'fingerprint', 'made', 'artefact', 'locked',
-           'exercise']
+           'settings_of', 'stream', 'Bar', 'progress', 'world', 'rank', 'every', 'agreed', 'share', 'gathered',
+           'first_ahead', 'write_whole', 'write_json', 'read_json', 'file_md5', 'to_toml', 'check_kinds', 'read_toml',
+           'beside_file', 'whole_folder', 'weights_name', 'not_finite', 'save_component', 'find_class', 'read_weights',
+           'load_weights', 'load_component', 'fingerprint', 'made', 'artefact', 'locked', 'exercise']
 
 # %% ../nbs/parts/core.ipynb #c004
 import hashlib, importlib, json, math, os, shutil, sys, time, tomllib
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -238,9 +239,48 @@ def progress(it, total=None, what=''): # anything to go through; how many there 
         bar.step()
     bar.close()
 
+# %% ../nbs/parts/core.ipynb #L911
+def world():
+    "How many processes share the work, as `accelerate launch` started them; 1: this one alone"
+    return int(os.environ.get('WORLD_SIZE', 1))
+
+def rank():
+    "Which of them this is, from 0; only the first one writes and prints"
+    return int(os.environ.get('RANK', 0))
+
+def every(o):
+    "What each process has here, a list, in all of them; each waits for the others"
+    if world() == 1: return [o]
+    try: from accelerate import PartialState, utils
+    except ImportError: raise UserError("several processes need accelerate: pip install 'latentdiff[multi]'") from None
+    PartialState(cpu=default_device().type == 'cpu')   # the first time the processes meet
+    return utils.gather_object([o])
+
+def agreed(o=None):
+    "What the first process has here, in all of them; each waits for the others"
+    return every(o)[0]
+
+# %% ../nbs/parts/core.ipynb #L912
+def share(items):
+    "Those of `items` that are for this process: every `world()`-th"
+    return islice(items, rank(), None, world())
+
+def gathered(parts): # a list: what became of `share(items)`
+    "What became of all items, in their order, in all processes"
+    each = every(parts)
+    return [each[i % world()][i//world()] for i in range(sum(map(len, each)))]
+
+@contextmanager
+def first_ahead():
+    "What is inside happens in the first process, and then in the others, which find what it left on disk"
+    if rank(): agreed()
+    yield
+    if not rank(): agreed()
+
 # %% ../nbs/parts/core.ipynb #c023
 def write_whole(path, data): # of the file, whose folder exists; str or bytes
     "Write a file in one step, with the permissions that any new file gets"
+    if rank(): return
     path = Path(path)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
@@ -296,6 +336,7 @@ def beside_file(given, path, kinds): # options; TOML file, None: there is none; 
 # %% ../nbs/parts/core.ipynb #c025
 def _replace_folder(new, path): # a finished folder, and the place it takes, beside it
     "Put `new` at `path`; what was there is deleted"
+    if rank(): return
     if path.exists(): path.rename(path.with_name(f'.{path.name}.{os.getpid()}.old'))
     new.rename(path)
     for old in path.parent.glob(f'.{path.name}.*.old'): shutil.rmtree(old, ignore_errors=True)
@@ -407,8 +448,8 @@ def artefact(path, make,        # the folder; make(folder) fills one, maybe begu
     "Make the artefact at `path` unless it is there and made from the same; returns `path`"
     path = Path(path)
     want = json.loads(json.dumps(dict(settings=settings, parents=parents, version=version), default=str))
-    old = made(path)
-    if path.exists() and not old: raise UserError(f'{path} was not made by this version of latentdiff: choose another')
+    there, old = agreed((path.exists(), made(path)))
+    if there and not old: raise UserError(f'{path} was not made by this version of latentdiff: choose another')
     differs = old and _difference(old, want)
     if old and not differs: return path
     if differs and not remake:
@@ -421,20 +462,22 @@ def _make(path, make, want):
     "Fill a folder beside `path`, going on in the one that an earlier call has left, and put it in place"
     work, start = path.with_name(f'.{path.name}.making'), time.time()
     begun = read_json(work/'making.json', f'delete {work}') if (work/'making.json').is_file() else None
-    if begun != want:
+    if begun != want and not rank():
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         write_json(work/'making.json', want)
-    if not made(work):
+    if not agreed(made(work)):
         note = {**want, 'fingerprint': fingerprint(**want), 'facts': make(work) or {}}
         write_json(work/'made.json', {**note, 'seconds': round(time.time() - start, 1)}, indent=1)
     _replace_folder(work, path)
     (path/'making.json').unlink(missing_ok=True)
+    agreed()   # now it is there for all
 
 # %% ../nbs/parts/core.ipynb #c036
 @contextmanager
 def locked(folder):
     "Nobody else works in `folder`, which is made if need be, meanwhile; raises `UserError` if somebody does"
+    if rank(): return (yield)   # the first of several processes has locked it for all
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         lock = FileLock(Path(folder)/'.lock', timeout=0, is_singleton=True).acquire()

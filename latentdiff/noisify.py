@@ -16,7 +16,8 @@ from pathlib import Path
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from fastai.basics import Callback, patch
 from .autoencoder import fit_bs
-from .core import UserError, artefact, default_device, made, progress, read_json, stream, write_json
+from .core import UserError, agreed, artefact, default_device, first_ahead, made, progress, rank, read_json
+from .core import share, stream, world, write_json
 from .data import from_uint8, kind_of, like
 from .core import number, one_of
 
@@ -258,22 +259,30 @@ def _encode_batch(ae, pixels, flip):
 FILES = 'latents.f16', 'mirrored.f16'
 
 def _encode_rest(ae, images, folder, shape, flip, bs, save_every=5.):
-    "Fill the files in `folder`, from the row where an earlier call stopped"
-    count = folder/'done.json'
+    "Fill the files in `folder`, from the row where an earlier call stopped; of several processes each its batches"
+    count,n = folder/'done.json', len(images)
     said = read_json(count, f'delete {folder}').get('done') if count.is_file() else 0
-    done = number(0, len(images), **{f'done in {count}': said})
-    files = [np.memmap(folder/f, np.float16, 'r+' if done else 'w+', shape=shape) for f in FILES[:1+flip]]
+    done = agreed(number(0, n, **{f'done in {count}': said}))
+    with first_ahead():
+        mode = 'r+' if done or rank() else 'w+'
+        files = [np.memmap(folder/f, np.float16, mode, shape=shape) for f in FILES[:1+flip]]
     def checkpoint():
         for f in files: f.flush()
+        agreed()
         write_json(count, dict(done=done))
         return time.monotonic()
-    starts,saved = range(done, len(images), bs), time.monotonic()
+    starts,saved = range(done, n, bs), time.monotonic()
+    mine = [*share(starts)]
     try:
-        for i,pixels in progress(prefetch(images, starts, bs), len(starts), f'encoding {len(images):,} images'):
+        for i,pixels in progress(prefetch(images, mine, bs), len(mine), f'encoding {n:,} images'):
             for f,z in zip(files, _encode_batch(ae, pixels, flip)): f[i:i+len(z)] = z
-            done = i+len(pixels)
-            if time.monotonic()-saved > save_every: saved = checkpoint()
-    finally: checkpoint()
+            end = i + (world()-rank())*bs    # of the batches that all encode meanwhile
+            if end-bs > starts[-1]: continue # not all have one
+            done = min(end, n)
+            if agreed(time.monotonic()-saved > save_every): saved = checkpoint()
+        done = n
+    finally:
+        if done==n or world()==1: checkpoint()
 
 # %% ../nbs/20_noisify.ipynb #c045
 def _sound(m): # a manifest
@@ -338,7 +347,7 @@ def make_latents(folder, images, ae, p, # of the run; `Images`; an `Autoencoder`
     def make(work):
         _encode_rest(ae.eval(), images, work, shape, flip, fit_bs(images.size, p.bs))
         write_json(work/'manifest.json', _manifest(images, shape, flip))
-        (work/'done.json').unlink()
+        (work/'done.json').unlink(missing_ok=True)
         return dict(n=len(images), shape=shape[1:])
     made_of = dict(images=images.fingerprint, autoencoder=weights_hash(ae))
     return Latents(artefact(Path(folder)/'latents', make, made_of, dict(mirrored=flip)))
@@ -430,6 +439,7 @@ def to_diffusers(self:Process, cls=None): # another scheduler class of the famil
 # %% ../nbs/20_noisify.ipynb #c181
 def save_process(process, folder): # a `Process`; of the run, a Path
     "Write process/ and, if diffusers has such a scheduler, scheduler/"
+    if rank(): return
     process.save(Path(folder)/'process')
     try: process.to_diffusers().save_pretrained(Path(folder)/'scheduler')
     except UserError: shutil.rmtree(Path(folder)/'scheduler', ignore_errors=True)

@@ -21,8 +21,8 @@ from fastcore.basics import patch
 from huggingface_hub import ModelCardData, create_repo, snapshot_download, upload_folder
 from huggingface_hub.errors import HTTPError
 from torch import nn
-from .core import WEIGHTS, UserError, default_device, load_component, read_json, save_component
-from .core import weights_name, write_json, write_whole
+from .core import WEIGHTS, UserError, default_device, gathered, load_component, read_json, save_component
+from .core import share, weights_name, write_json, write_whole
 from .data import image_grid, to_uint8
 from .autoencoder import Autoencoder, fit_bs, open_autoencoder
 from .noisify import NEUTRAL, Process, save_process
@@ -132,8 +132,9 @@ def decode(self:LatentDiffusionPipeline,
     "Latents to images"
     bs = fit_bs(self.size, bs)
     full = torch.cat([z, z[:1].expand(-len(z) % bs, *z.shape[1:])])
-    with self.precision(): parts = [self.autoencoder.decode(b.to(self.device)).float().cpu() for b in full.split(bs)]
-    return torch.cat(parts)[:len(z)]
+    parts = share(full.split(bs))
+    with self.precision(): parts = [self.autoencoder.decode(b.to(self.device)).float().cpu() for b in parts]
+    return torch.cat(gathered(parts))[:len(z)]
 
 @patch
 def draw(self:LatentDiffusionPipeline, n=8, steps=20, sampler=None, seed=0, bs=16, **told):

@@ -12,11 +12,11 @@ import diffusers, inspect, math, torch, torch.nn.functional as F
 from dataclasses import asdict
 from torch import nn
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from fastai.basics import DataLoaders, Learner, Path, partial, patch
+from fastai.basics import DataLoaders, Path, partial, patch
 from fastai.callback.all import ActivationStats, GradientClip
 from .core import WEIGHTS, UserError, artefact, default_device, fingerprint, load_component, save_component, write_json
-from .training import Checkpoint, DeviceLoader, EMA, Graphed, fit_steps, largest_divisor, mixed_precision, muon
-from .training import zero_init
+from .training import Checkpoint, DeviceLoader, EMA, Graphed, Learner, fit_steps, largest_divisor
+from .training import mixed_precision, muon, zero_init
 from .noisify import NoisifyCB, Process, save_process
 
 # %% ../nbs/30_unet.ipynb #c020

@@ -1,5 +1,6 @@
 """browser.py [NOTEBOOK...]: run lessons, such as 40_sampling, in a real JupyterLab at `tiny`, open pages of the site.
-Both are looked at in a headless Chromium. $CHROMIUM names another Chromium than playwright's."""
+Both are looked at in a headless Chromium, and the slider of a panel is moved. $CHROMIUM names another Chromium than
+playwright's, $SCREENSHOTS a folder for pictures of the panels."""
 import json, os, socket, subprocess, sys, tempfile, time, urllib.request
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,8 @@ INSTALL = '.venv/bin/pip install playwright && .venv/bin/playwright install --wi
 HOW = f'it needs playwright and its Chromium: {INSTALL}'
 LESSONS, PAGES = ['40_sampling'], ['index', '40_sampling', 'api/sampling']
 MINUTES = 20                                                   # for one notebook
+# A slider of a lesson's panel, and which of the pictures beside it show something else when it moves
+SLIDERS = {'40_sampling': ('noise t', [False, True, True])}
 ERROR = ':is([data-mime-type$=".stderr"], [data-mime-type$=".error"]):has-text("Traceback (most recent call last)")'
 
 def sync_playwright():
@@ -99,6 +102,39 @@ def look(page, drawn):
     wrong += [f'code cell {i} did not run' for i,p in enumerate(ran(page)) if not p]
     return wrong or [f'code cell {i} shows no picture' for i in drawn if not cells.nth(i).evaluate(LOADED)]
 
+DRAWN = """pictures => pictures.map(o => {
+    const canvas = document.createElement("canvas");
+    [canvas.width, canvas.height] = [o.naturalWidth, o.naturalHeight];
+    canvas.getContext("2d").drawImage(o, 0, 0);
+    return canvas.toDataURL();
+})"""
+
+def drag(page, handle, pixels):
+    "Move the handle of a slider to the right with the mouse."
+    handle.scroll_into_view_if_needed()
+    handle.hover()
+    at = handle.bounding_box()
+    x, y = at['x'] + at['width']/2, at['y'] + at['height']/2
+    page.mouse.down()
+    page.mouse.move(x + pixels, y, steps=5)
+    page.mouse.up()
+
+def play(page, name, slider, expected):
+    "Move a slider of the panel on the page; what is wrong with the pictures beside it, which change as `expected`."
+    panel = page.locator('.widget-hbox:has(.widget-slider):has(.widget-image)').first
+    handle = panel.locator('.widget-slider', has_text=slider).get_by_role('slider')
+    if not handle.count(): return [f'there is no slider {slider}']
+    pictures, value = panel.locator('img.widget-image'), handle.get_attribute('aria-valuetext')
+    before = pictures.evaluate_all(DRAWN)
+    drag(page, handle, 30)
+    if handle.get_attribute('aria-valuetext') == value: return [f'the slider {slider} stays at {value}']
+    end, changed = time.monotonic() + 60, []
+    while changed != expected and time.monotonic() < end:
+        time.sleep(.2)
+        changed = [a != b for a,b in zip(pictures.evaluate_all(DRAWN), before)]
+    if folder := os.environ.get('SCREENSHOTS'): panel.screenshot(path=Path(folder)/f'{name}.png')
+    return [] if changed == expected else [f'the slider {slider} changes {changed} of the pictures, not {expected}']
+
 def lesson(browser, name):
     "Run the notebook `name` in JupyterLab; what is wrong with it."
     with tempfile.TemporaryDirectory() as tmp, jupyterlab(Path(tmp)) as url:
@@ -106,6 +142,7 @@ def lesson(browser, name):
         page = browser.new_page(viewport=dict(width=1280, height=1000))
         run_all(page, url, path)
         wrong, n = look(page, drawn), len(ran(page))
+        if name in SLIDERS and not wrong: wrong = play(page, name, *SLIDERS[name])
         page.close()
     seconds = time.monotonic() - began
     print(f'{name}: {n} code cells, {len(drawn)} with pictures, {seconds:.0f} seconds, {len(wrong)} faults', flush=True)

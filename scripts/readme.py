@@ -10,11 +10,12 @@ def from_root(text):
     return LINK.sub(lambda m: m[1] + posixpath.normpath('nbs/' + m[2]), text)
 
 def output(out, files, alt):
-    "One output as markdown; a picture, which shows `alt`, is added to `files`, {path: bytes}."
+    "One output as markdown; a picture, which shows `alt`, is added to `files`, {path: bytes}: a PNG, large ones as JPEG."
     data = out.get('data', {})
     if 'image/png' in data:
-        path = f'nbs/images/index-{len(files)}.png'
-        files[path] = base64.b64decode(data['image/png'])
+        kind = 'jpeg' if 'image/jpeg' in data and len(data['image/png']) > 4/3*200_000 else 'png'
+        path = f'nbs/images/index-{len(files)}.{kind}'
+        files[path] = base64.b64decode(data[f'image/{kind}'])
         return f'![{alt}]({path})'
     text = ''.join(out.get('text', '') or data.get('text/plain', ''))
     return '\n'.join(f'    {l}' for l in text.splitlines())

@@ -3,6 +3,10 @@
     python scripts/zoo_cars.py packed
 
 packs photographs and encoded captions for a machine without the language model: LATENTDIFF_DATA=packed there.
+
+    python scripts/zoo_cars.py folder cars
+
+writes pictures and a `metadata.csv` with one caption each, 'a red Audi coupe', into cars: data for latentdiff-run.
 """
 import random, sys
 from functools import lru_cache
@@ -13,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from latentdiff import conditioning
 from latentdiff.conditioning import Conditioned, conditional
 from latentdiff.core import artefact, data_home, default_device, fingerprint, load_component, save_component, UserError
-from latentdiff.core import read_json, write_json
+from latentdiff.core import read_json, whole_folder, write_json
 from latentdiff.data import Images, from_uint8, image_grid, split_of, to_uint8
 from latentdiff.kid_eval import features, nearest_neighbours
 from latentdiff.labs_data import CarImages, body_type
@@ -99,10 +103,12 @@ def caption(*words):
     s = ' '.join(o for o in words if o)
     return ('an ' if s[0] in 'aeiouAEIO' or s.startswith('SUV') else 'a ') + s
 
+def kind_of(name): return {'Other': 'car', 'SUV': 'SUV'}.get(body_type(name), body_type(name).lower())
+def make_of(name): return MAKES.get(name.split()[0], name.split()[0])
+
 def captions_of(name, colour, rng):
     "`VIEWS` captions of one photograph: everything that is known, then parts of it"
-    kind = {'Other': 'car', 'SUV': 'SUV'}.get(body_type(name), body_type(name).lower())
-    make = MAKES.get(name.split()[0], name.split()[0])
+    kind, make = kind_of(name), make_of(name)
     whole = caption(colour, name)
     return [whole, caption(colour, kind), rng.choice([caption(name), caption(colour, make, kind)]),
             rng.choice([whole, whole, caption(colour, 'car'), caption(kind), caption(make)])]
@@ -165,6 +171,16 @@ def pack(out): # a folder
     lengths = torch.tensor([len(o) for o in tokens])
     save_file(dict(tokens=torch.cat(tokens), lengths=lengths), home/'captions.safetensors')
     write_json(home/'captions.json', dict(captions=captions, words=cars.words[-len(names):]))
+
+def write_folder(out, size=96, n=3000): # a new folder; pixels a side; the first so many by name
+    "Squares as PNG, and `metadata.csv` with one caption each: colour if it is clear, make and body"
+    cars = CarImages(16)
+    x, names = photographs(cars.paths[:n]), [f'{Path(o).stem}.png' for o in cars.names[:n]]
+    words = sum((colour_of(o) for o in x.split(500)), [])
+    with whole_folder(out) as new:
+        for o, name in zip(x, names): TF.to_pil_image(square(o, size)).save(new/name)
+        told = [caption(c, make_of(o), kind_of(o)) for c, o in zip(words, cars.captions)]
+        pd.DataFrame(dict(file_name=names, text=told)).to_csv(new/'metadata.csv', index=False)
 
 # ---- training ----
 
@@ -238,4 +254,4 @@ def pictures(pipe, images, px, folder, guidance, seed):
         pairs += [x, images.pixels(images.train_idxs[nearest_neighbours(z(x), train)[0][:, 0]])]
     save_png(image_grid(from_uint8(torch.cat(pairs)), nrow=16), folder/'nearest.png')
 
-if __name__ == '__main__': pack(sys.argv[1])
+if __name__ == '__main__': write_folder(sys.argv[2]) if sys.argv[1] == 'folder' else pack(sys.argv[1])

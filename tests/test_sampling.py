@@ -430,3 +430,127 @@ def test_inpaint_keeps_the_known_part_and_finds_the_rest(process):
     out = inpaint(optimal_denoiser(process, POINTS, .05), process, z, mask, steps=30)
     assert torch.equal(out[(~mask).expand_as(out)], z[(~mask).expand_as(z)])
     assert (out - POINTS).abs().max() < .4    # the known part says which point it is
+
+# --- the panel ---------------------------------------------------------------------------------------------------------
+
+SHOWN = dict(cond='bag', guidance=3.)
+
+@pytest.fixture(scope='module')
+def fashion():
+    "The smallest pipeline of the package that was told classes"
+    from latentdiff.pipeline import LatentDiffusionPipeline
+    return LatentDiffusionPipeline.from_pretrained('fashion_mnist32', 'cpu')
+
+@pytest.mark.parametrize('sampler', list(SAMPLERS))
+def test_drawing_between_two_seeds(fashion, sampler):
+    "The ends are what the pipeline draws from each seed (of fresh noise there is that of the first); the middle is neither"
+    z = draw_between(fashion, 3, 4, [0, .5, 1], 2, sampler, **SHOWN)
+    ends = [fashion.latents(1, 2, sampler, s, bs=1, **SHOWN) for s in (3, 4)]
+    close(z[:1], ends[0])
+    if sampler in ('ddim', 'euler', 'heun', 'dpmpp_2m'): close(z[2:], ends[1])
+    assert min((z[1] - z[i]).abs().mean() for i in (0, 2)) > .1
+
+def test_what_the_panel_shows(fashion):
+    "The drawn picture, that with noise on it, and the guess; the same numbers give the same bytes"
+    args = dict(w=0., a=5, b=6, steps=2, sampler='euler', **SHOWN)
+    images, clean = look(fashion, .5, **args), look(fashion, 0., **args)
+    assert images.shape == (3, 1, 32, 32) and torch.equal(images, look(fashion, .5, **args))
+    close(images[:1], fashion.draw(1, 2, 'euler', 5, bs=1, **SHOWN))
+    close(clean, images[:1].expand(3, -1, -1, -1))
+    assert (images[1:] - images[0]).abs().mean((1, 2, 3)).min() > .02
+
+def test_what_no_panel_can_show(fashion):
+    one = partial(look, fashion, a=1, b=2, steps=1)
+    for call in (partial(one, 1.5, 0.), partial(one, .5, 1.5), partial(one, .5, 0., cond='hat'), partial(one, .5, 0., sampler='magic')):
+        with pytest.raises(UserError) as e: call()
+        assert '\n' not in str(e.value)
+
+class Mixture:
+    "What the panel needs of a pipeline, at once: latents are pixels, a condition is one of five pictures, guidance a factor"
+    latent_shape, device, centres = (3, 8, 8), 'cpu', .7*torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    def __init__(self, process=Process()): self.process, self.denoiser = process, None
+    def listening(self, n, bs, cond=None, guidance=1.):
+        means = self.centres if cond is None else self.centres[cond:cond+1]*guidance
+        return [optimal_denoiser(self.process, means, .2)]
+    def decode(self, z, bs): return z.clamp(-1, 1)
+
+@pytest.mark.parametrize('process', ALL[::4], ids=name)
+def test_noise_and_guess(process):
+    "Noisy latents have the spread that the network is shown, and as much of the clean ones as the level says; a good guess"
+    pipe, z = Mixture(process), Mixture.centres
+    (a, s), many = levels(process, .6), torch.randn(200, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    noisy, scale = noise_and_guess(pipe, many, .6)[0], process.scale_input(torch.ones(1, 1), torch.tensor([.6])).item()
+    assert noisy.std().item() == pytest.approx(math.hypot(a, s)*scale, rel=.01)
+    assert torch.corrcoef(torch.stack([noisy.flatten(), many.flatten()]))[0, 1].item() == pytest.approx(a/math.hypot(a, s), abs=.02)
+    close(noise_and_guess(pipe, z, 0.)[0], z)
+    noisy, guess = noise_and_guess(pipe, z, .3)
+    assert (guess - z).std() < .2 and (guess - z).std() < .7*(noisy/(a*scale) - z).std()
+
+def test_the_guess_is_made_with_new_noise():
+    "The noise that a picture was drawn from would give it away, even where nothing of it is left"
+    noise = noise_and_guess(Mixture(), Mixture.centres[:1], 1.)[0]
+    starts = [start_noise(Process(), (1, 3, 8, 8), seed=s) for s in (0, 1, 9999)]
+    assert torch.pdist(torch.cat([noise, *starts]).flatten(1)).min() > 15          # about sqrt(2*192)
+
+@pytest.fixture(scope='module')
+def panel():
+    "The function of the lesson, from its own cells"
+    import io, json, time
+    from pathlib import Path
+    from latentdiff.data import image_grid
+    names = globals() | dict(io=io, time=time, image_grid=image_grid)
+    nb = json.loads((Path(__file__).parents[1]/'nbs/40_sampling.ipynb').read_text(encoding='utf-8'))
+    sources = [''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'code']
+    for s in sources:
+        if s.startswith(('def controls_for(', 'def panel(')): exec(s, names)
+    return names['panel']
+
+@pytest.fixture
+def controls(panel):
+    "The controls of a panel by name, its pictures, and the line below them"
+    pytest.importorskip('ipywidgets')
+    left, right = panel(Mixture(), [0, 1]).children
+    return {o.description: o for o in left.children}, [o.children[1] for o in right.children[0].children], right.children[1]
+
+CHANGES = [('noise t', .9, False), ('from a to b', .5, True), ('seed a', 7, True), ('steps', 3, True), ('sampler', 'ddpm', True),
+           ('show', 1, True), ('guidance', 6., True)]
+
+@pytest.mark.parametrize('control,value,drawn', CHANGES)
+def test_controls_of_the_panel_draw(controls, control, value, drawn):
+    "What depends on it changes and nothing else, and the old value brings the same bytes back"
+    by_name, frames, _ = controls
+    values = lambda: [bytes(o.value) for o in frames]
+    old, before = by_name[control].value, values()
+    by_name[control].value = value
+    assert [a != b for a, b in zip(values(), before)] == [drawn, True, True]
+    by_name[control].value = old
+    assert values() == before
+    by_name['seed b'].value = 8
+    assert values() == before          # at w = 0 only the first seed counts
+
+def test_controls_wait_until_a_slider_is_let_go(controls):
+    by_name, frames, says = controls
+    assert not any(o.continuous_update for k, o in by_name.items() if k not in ('sampler', 'show'))
+    by_name['sampler'].value = 'heun'
+    assert says.value.startswith('drawn with 19 evaluations;')
+
+def test_pictures_of_the_panel_are_those_of_look(controls):
+    import io
+    from PIL import Image
+    from latentdiff.data import to_uint8
+    images = to_uint8(look(Mixture(), .5, 0., 1, 2, 10, SAMPLER, cond=0, guidance=2.))
+    for o, x in zip(controls[1], images, strict=True):
+        with Image.open(io.BytesIO(o.value)) as im: pixels = torch.from_numpy(np.array(im)).permute(2, 0, 1)
+        assert torch.equal(pixels, x.repeat_interleave(20, 1).repeat_interleave(20, 2))
+
+def test_panel_of_a_pipeline_without_classes(panel):
+    pytest.importorskip('ipywidgets')
+    left, right = panel(Mixture()).children
+    assert [o.description for o in left.children] == ['noise t', 'from a to b', 'seed a', 'seed b', 'steps', 'sampler']
+
+def test_without_ipywidgets_a_line_says_what_is_missing(panel, monkeypatch, capsys):
+    import sys
+    monkeypatch.setitem(sys.modules, 'ipywidgets', None)
+    assert panel(Mixture()) is None
+    said = capsys.readouterr().out
+    assert said.count('\n') == 1 and 'pip install ipywidgets' in said

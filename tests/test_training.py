@@ -7,13 +7,14 @@ from torch import nn
 from torch.nn import functional as F
 from latentdiff import training
 from latentdiff.autoencoder import KLAutoencoder, ae_learner, train_autoencoder
+from latentdiff.conditioning import ClassConditioner, Conditioned, conditional
 from latentdiff.core import UserError
-from latentdiff.data import from_uint8, open_images
+from latentdiff.data import from_uint8, open_images, shifted
 from latentdiff.noisify import Process
 from latentdiff.rooms import rooms
 from latentdiff.training import *
 from latentdiff.training import _DECAY as DECAY, _WARM as WARM
-from latentdiff.unet import UNet, train_denoiser
+from latentdiff.unet import UNet, denoiser_learner, train_denoiser
 
 # --- batches by number
 
@@ -65,6 +66,33 @@ def test_a_batch_is_a_function_of_seed_and_number():
     assert len({*forth[0][1].tolist(), *forth[1][1].tolist()}) == 32            # an epoch takes no row twice
     turned = [b[0][i].equal(from_uint8(x[b[1][i]]).flip(-1)) for b in forth for i in range(16)]
     assert 30 < sum(turned) < 82 and turned[:16] != turned[32:48]
+
+def test_shifted_pictures_are_cut_from_a_reflected_one():
+    "Each of them, from any place up to `most` pixels off and from all of them; with 0 nothing moves."
+    x, most = torch.arange(2*3*6*5.).view(2, 3, 6, 5), 2
+    wide = F.pad(x, (most,)*4, 'reflect')
+    cuts = {(i, t, l): wide[i, :, t:t+6, l:l+5] for i in (0, 1) for t in range(5) for l in range(5)}
+    seen = set()
+    for k in range(300):
+        y = shifted(x, most, torch.Generator().manual_seed(k))
+        seen |= {next((i, *o[1:]) for o, c in cuts.items() if o[0] == i and torch.equal(c, y[i])) for i in (0, 1)}
+    assert seen == cuts.keys() and torch.equal(shifted(x, 0, torch.Generator()), x)
+
+def test_a_shift_is_a_function_of_seed_and_number():
+    "Like order and mirror, which it leaves as they are; the same picture is elsewhere in the next epoch."
+    x, y = rooms(40, 16), torch.arange(40)
+    make = lambda seed, crop=3, flip=False: DeviceLoader(x, y, bs=20, shuffle=True, flip=flip, seed=seed, device='cpu', crop=crop)
+    forth, dl, still, other = [make(1).batch(k) for k in range(6)], make(1), make(1, 0), make(2)
+    back = [dl.batch(k) for k in reversed(range(6))][::-1]
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(forth, back))
+    assert all(torch.equal(forth[k][1], still.batch(k)[1]) for k in range(6))
+    assert torch.equal(still.batch(4)[0], from_uint8(x[still.batch(4)[1]]))
+    of = lambda k: {int(i): o for o, i in zip(*forth[k])} | {int(i): o for o, i in zip(*forth[k + 1])}
+    assert sum(not torch.equal(of(0)[i], of(2)[i]) for i in range(40)) > 30
+    assert not torch.equal(forth[0][0], other.batch(0)[0]) and dl.new().crop == 3 and dl.new(crop=0).crop == 0
+    a, b = make(1, flip=True).batch(3)[0], make(1, 0, flip=True).batch(3)[0]
+    cuts = F.pad(b, (3,)*4, 'reflect').unfold(2, 16, 1).unfold(3, 16, 1).permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
+    assert (cuts == a[:, None]).flatten(2).all(2).any(1).all()
 
 @pytest.mark.parametrize('dtype', [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_batches_are_float32_whatever_is_stored(dtype):
@@ -148,6 +176,64 @@ class Plug(Callback):
 
 def quiet(learn, **kw):
     with learn.no_bar(), learn.no_logging(): return fit_steps(learn, **kw)
+
+# --- saved and loaded
+
+def saving(kind, path):
+    "The learners that we make, small, in a folder of their own"
+    torch.manual_seed(0)
+    if kind == 'autoencoder': learn = ae_learner(KLAutoencoder(3, (8, 16), 2, 1, 4), rooms(32, 16), rooms(32, 16), bs=16, device='cpu')
+    elif kind == 'classifier':
+        x, y = data(), torch.arange(50) % 2
+        loader = lambda **kw: DeviceLoader(x, y, bs=25, seed=0, device='cpu', **kw)
+        learn = training.Learner(DataLoaders(loader(shuffle=True), loader()), nn.Linear(6, 2), nn.CrossEntropyLoss())   # by fastai's Adam
+    else:
+        z, c = torch.randn(32, 4, 8, 8), torch.arange(32) % 2
+        net = UNet(4, widths=(16, 32), depth=1, attn_levels=(1,))
+        if kind == 'conditional': net = Conditioned(conditional(net, 8), ClassConditioner(['a', 'b'], 8))
+        z = (z, c) if kind == 'conditional' else z
+        learn = denoiser_learner(net, Process('flow', 'velocity', 'logit_normal'), z, z, bs=16, device='cpu')
+    learn.path = path
+    return learn
+
+@pytest.mark.parametrize('kind', ['autoencoder', 'denoiser', 'conditional', 'classifier'])
+def test_after_load_training_goes_on_as_if_nothing_had_happened(kind, tmp_path):
+    "With what the optimizer remembers and its settings; without, it ends elsewhere; no pickle is written."
+    def train(learn, **kw):
+        with learn.no_bar(), learn.no_logging():
+            torch.manual_seed(1)
+            learn.fit(2, **kw)
+        return state(learn)
+    a = saving(kind, tmp_path)
+    train(a, lr=1e-2)
+    assert a.save('half') == tmp_path/'models'/'half.safetensors'
+    half, whole = state(a), train(a, lr=1e-2)
+    b = saving(kind, tmp_path)
+    b.dls.train.epoch = b.dls.valid.epoch = 2
+    assert b.load('half') is b and same(state(b), half) and not same(train(b, lr=1e-2), half)
+    assert same(state(b), whole)
+    c = saving(kind, tmp_path).load('half', with_opt=False)
+    c.dls.train.epoch = 2
+    assert c.opt is None and not same(train(c, lr=1e-2), whole)
+    assert [f.name for f in (tmp_path/'models').iterdir()] == ['half.safetensors'] and load_file(tmp_path/'models'/'half.safetensors')
+    if kind == 'autoencoder':
+        assert a.opt.hypers == a.load('half').opt.hypers and a.save('bare', with_opt=False).stat().st_size < .6*a.save('half').stat().st_size
+
+def test_what_does_not_fit_is_one_line_and_no_pickle_is_read(tmp_path):
+    learn, other = saving('autoencoder', tmp_path), saving('denoiser', tmp_path)
+    (tmp_path/'models').mkdir()
+    torch.save(learn.model.state_dict(), tmp_path/'models'/'x.pth')
+    with pytest.raises(UserError, match='x.safetensors is missing'): learn.load('x')
+    (tmp_path/'models'/'x.safetensors').write_bytes((tmp_path/'models'/'x.pth').read_bytes())
+    with pytest.raises(UserError, match='damaged'): learn.load('x')
+    learn.create_opt()
+    learn.save('x')
+    with pytest.raises(UserError, match='does not fit') as e: other.load('x')
+    assert '\n' not in str(e.value)
+    again = saving('autoencoder', tmp_path)
+    again.opt_func = adamw
+    with pytest.raises(UserError, match='with_opt=False'): again.load('x')
+    assert again.load('x', with_opt=False) is again
 
 def test_no_sync_keeps_the_running_loss():
     a, b = small_learner(), small_learner()

@@ -1,0 +1,146 @@
+"Two processes, as `accelerate launch` starts them, do the work of one: the same latents, losses, samples and scores."
+import json, os, shutil, signal, subprocess, sys, time
+import numpy as np, pytest
+from latentdiff.core import agreed, every, first_ahead, gathered, share
+from test_cli import cli, command, one_line, run, weights
+
+# Forks as many processes, tells them what `accelerate launch` tells them, and runs the command, or the code, in each. Rank 0 waits for the others and prints how they ended.
+START = '''
+import os, socket, sys
+import latentdiff.commands as C
+world, what, *args = sys.argv[1:]
+with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    port = s.getsockname()[1]
+rank, others = 0, []
+for r in range(1, int(world)):
+    pid = os.fork()
+    if not pid:
+        rank, others = r, []
+        break
+    others.append(pid)
+os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+sys.argv, code = [f'latentdiff-{what}', *args], 0
+try: exec(what) if ' ' in what else getattr(C, f'{what}_cli')()
+except SystemExit as e:
+    if isinstance(e.code, str): print(e.code, file=sys.stderr)
+    code = e.code if isinstance(e.code, int) else int(e.code is not None)
+if not rank: print('ENDS', *[os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) for p in others])
+sys.exit(code)
+'''
+
+@pytest.fixture
+def several(server, tmp_path):
+    "several(2, 'train', folder) -> AttrDict(rc, out, err); `before` is code that both run first"
+    script = tmp_path/'several.py'
+    def start(world, what, *args, before=''):
+        script.write_text(before + START)
+        server.start(script, world, what, *args)
+        return server
+    def go(*args, **kw): return start(*args, **kw).wait()
+    go.start = start
+    return go
+
+def half_done(run, tmp_path, *keep):
+    "A copy of a finished run, without what was made from its autoencoder"
+    made = 'latents', 'unet', 'scheduler', 'process', 'model_index.json', 'samples', 'scores', 'report.html', 'metrics.json', 'checkpoints'
+    return shutil.copytree(run.folder, tmp_path/'run', ignore=shutil.ignore_patterns(*{*made} - {*keep}))
+
+def facts(folder, part): return json.loads((folder/part/'made.json').read_text())['facts']
+
+EVERY_STEP = 'from latentdiff import training\ntraining.Checkpoint.__init__.__defaults__ = (0.,)\n'   # a checkpoint after every step
+
+def test_two_processes_killed_and_going_on_are_one_process(several, run, tmp_path):
+    "Latents to the byte, the loss curve to 1e-4, samples to a grey level, and so the same KID; a death in the middle changes nothing"
+    folder = half_done(run, tmp_path)
+    r = several(2, 'encode', *run.args, '--out', folder)
+    assert r.rc == 0 and 'ENDS 0' in r.out, r
+    for f in ('latents.f16', 'mirrored.f16', 'manifest.json'): assert (folder/'latents'/f).read_bytes() == (run.folder/'latents'/f).read_bytes()
+    server = several.start(2, 'train', folder, before=EVERY_STEP)
+    while server.alive() and not [*folder.glob('checkpoints/unet/last*')]: time.sleep(.02)
+    server.kill()
+    assert server.wait().rc == -signal.SIGKILL
+    r = several(2, 'run', *run.args, '--out', folder)
+    assert r.rc == 0 and 'ENDS 0' in r.out and 'from step' in r.out, r
+    one, two = (np.array(facts(o, 'unet')['loss']) for o in (run.folder, folder))
+    assert len(one) == 40 and np.abs(one - two).max() < 1e-4
+    one, two = (np.load(o/'samples/samples.npz')['arr_0'].astype(int) for o in (run.folder, folder))
+    assert np.abs(one - two).max() <= 2
+    one, two = (facts(o, 'scores') for o in (run.folder, folder))
+    assert two['kid'] == pytest.approx(one['kid'], rel=1e-3) and two['fid'] == pytest.approx(one['fid'], rel=1e-3)
+    assert not [o for o in folder.rglob('*') if o.suffix in ('.part', '.new', '.old', '.making')]
+
+def test_accelerate_launch(cli, run, tmp_path):
+    "The command that the lesson shows, with a real launcher: the samples of one process to the bit"
+    assert cli('sample', run.folder, '--n', 6, '--bs', 2, '--steps', 2, '--npz', tmp_path/'one.npz').rc == 0
+    launch = [sys.executable, '-m', 'accelerate.commands.launch', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--cpu', '-m']
+    verb = ['latentdiff', 'sample', run.folder, '--n', '6', '--bs', '2', '--steps', '2', '--npz', tmp_path/'two.npz']
+    port = dict(OMP_NUM_THREADS='1', MASTER_PORT='0')
+    r = subprocess.run([*launch, *verb], capture_output=True, text=True, cwd=tmp_path, env=os.environ | port)
+    assert r.returncode == 0 and r.stdout.count('6 images into') == 1, r
+    one, two = (np.load(tmp_path/f'{k}.npz')['arr_0'] for k in ('one', 'two'))
+    assert (one == two).all()
+
+LEARN = '''
+import torch
+from latentdiff.autoencoder import KLAutoencoder, ae_learner
+from latentdiff.training import fit_steps
+torch.manual_seed(0)
+x = torch.randint(256, (64, 3, 16, 16), dtype=torch.uint8)
+learn = fit_steps(ae_learner(KLAutoencoder(3, (8, 16), 2), x, x[:16], bs=8, kl_weight=1.), 12, rounds=2)
+if not rank: print([float(o) for o in learn.recorder.losses], [r[1:4] for r in learn.history['rows']])
+'''
+
+def test_noise_that_a_network_draws_is_shared_out_too(several):
+    "An autoencoder draws from its posterior while it trains: in two processes it draws what it draws in one"
+    one, two = (eval('[' + next(o for o in several(w, LEARN).out.splitlines() if o[:1] == '[').replace('] [', '], [') + ']') for w in (1, 2))
+    for a, b in zip(one, two): np.testing.assert_allclose(a, b, rtol=1e-4)
+
+SICK = '''
+import torch
+from latentdiff.noisify import Process
+from latentdiff.unet import UNet, train_denoiser
+z = torch.randn(64, 2, 8, 8)
+if rank: z *= float('inf')
+C.one_line_errors(lambda: train_denoiser(UNet(2, widths=(8, 16), groups=4), Process('flow', 'velocity'), z, z, 8, bs=8))()
+'''
+
+def test_what_is_not_finite_in_one_process_stops_all(several):
+    r = several(2, SICK)
+    assert r.rc == 1 and 'ENDS 1' in r.out and r.err.count('\n') == 1 and 'not a finite number' in r.err, r
+
+def test_a_batch_that_cannot_be_shared(several, run, tmp_path):
+    r = several(3, 'train', half_done(run, tmp_path, 'latents'))
+    assert 'ENDS 1 1' in r.out
+    one_line(r, '3 processes cannot share a batch of 64')
+
+METRICS = '''
+import torch
+from torcheval.metrics.toolkit import get_synced_metric
+from latentdiff.core import agreed, first_ahead, gathered, share
+from latentdiff.kid_eval import FID, KID, kid, features
+agreed()
+torch.manual_seed(0)
+a, b = torch.randn(40, 6), torch.randn(30, 6) + .3
+k, f = KID(), FID()
+for m in (k, f): m.update(a[rank::2], real=True).update(b[rank::2], real=False)
+one, two = FID().update(a, real=True).update(b, real=False).compute(), get_synced_metric(f).compute()
+assert torch.allclose(torch.stack(get_synced_metric(k).compute()), torch.tensor(kid(a, b), dtype=torch.float64), rtol=1e-9)
+assert abs(one - two) < 1e-9*one
+px = torch.randint(256, (11, 3, 4, 4), dtype=torch.uint8)
+mean = lambda px: px.float().mean((2, 3))
+for bs in (1, 2, 4, 8, 16): assert features(mean, px, bs=bs).equal(mean(px))
+assert agreed(rank) == 0 and gathered([o + 1 for o in share(range(5))]) == [1, 2, 3, 4, 5] and gathered([*share('a')]) == ['a']
+order = []
+with first_ahead(): order.append(__import__('time').monotonic())
+assert (agreed(order) <= order)
+'''
+
+def test_metrics_and_work_of_two_processes(several):
+    "torcheval merges KID and FID to what one process computes from all features; shares come back in order"
+    r = several(2, METRICS)
+    assert r.rc == 0 and 'ENDS 0' in r.out, r
+
+def test_one_process_alone_shares_with_nobody():
+    assert every(3) == [3] and agreed(3) == 3 and [*share('abc')] == ['a', 'b', 'c'] == gathered(['a', 'b', 'c'])
+    with first_ahead(): pass
