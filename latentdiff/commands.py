@@ -108,7 +108,7 @@ def latents(self:Run):
     "Of every image, and of its mirror image where that is as good: a caption may say 'left'"
     flip = False if self.condition == 'text' else None
     make = lambda: noisify.make_latents(self.folder, self.images, self.autoencoder, self.p, flip)
-    return self.once('latents', make)
+    return self.once('latents', source.said_already(make) if 'start' in self.settings else make)
 
 @patch(as_prop=True)
 def judge(self:Run):
@@ -480,13 +480,13 @@ def sample_cli(
     n:int=64,               # images
     out:str=None,           # folder for n PNGs, named by index; must not exist yet
     npz:str=None,           # file for one uint8 array (n,h,w,c)
-    steps:int=20,           # of the sampler
-    sampler:str='dpmpp_2m', # ddpm, ddim, euler, heun, dpmpp_2m or dpmpp_2m_sde
+    steps:int=None,         # of the sampler; default: what the run was made for, else 20
+    sampler:str=None,       # ddpm, ddim, euler, heun, dpmpp_2m, dpmpp_2m_sde, unipc; default: as above, else dpmpp_2m
     seed:int=0,             # of the noise
     bs:int=16,              # images at a time; images are the same to the bit only for the same number
     Class:str=None,         # what to draw, in a run that was trained with classes; several with commas between
     prompt:str=None,        # the same in words, in a run that was trained with captions
-    guidance:float=None,    # how much to exaggerate what is asked for; 1: not at all; default: 2
+    guidance:float=None,    # how much to exaggerate what is asked for; 1: not at all; default: as above, else 2
     negative:str=None       # class or words to stay away from
 ):
     "Draw images from a trained run, as PNGs, as one array, or both"

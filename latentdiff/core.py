@@ -386,7 +386,7 @@ def find_class(name): # of the class that was saved
     if found: return found[-1]
     for module, syms in d['syms'].items():
         if f'{module}.{name}' in syms: return getattr(importlib.import_module(module), name)
-    raise UserError(f'no class named {name} is known here: import the module that defines it first')
+    raise UserError(f'no class named {name!s:.80} is known here: import the module that defines it first')
 
 # %% ../nbs/parts/core.ipynb #c029
 def read_weights(path): # .safetensors

@@ -117,6 +117,7 @@ class StepTime(nn.Module):
 class Shortcut(nn.Module, ConfigMixin):
     "A U-Net that can also be asked for the mean slope of a whole step (shortcut models, 2410.12557)"
     config_name = 'config.json'
+    drawn_with = dict(sampler='shortcut', steps=2, guidance=1.)   # what a pipeline takes if it is told nothing
     def __init__(self, net): # a `UNet` or `ConditionalUNet`, trained or not; it becomes part of this one
         super().__init__()
         self.net = net
@@ -178,6 +179,10 @@ class Shortcuts(Callback):
 
     def before_fit(self): self.like = copy.deepcopy(self.model).eval().requires_grad_(False)
 
+    def draw(self, n, generator, device):
+        "What a batch of `n` rows is asked: (t, d), each (n,)"
+        return draw_steps(n, self.shares, generator, device)
+
     def average(self, *args):
         "The answer of the averaged weights"
         ema = self.learn.ema
@@ -205,7 +210,7 @@ class Shortcuts(Callback):
         if self.training: now = 'training', self.step_by_step.k if hasattr(self, 'step_by_step') else self.train_iter
         else: now = 'validation', self.iter
         g = torch.Generator(x0.device).manual_seed(stream(self.seed, 'noise', *now))
-        t, d = draw_steps(len(x0), self.shares, g, x0.device)
+        t, d = self.draw(len(x0), g, x0.device)
         x = self.process.add_noise(x0, torch.randn(x0.shape, generator=g, device=x0.device), t)
         self.learn.xb, self.learn.yb = (x, step_input(self.process, t, d), *cond), (self.answers(x, t, d, cond),)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['timestep_embedding', 'ResBlock', 'SelfAttention', 'Downsample', 'Upsample', 'TimeMLP', 'UNet', 'Diffusers2D',
-           'OtherNetwork', 'denoiser_learner', 'train_denoiser', 'unet_for', 'make_denoiser', 'loss_by_level',
-           'ActStats']
+           'OtherNetwork', 'first_line', 'AnyUNet2D', 'denoiser_learner', 'train_denoiser', 'unet_for', 'make_denoiser',
+           'loss_by_level', 'ActStats']
 
 # %% ../nbs/30_unet.ipynb #c004
 import diffusers, inspect, math, torch, torch.nn.functional as F
@@ -227,6 +227,31 @@ def save_config(self:UNet, folder):
     args = unet2d_args(**{k: v for k, v in self.config.items() if k[0] != '_'})
     write_json(Path(folder)/self.config_name, {**names, **args}, 2)
 
+# %% ../nbs/30_unet.ipynb #d302
+def first_line(error): return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+class AnyUNet2D(nn.Module):
+    "A `UNet2DModel` of diffusers that our U-Net cannot be, behind the same door"
+    weights_name = WEIGHTS
+    def __init__(self, model): # a `UNet2DModel` without classes
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, x, time): return self.model(x, time).sample
+    def state_dict(self, *args, **kw): return self.model.state_dict(*args, **kw)
+    def save_config(self, folder): self.model.save_config(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder): # of a `UNet2DModel`
+        "The network in `folder`, in eval mode"
+        kw = dict(use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True)
+        try: model, info = diffusers.UNet2DModel.from_pretrained(folder, **kw)
+        except (OSError, ValueError, RuntimeError) as e:
+            raise UserError(f'{folder} cannot be loaded ({first_line(e)}): save or download it again') from e
+        if model.class_embedding is not None: raise UserError(f'{folder} is told classes: only diffusers can do that')
+        if lost := info['missing_keys']: raise UserError(f'{folder} has no {lost[0]}: save or download it again')
+        return cls(model.eval().requires_grad_(False))
+
 # %% ../nbs/30_unet.ipynb #c082
 def denoiser_learner(net, process, # denoiser: net(x_t, time) -> prediction; the Process that it shall undo
     z_train,        # (n, c, h, w) latents, each channel mean 0 and std 1; or a tuple (latents, conditions)
@@ -266,10 +291,11 @@ def unet_for(shape, p): # (c, h, w) of one latent, and a `Preset`
 def make_denoiser(folder, latents, p, # run folder: gets unet/, process/, scheduler/; from `make_latents`; a `Preset`
     seed=0, device=None, # of weights, order and noise; None: default_device()
     remake=False, cbs=(), # train again if made from something else, or raise `UserError`? callbacks that watch
+    process=None,         # `Process` to train it for; None: flow matching, with most times in the middle
     build=unet_for, conds=None, **told # (shape of a latent, `p`) -> untrained; (n,) what it is told of each image;
 ): # what that depends on -> (denoiser in eval mode on the device, Process)
     "The denoiser of a run: loaded, or trained now for `p.steps` steps and saved"
-    folder, process = Path(folder), Process('flow', 'velocity', 'logit_normal')
+    folder, process = Path(folder), process or Process('flow', 'velocity', 'logit_normal')
     parents, recipe = dict(latents=latents.fingerprint), dict(bs=p.bs, lr=p.lr, seed=seed)
     network = dict(widths=p.widths, depth=p.depth, attn_levels=p.attn_levels)
     settings = dict(**recipe, **network, process=asdict(process), optimizer='Muon', **told)

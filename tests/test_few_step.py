@@ -1,5 +1,7 @@
 "UniPC against diffusers and exact solutions; shortcuts against the flow map of Gaussian data, which is known in closed form."
-import math, diffusers, pytest, torch
+import math, runpy, diffusers, pytest, torch
+from pathlib import Path
+from types import SimpleNamespace
 from torch import nn
 from fastai.basics import Callback
 from latentdiff.conditioning import ClassConditioner, Conditioned, ConditionalUNet
@@ -147,6 +149,29 @@ def test_training_finds_the_exact_slopes():
     one_euler_step = (x - optimal_denoiser(FLOW, torch.zeros(1, 5), STD)(x, torch.full((200,), 1000.)))/x
     assert one_euler_step.abs().max() < .01     # where all of this would be the mean of the data
 
+def test_consistency_asks_for_the_exact_slope_to_the_end():
+    "The other method of bench/few_step.py: gaps are halved as it trains, so its targets come near those of the closed form"
+    bench = runpy.run_path(Path(__file__).parents[1]/'bench'/'few_step.py')
+    class Exact(bench['Consistency']):
+        def average(self, x, time): return exact_net(x, time)
+    velocity, errors = optimal_denoiser(FLOW, torch.zeros(1, 5).double(), STD), []
+    for k in (0, 25, 50, 75):
+        asks = Exact(FLOW, velocity)
+        asks.step_by_step = SimpleNamespace(k=k, steps=100)
+        t, d = asks.draw(30, torch.Generator().manual_seed(0), 'cpu')
+        assert torch.equal(t, d) and (t[:10] == 1).all() and (t > 0).all() and (t <= 1).all()
+        x, t = torch.randn(30, 5, generator=torch.Generator().manual_seed(1)).double(), t.double()
+        errors.append((asks.answers(x, t, t, ()) - exact(x, t, t)).abs().max().item())
+    assert all(a > 2*b for a, b in zip(errors, errors[1:])) and errors[-1] < .002, errors
+
+@pytest.mark.parametrize('n', [1, 2, 4])
+def test_jumps_end_at_the_data(n):
+    "The sampler of a consistency model: with one step the shortcut, with more fresh noise in between"
+    jumps = runpy.run_path(Path(__file__).parents[1]/'bench'/'few_step.py')['jumps']
+    x, g = start_noise(FLOW, (2000, 5), seed=1), torch.Generator().manual_seed(2)
+    end = jumps(exact_net, FLOW, x, time_steps(FLOW, n), generator=g)
+    assert end.std() == pytest.approx(STD, abs=.02) and (n > 1 or torch.allclose(end, STD*x, atol=1e-4))
+
 # --- the network -------------------------------------------------------------------------------------------------------
 
 def told(b=3): return torch.rand(b)*1000, torch.rand(b, 2)*1000
@@ -171,6 +196,14 @@ def test_it_begins_as_its_teacher_and_is_saved_whole(make, cond, tmp_path):
     assert not torch.equal(net(x, both, *cond), net(x, both*torch.tensor([1., .5]), *cond))      # now the step matters
     zero = torch.stack([t, torch.zeros(3)], 1)
     assert torch.equal(net(x, t, *cond), net(x, zero, *cond))
+
+def test_it_says_how_it_wants_to_be_drawn(tmp_path):
+    "To who looks where a pipeline does, whether the network is told classes or not, loaded or new; its teacher says nothing"
+    says = lambda net: next((o.drawn_with for o in (net, getattr(net, 'net', None)) if hasattr(o, 'drawn_with')), {})
+    for teacher in (noisy(UNet(4, widths=(16, 16), depth=1)), noisy(classes())):
+        net = with_steps(teacher)
+        again = load_component(save_component(net, tmp_path/type(teacher).__name__))
+        assert says(net) == says(again) == dict(sampler='shortcut', steps=2, guidance=1) and says(teacher) == {}
 
 def test_other_processes_are_refused():
     for p in (Process('cosine', 'v'), Process('flow', 'eps')):

@@ -7,15 +7,19 @@ from urllib.parse import unquote
 import numpy as np, pytest, torch
 from PIL import Image
 from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
-from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler, LDMPipeline, PNDMScheduler, UNet2DModel
+from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler, HeunDiscreteScheduler, LDMPipeline, PNDMScheduler
+from diffusers import UniPCMultistepScheduler, UNet2DModel, UnCLIPScheduler
+from errors import one_line
+from huggingface_hub import ModelCard
 from matplotlib.figure import Figure
 from latentdiff.autoencoder import KLAutoencoder, PretrainedKL, open_autoencoder
 from latentdiff.conditioning import ClassConditioner, Conditioned, ConditionalUNet, guide
 from latentdiff.commands import settings_of, write_npz, write_pngs
 from latentdiff.core import UserError, load_component, save_component
+from latentdiff.few_step import shortcut, unipc, with_steps
 from latentdiff.files import npz_pixels
 from latentdiff.noisify import Process
-from latentdiff.pipeline import KIDCurve, LatentDiffusionPipeline, path_of
+from latentdiff.pipeline import KIDCurve, LatentDiffusionPipeline, expectation, model_card, path_of, zoo
 from latentdiff.report import kid_curve
 from latentdiff.sampling import SAMPLER, SAMPLERS, sample, start_noise, time_steps
 from latentdiff.unet import UNet, train_denoiser
@@ -267,6 +271,83 @@ def test_calls_that_cannot_be(kw, words):
     with pytest.raises(UserError, match=words) as e: quiet(small())(**{'num_images': 1, 'num_inference_steps': 2, **kw})
     assert '\n' not in str(e.value)
 
+def test_latents_are_an_output_too():
+    "And what they say when they are decoded is what `pt` says"
+    p = quiet(small())
+    z, x = (p(2, num_inference_steps=3, generator=seeded(), output_type=o).images for o in ('latent', 'pt'))
+    assert z.shape == (2, 4, 8, 8) and torch.equal(p.decode(z)/2 + .5, x)
+
+@pytest.mark.parametrize('kw,words', [(dict(prompt='a cat'), 'prompt is called cond'), (dict(negative_prompt='a cat'), 'called negative'), (dict(batch_size=4), 'called num_images'),
+    (dict(eta=0.), 'eta'), (dict(num_images='a cat'), "'a cat': give a whole number"), (dict(num_inference_steps=0), 'num_inference_steps is 0'), (dict(num_inference_steps=2.5), '2.5'),
+    (dict(generator=3), 'torch.Generator')])
+def test_what_users_of_diffusers_try_first_is_answered(kw, words):
+    assert words in one_line(quiet(small()), **{'num_images': 1, 'num_inference_steps': 2, **kw})
+
+def test_their_names_elsewhere(tmp_path):
+    "Attributes, saving, loading, offloading: it works, or one line says by what name it does"
+    p = quiet(small())
+    for theirs, ours in dict(unet='denoiser', vae='autoencoder').items():
+        with pytest.raises(AttributeError, match=f'{theirs} is called {ours}'): getattr(p, theirs)
+    for f in (p.enable_model_cpu_offload, p.enable_sequential_cpu_offload): assert ".to('cuda')" in one_line(f)
+    p.enable_attention_slicing()
+    assert 'push_to_hub' in one_line(p.save_pretrained, tmp_path/'a', push_to_hub=True) and not (tmp_path/'a').exists()
+    p.save_pretrained(tmp_path/'a', safe_serialization=True)
+    assert 'variant' in one_line(LatentDiffusionPipeline.from_pretrained, tmp_path/'a', variant='fp16')
+    assert LatentDiffusionPipeline.from_pretrained(tmp_path/'a', 'cpu', torch_dtype=torch.float16).dtype == torch.float16
+    assert 'terms' in one_line(p.push_to_hub, 'us/rooms')
+
+def test_another_scheduler_from_the_config_of_its_own():
+    "The first thing that users of diffusers do; the parts of one pipeline make another"
+    p = quiet(small())
+    want, heun = p.draw(2, 4, bs=2), FlowMatchHeunDiscreteScheduler()
+    for same in (LatentDiffusionPipeline(**p.components), LatentDiffusionPipeline.from_pipe(p)):
+        assert same.denoiser is p.denoiser and torch.equal(same.draw(2, 4, bs=2), want)
+    p.scheduler = FlowMatchHeunDiscreteScheduler.from_config(p.scheduler.config)
+    assert torch.equal(p.draw(2, 4, bs=2), p.draw(2, 4, heun, bs=2)) and not torch.equal(p.draw(2, 4, bs=2), want)
+    assert torch.equal(LatentDiffusionPipeline(**p.components).draw(2, 4, bs=2), p.draw(2, 4, bs=2))
+    p.scheduler = DDIMScheduler.from_config(p.scheduler.config)
+    assert 'use process.to_diffusers' in one_line(p.draw, 1, 2)
+
+# --- denoisers that say how they want to be drawn with ----------------------------------------------------------------
+
+def quick(told=False):
+    "An untrained pipeline whose denoiser takes long steps, and says so"
+    p = listening() if told else small()
+    p.denoiser = with_steps(p.denoiser).eval()
+    net = p.denoiser.net if told else p.denoiser
+    torch.nn.init.normal_(net.net.time_embedding.step.linear_2.weight)
+    net.drawn_with = dict(sampler='shortcut', steps=2, guidance=1.)
+    return quiet(p)
+
+def test_what_is_left_open_is_as_the_denoiser_says():
+    "Steps, sampler and guidance, in all three ways to draw; compiled, too"
+    p = quick()
+    want = p.draw(2, 2, shortcut, bs=2)
+    assert torch.equal(p.draw(2, bs=2), want) and torch.equal(p.draw(2, 2, 'shortcut', bs=2), want)
+    assert torch.equal(p.pixels(2, bs=2), p.pixels(2, 2, 'shortcut', bs=2))
+    calls, kw = [], dict(generator=seeded(), output_type='pt')
+    got = p(2, callback_on_step_end=lambda pipe, i, *_: calls.append(i), **kw).images
+    assert calls == [0, 1] and torch.equal(got, p(2, num_inference_steps=2, sampler=shortcut, **{**kw, 'generator': seeded()}).images)
+    assert expectation(p, 2, None, None, 2).startswith('shortcut, 2 steps')
+    told = quick(told=True)
+    assert torch.equal(told.draw(2, bs=2, cond='cat'), told.draw(2, 2, 'shortcut', bs=2, cond='cat', guidance=1.))
+    told.denoiser = torch.compile(told.denoiser, backend='eager')
+    assert told.how() == dict(steps=2, sampler='shortcut', guidance=1.)
+
+def test_what_is_said_wins():
+    "A sampler that is not the denoiser's own takes the usual number of steps"
+    p = quick(told=True)
+    assert torch.equal(p.draw(2, 3, bs=2), p.draw(2, 3, shortcut, bs=2)) and not torch.equal(p.draw(2, 3, bs=2), p.draw(2, bs=2))
+    assert p.how(sampler='heun') == dict(steps=20, sampler='heun', guidance=1.) and p.how(5, 'heun', 3.) == dict(steps=5, sampler='heun', guidance=3.)
+    assert not torch.equal(p.draw(2, bs=2, cond='cat', guidance=3.), p.draw(2, bs=2, cond='cat'))
+    p.scheduler = FlowMatchEulerDiscreteScheduler()
+    assert p.how()['sampler'] is p.own_scheduler and p.how()['steps'] == 20 and p.how(sampler='shortcut')['steps'] == 2
+
+def test_names_that_others_say_nothing_of():
+    p = small()
+    assert p.how() == dict(steps=20, sampler=SAMPLER, guidance=2.) and torch.equal(p.draw(2, bs=2), p.draw(2, 20, SAMPLER, bs=2))
+    assert torch.equal(p.draw(2, 4, 'unipc', bs=2), p.draw(2, 4, unipc, bs=2)) and 'long steps' in one_line(p.draw, 1, 2, 'shortcut')
+
 @pytest.mark.parametrize('make,dtype,far', [(small, torch.float16, .005), (listening, torch.bfloat16, .05)])
 def test_half_precision_draws_nearly_the_same(make, dtype, far):
     p, kw = make(), dict(bs=4, **(dict(cond='dog') if make is listening else {}))
@@ -342,6 +423,7 @@ def test_a_pipeline_of_diffusers_draws_the_same_here(tmp_path, theirs):
 
 @pytest.mark.parametrize('scheduler', [EulerDiscreteScheduler(use_karras_sigmas=True, **LINEAR), DPMSolverMultistepScheduler(prediction_type='v_prediction'),
     HeunDiscreteScheduler(), PNDMScheduler(), FlowMatchEulerDiscreteScheduler(shift=3.), EulerAncestralDiscreteScheduler(timestep_spacing='leading'),
+    UniPCMultistepScheduler(prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=3.), FlowMatchLCMScheduler(),
     EulerDiscreteScheduler(prediction_type='v_prediction', use_karras_sigmas=True, timestep_type='continuous', sigma_min=.002, sigma_max=80.)], ids=lambda o: type(o).__name__)
 def test_any_scheduler_is_a_sampler(tmp_path, scheduler):
     "eps, v and velocity: with the network and the noise given, a folder draws what the loop of its scheduler draws"
@@ -352,12 +434,12 @@ def test_any_scheduler_is_a_sampler(tmp_path, scheduler):
     got = p(2, num_inference_steps=4, generator=seeded(), output_type='pt').images
     scheduler.set_timesteps(4)
     x, scale = torch.randn(2, 3, 8, 8, generator=g)*getattr(scheduler, 'init_noise_sigma', 1.), getattr(scheduler, 'scale_model_input', lambda x, t: x)
-    kw = {} if type(scheduler) in (HeunDiscreteScheduler, PNDMScheduler) else dict(generator=g)
+    kw = {} if type(scheduler) in (HeunDiscreteScheduler, PNDMScheduler, UniPCMultistepScheduler) else dict(generator=g)
     with torch.no_grad():
         for t in scheduler.timesteps: x = scheduler.step(net(scale(x, t), t).sample, t, x, **kw).prev_sample
     torch.testing.assert_close(got, x.clamp(-1, 1)/2 + .5, atol=5e-4, rtol=0)
     edm = scheduler.config.get('timestep_type') == 'continuous'
-    assert p.process.schedule == ('edm' if edm else 'flow' if 'Flow' in type(scheduler).__name__ else 'scaled_linear' if scheduler.config.beta_schedule != 'linear' else 'ddpm_linear')
+    assert p.process.schedule == ('edm' if edm else 'flow' if 'Flow' in type(scheduler).__name__ or scheduler.config.prediction_type == 'flow_prediction' else 'scaled_linear' if scheduler.config.beta_schedule != 'linear' else 'ddpm_linear')
 
 def test_a_scheduler_for_our_own_network(tmp_path):
     "It draws by name or as the pipeline's own; other noise than the network's is refused; a seed is a seed"
@@ -381,15 +463,35 @@ def with_classes(f): small_unet(num_class_embeds=3).save_pretrained(f/'unet')
 def no_scheduler(f): (f/'scheduler/scheduler_config.json').write_text('{"_class_name": "DiffusionPipeline"}')
 def use(**kw): return lambda f: DDIMScheduler(**kw).save_pretrained(f/'scheduler')
 def dynamic(f): FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(f/'scheduler')
+def unclip(f): UnCLIPScheduler().save_pretrained(f/'scheduler')
 def told_sigma(f): EulerDiscreteScheduler(timestep_type='continuous', prediction_type='v_prediction').save_pretrained(f/'scheduler')
 
 @pytest.mark.parametrize('spoil,words', [(other_vae, 'vqvae VQModel'), (text_too, 'CLIPTextModel'), (no_size, 'sample_size'), (no_safe_weights, 'safetensors'), (told_sigma, 'continuous'),
-    (with_classes, 'classes'), (no_scheduler, 'newest'), (use(rescale_betas_zero_snr=True), 'rescale_betas_zero_snr'), (use(trained_betas=[.1]*9), 'betas'), (dynamic, 'dynamic')])
+    (with_classes, 'classes'), (no_scheduler, 'newest'), (use(rescale_betas_zero_snr=True), 'rescale_betas_zero_snr'), (use(trained_betas=[.1]*9), 'betas'), (dynamic, 'dynamic'), (unclip, 'UnCLIPScheduler')])
 def test_what_cannot_be_the_same_here_is_refused(tmp_path, spoil, words):
     DDPMPipeline(small_unet(), DDPMScheduler()).save_pretrained(tmp_path)
     spoil(tmp_path)
     with pytest.raises(UserError, match=words) as e: LatentDiffusionPipeline.from_pretrained(tmp_path, 'cpu')
     assert '\n' not in str(e.value)
+
+def target(f): (f/'process/config.json').write_text((f/'process/config.json').read_text().replace('velocity', 'eps'))
+def noise(f): DDPMScheduler().save_pretrained(f/'scheduler')
+def long_name(f): index(f, unet=['diffusers', 'X'*5000])
+def long_library(f): index(f, unet=['os'*5000, 'UNet2DModel'])
+def long_scheduler(f): (f/'scheduler/scheduler_config.json').write_text(json.dumps(dict(_class_name='X'*5000)))
+def long_class(f): (f/'autoencoder/config.json').write_text(json.dumps(dict(_class_name='X'*5000)))
+
+@pytest.mark.parametrize('spoil,words', [(target, 'target velocity, the network for flow noise and target eps: take both from one run'), (noise, 'ddpm_linear noise and target eps'),
+    (long_name, 'expects a XXX'), (long_library, 'not ours'), (long_scheduler, 'newest'), (long_class, 'holds a XXX')])
+def test_parts_that_contradict_each_other_are_a_short_line(tmp_path, spoil, words):
+    small().save_pretrained(tmp_path)
+    spoil(tmp_path)
+    said = one_line(LatentDiffusionPipeline.from_pretrained, tmp_path, 'cpu')
+    assert words in said and len(said) < 400
+
+def test_a_class_of_thousands_of_letters_is_a_short_line(tmp_path):
+    (tmp_path/'config.json').write_text(json.dumps(dict(_class_name='X'*5000)))
+    assert len(one_line(load_component, tmp_path)) < 300
 
 # --- the Hub ---------------------------------------------------------------------------------------------------------
 
@@ -440,11 +542,12 @@ for f in (lambda: p.push_to_hub('us/rooms', 'free', token=False), lambda: Latent
     except UserError as e: print(str(e).replace(chr(10), '<newline>'))
 '''
 
+MEASURED = dict(kid=.5, kid_se=.1, kid_floor=.02, kid_floor_se=.03, n_fake=640, n_real=1234, sampler='heun', steps=9, seed=7, psnr=30.2, n_reconstructed=99, extractor='eyes')
+
 def test_pushed_to_the_hub_and_loaded_from_it(tmp_path, server):
     "The card says what the run has measured; a pickle and a program that lie beside the weights are not even asked for"
     small().save_pretrained(tmp_path/'run')
-    measured = dict(kid=.5, kid_se=.1, kid_floor=.02, kid_floor_se=.03, n_fake=640, n_real=1234, sampler='heun', steps=9, seed=7, psnr=30.2, n_reconstructed=99, extractor='eyes')
-    (tmp_path/'run/metrics.json').write_text(json.dumps(measured))
+    (tmp_path/'run/metrics.json').write_text(json.dumps(MEASURED))
     settings = dict(data='/home/me/rooms', preset='tiny', size=32, seed=7, n=5000, ae_steps=1200, steps=3400)
     (tmp_path/'run/run.json').write_text(json.dumps(dict(settings=settings)))
     StandIn.files.update({'evil.py': b'1', 'unet/pytorch_model.bin': b'1'})
@@ -462,6 +565,8 @@ def test_pushed_to_the_hub_and_loaded_from_it(tmp_path, server):
     assert set(StandIn.files) == names | {'evil.py', 'unet/pytorch_model.bin'} and set(StandIn.asked) == names - {'README.md', 'grid.png'}
     assert Image.open(io.BytesIO(StandIn.files['grid.png'])).size == (8*33 - 1, 2*33 - 1)
     card = StandIn.files['README.md'].decode()
+    d = ModelCard(card).data
+    assert (d.library_name, d.pipeline_tag, d.license, d.base_model) == ('latentdiff', 'unconditional-image-generation', None, None)
     for o in ('library_name: latentdiff', 'drawn by a program, free for all', "from_pretrained('us/rooms')", '5,000', '32 px', 'preset tiny', 'seed 7', '3,400', '1,200',
               '0.5000 ± 0.1000', '0.0200 ± 0.0300', '640 samples', 'heun with 9 steps', '1,234', 'features of eyes', '30.2 dB', '(grid.png)'): assert o in card, o
     assert '/home' not in card
@@ -470,3 +575,23 @@ def test_a_name_that_is_nowhere_is_one_line():
     "Without the network, too"
     with pytest.raises(UserError, match='run folder nobody/nothing, and none on the Hub') as e: LatentDiffusionPipeline.from_pretrained('nobody/nothing')
     assert '\n' not in str(e.value)
+
+@pytest.mark.parametrize('begun,base', [('us/bedrooms', 'us/bedrooms'), ('/home/me/runs/mine', None), ('bedrooms64', None), ('none', None)])
+def test_the_head_of_a_card(tmp_path, begun, base):
+    "YAML that the Hub's own reader reads: where it comes from, what it is for, the licence that was given"
+    small().save_pretrained(tmp_path)
+    settings = dict(data='hub:them/rooms?split=train', preset='tiny', size=32, seed=7, n=500, steps=34, autoencoder=None, **{'from': begun})
+    settings |= dict(ae_steps=12) if begun == 'none' else dict(start=dict(fingerprint='0'))
+    (tmp_path/'run.json').write_text(json.dumps(dict(settings=settings)))
+    (tmp_path/'metrics.json').write_text(json.dumps(MEASURED))
+    card = ModelCard(model_card('us/rooms', 'yours: free | for all\nto see', tmp_path, 'cc-by-4.0'))
+    d = card.data
+    assert d.base_model == base and d.datasets == ['them/rooms'] and d.license == 'cc-by-4.0' and d.library_name == 'latentdiff'
+    assert d.pipeline_tag == 'unconditional-image-generation' and {'diffusers', 'latentdiff'} <= {*d.tags}
+    assert '| data and its terms | yours: free \\| for all to see |' in card.text and '/home' not in card.text
+    assert (f'34 steps, going on from {base or begun.split("/")[-1]} |' in card.text) is (begun != 'none')
+
+def test_the_task_on_a_card_is_that_of_the_network(tmp_path):
+    "Whatever folder the notes lie in"
+    tasks = dict(bedrooms64='unconditional-image-generation', fashion_mnist32=None, rooms64='text-to-image')
+    for name, task in tasks.items(): assert ModelCard(model_card(f'us/{name}', 'free', tmp_path, saved=zoo()[name])).data.pipeline_tag == task

@@ -1,5 +1,5 @@
 "Runs that go on from a pipeline, settings from a file, and what guidance does."
-import json, math, shutil, tomllib
+import json, math, shutil, tomllib, warnings
 from types import SimpleNamespace
 import matplotlib.pyplot as plt, numpy as np, pytest, torch, torch.nn.functional as F
 from errors import one_line
@@ -10,12 +10,14 @@ from latentdiff.autoencoder import AELoss, KLAutoencoder, ae_learner, as_double
 from latentdiff.commands import Run, run_cli
 from latentdiff.core import beside_file, default_device, made, read_toml, settings_of, to_toml
 from latentdiff.conditioning import ClassConditioner, Conditioned, TextConditioner, conditional
+from latentdiff.denoisers import ResNetDenoiser
 from latentdiff.data import from_uint8, open_images, to_uint8
-from latentdiff.noisify import Process, make_latents, weights_hash
+from latentdiff.few_step import with_steps
+from latentdiff.noisify import Latents, Process, make_latents, weights_hash
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.report import by_guidance, caution, class_judge
 from latentdiff.training import fit_steps, orthogonalise, rate, trackers
-from latentdiff.unet import UNet, denoiser_learner, make_denoiser
+from latentdiff.unet import UNet, denoiser_learner, loss_by_level, make_denoiser
 
 FLOW = 'flow', 'velocity', 'logit_normal'
 
@@ -25,12 +27,12 @@ def shaken(net):
         for p in net.parameters(): p += .05*torch.randn(p.shape)
     return net
 
-def small(told=None, size=32, channels=3, process=FLOW):
+def small(told=None, size=32, channels=3, process=FLOW, net=None):
     "A pipeline that knows nothing, with latents 4x8x8"
     torch.manual_seed(0)
     ae = shaken(KLAutoencoder(channels, (8,), 4, 1, 4))
     ae.fit_scale(open_images('rooms', size, n=40, channels=channels).pixels())
-    net = UNet(4, widths=(16, 32), depth=1)
+    net = net or UNet(4, widths=(16, 32), depth=1)
     if told: net = Conditioned(conditional(net, told.dim), told)
     return LatentDiffusionPipeline(ae, shaken(net), Process(*process), size)
 
@@ -69,7 +71,7 @@ class Kind: # of images
     (lambda: small(), Kind(classes=['a', 'b']), 'class', 'condition None, this run condition class'),
     (lambda: small(ClassConditioner(['a', 'b'], 8)), Kind(), None, 'condition class, this run condition None'),
     (lambda: small(ClassConditioner(['a', 'b'], 8)), Kind(classes=['a', 'zebra']), 'class', 'without the class zebra'),
-    (lambda: small(process=('cosine', 'v', 'uniform')), Kind(), None, 'flow matching')])
+    (lambda: small(net=ResNetDenoiser(4, (16,), 1)), Kind(), None, 'not a U-Net'), (lambda: small(net=with_steps(UNet(4, widths=(16, 32), depth=1))), Kind(), None, 'long steps')])
 def test_what_does_not_fit_is_said_in_one_line(tmp_path, build, images, condition, words):
     build().save_pretrained(tmp_path/'small')
     message = one_line(source.fitting, tmp_path/'small', images, condition)
@@ -115,6 +117,36 @@ def test_a_run_goes_on(went_on, saved):
     assert note['settings']['widths'] == [16, 32] and note['settings']['steps'] == 6
     assert made(went_on.folder/'autoencoder')['parents']['source'] == mark
     assert not same(went_on.denoiser[0], small().denoiser)
+
+def test_a_run_goes_on_with_the_process_of_its_source(tmp_path):
+    "A source that predicts noise under the betas of DDPM: the loss of that process falls, and the run says what it was trained for."
+    process = 'ddpm_linear', 'eps', 'uniform'
+    pipe, p = small(process=process), Process(*process)
+    pipe.save_pretrained(tmp_path/'source')
+    r = Run(tmp_path/'run', settings_of('rooms', 'tiny', n=120, From=str(tmp_path/'source'), steps=30))
+    r.go(('denoiser', 'pipeline'))
+    assert made(r.folder/'unet')['settings']['process']['target'] == process[1]
+    shutil.rmtree(tmp_path/'source')
+    again = Run(r.folder, r.settings)
+    net, found = again.denoiser
+    assert found == p and LatentDiffusionPipeline.from_pretrained(r.folder, 'cpu').process == p
+    z = r.latents.tensor('valid', 'cpu')
+    before, after = (loss_by_level(o.cpu(), p, z, n_levels=5)[1].mean() for o in (pipe.denoiser, net))
+    assert after < .9*before, (before, after)
+
+def test_a_source_is_opened_once(saved, rooms, monkeypatch):
+    "For its size, for a run, for what it says of itself; anew when its folder has changed."
+    opened, real = [], LatentDiffusionPipeline.from_pretrained
+    monkeypatch.setattr(LatentDiffusionPipeline, 'from_pretrained', lambda *args: (opened.append(args[0]), real(*args))[1])
+    folder = shutil.copytree(saved, saved.with_name('copy'))
+    assert source.as_there({'from': str(folder)})['size'] == 32
+    pipe = source.fitting(str(folder), rooms, None)
+    assert opened == [str(folder)] and source.fitting(str(folder), rooms, None) is pipe
+    other = small()
+    with torch.no_grad(): other.denoiser.conv_in.weight[0] += 1
+    other.save_pretrained(folder)
+    again = source.fitting(str(folder), rooms, None)
+    assert len(opened) == 2 and same(again.denoiser, other.denoiser) and not same(again.denoiser, pipe.denoiser)
 
 def test_two_sources_give_two_runs(went_on, saved, tmp_path):
     "Nothing is made from one source and called the other's, and one line says so"
@@ -166,6 +198,20 @@ def test_classes_of_the_source(tmp_path):
     assert sorted(asked) == sorted(images.classes[images.labels[i]] for i in images.valid_idxs)
     again = Run(r.folder, r.settings)
     assert again.images.classes == r.images.classes and same(again.denoiser[0], r.denoiser[0])
+
+def test_strange_latents_are_announced_once(tmp_path, capsys):
+    "By the run that takes the autoencoder; the latents say it no second time, nor when they are opened again."
+    pipe = small()
+    pipe.autoencoder.set_scale(pipe.autoencoder.latent_mean, pipe.autoencoder.latent_std/4)
+    pipe.save_pretrained(tmp_path/'small')
+    r = Run(tmp_path/'run', settings_of('rooms', 'tiny', n=120, From=str(tmp_path/'small'), steps=1))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        r.go(('latents',))
+        Run(r.folder, r.settings).latents
+        assert capsys.readouterr().out.count('warning: ') == 1 and not [o for o in seen if 'latents have std' in str(o.message)]
+        Latents(r.folder/'latents')
+    assert [o for o in seen if 'latents have std' in str(o.message)]   # whoever opens them without the run is told
 
 def test_strange_pictures_are_announced(rooms, tmp_path, capsys):
     "A source whose scale is off by 4 finds latents with a spread of 4, and says so once; within a factor of 3 it says nothing."

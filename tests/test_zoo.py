@@ -3,7 +3,10 @@ import re
 import pytest, torch
 from safetensors.torch import load_file
 from latentdiff.autoencoder import quality
+from latentdiff.commands import sample_cli
 from latentdiff.data import open_images, to_uint8
+from latentdiff.few_step import shortcut
+from latentdiff.files import npz_pixels
 from latentdiff.kid_eval import EfficientNetFeatures, features, kid
 from latentdiff.pipeline import LatentDiffusionPipeline, zoo
 
@@ -14,10 +17,13 @@ weight = lambda folder: sum(f.stat().st_size for f in folder.rglob('*') if f.is_
 def garments(): return LatentDiffusionPipeline.from_pretrained('fashion_mnist32', 'cpu')
 
 @pytest.fixture(scope='module')
+def few(): return LatentDiffusionPipeline.from_pretrained('fashion_mnist32_few', 'cpu')
+
+@pytest.fixture(scope='module')
 def rooms(): return LatentDiffusionPipeline.from_pretrained('rooms64', 'cpu')
 
 def test_the_zoo_is_known_and_small():
-    assert NAMES == ['bedrooms256', 'bedrooms64', 'fashion_mnist32', 'rooms64']
+    assert NAMES == ['bedrooms256', 'bedrooms64', 'fashion_mnist32', 'fashion_mnist32_few', 'rooms64']
     assert all(weight(o) <= 12e6 for o in zoo().values()) and sum(map(weight, zoo().values())) <= 40e6
 
 @pytest.mark.parametrize('name', NAMES)
@@ -43,13 +49,33 @@ def test_a_folder_of_the_same_name_comes_first(garments, tmp_path, monkeypatch):
     other.save_pretrained('fashion_mnist32')
     assert LatentDiffusionPipeline.from_pretrained('fashion_mnist32', 'cpu').size == other.size != garments.size
 
-def test_garments_are_what_was_asked_for(garments):
+@pytest.mark.parametrize('name,told', [('garments', dict(steps=10)), ('few', dict(steps=2, sampler=shortcut, guidance=1)),
+                                       ('few', dict(steps=1, sampler=shortcut, guidance=1))])
+def test_garments_are_what_was_asked_for(name, told, request):
     "A coat covers more of the picture than a sandal, trousers are narrower than they are long, bags wider than trousers."
-    draw = lambda name: (garments.draw(8, 10, cond=name)[:, 0] + 1)/2
+    pipe = request.getfixturevalue(name)
+    draw = lambda name: (pipe.draw(8, cond=name, **told)[:, 0] + 1)/2
     coat, sandal, trouser, bag = map(draw, ('coat', 'sandal', 'trouser', 'bag'))
     wide, high = (lambda x: (x.amax(1) > .3).sum(1).float().mean()), (lambda x: (x.amax(2) > .3).sum(1).float().mean())
     assert coat.mean() > 2*sandal.mean()
     assert wide(trouser) < .75*high(trouser) and wide(bag) > 1.2*wide(trouser)
+
+def test_few_steps_are_taken_by_name_alone(few):
+    "Two evaluations by shortcuts, without guidance, unless one says something else"
+    told, asked = dict(seed=3, cond=['bag', 'coat']), []
+    heard = few.denoiser.net.register_forward_pre_hook(lambda net, args: asked.append(args[1].shape[1:]))
+    images = few.draw(4, bs=4, **told)
+    heard.remove()
+    assert asked == [(2,)]*2                    # twice, and told the time and the step
+    assert torch.equal(images, few.draw(4, 2, shortcut, bs=4, guidance=1, **told))
+    assert torch.equal(few.draw(4, 1, bs=4, **told), few.draw(4, 1, shortcut, bs=4, guidance=1, **told))
+    by_another = few.draw(4, 6, 'dpmpp_2m', bs=4, **told)
+    assert torch.equal(by_another, few.draw(4, 6, 'dpmpp_2m', bs=4, guidance=1, **told)) and not torch.equal(by_another, images)
+
+def test_the_command_takes_few_steps_too(few, tmp_path):
+    sample_cli('fashion_mnist32_few', n=4, Class='bag', npz=str(tmp_path/'bags.npz'))
+    there, here = npz_pixels(tmp_path/'bags.npz').int(), few.pixels(4, 2, shortcut, cond='bag', guidance=1).int()
+    assert there.shape[-2:] == here.shape[-2:] and (there - here).abs().max() <= 1
 
 def test_rooms_are_those_that_the_caption_says(rooms):
     "The same noise: a window by day is brighter than one at night."
