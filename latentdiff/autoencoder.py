@@ -133,8 +133,10 @@ class Autoencoder(nn.Module, ConfigMixin):
     def __init__(self, latent_channels, latent_mean=None, latent_std=None): # or length; of raw channels, None: 0 and 1
         super().__init__()
         self.latent_channels = n = number(1, latent_channels=latent_channels)
-        self.register_buffer('latent_mean', torch.tensor(numbers(n, latent_mean=latent_mean or [0.]*n)), False)
-        self.register_buffer('latent_std', torch.tensor(numbers(n, 0, latent_std=latent_std or [1.]*n)), False)
+        if (latent_mean is None) != (latent_std is None): raise UserError('latent_mean goes with latent_std: give both')
+        if latent_std is None: latent_mean, latent_std = [0.]*n, [1.]*n
+        self.register_buffer('latent_mean', torch.tensor(numbers(n, latent_mean=latent_mean)), False)
+        self.register_buffer('latent_std', torch.tensor(numbers(n, 0, latent_std=latent_std)), False)
 
     def encode_raw(self, images): raise NotImplementedError # -> (mean, logvar or None) before standardising
     def decode_raw(self, z): raise NotImplementedError      # -> images, not yet clamped
@@ -171,7 +173,9 @@ class Autoencoder(nn.Module, ConfigMixin):
         "`images`; raises `UserError` unless height and width divide by `factor`"
         f, (h, w) = self.factor, check_images(images, {self.config.get('in_channels', 3)}, 1e30, False).shape[-2:]
         if h % f == w % f == 0: return images
-        raise UserError(f'this autoencoder needs height and width in multiples of {f}, not {h}x{w}: resize or crop')
+        low = (h if h % f else w)//f*f
+        near = ' or '.join(str(o) for o in (low, low + f) if o)
+        raise UserError(f'this autoencoder needs sides in multiples of {f}, not {h}x{w}: resize or crop to {near}')
 
     def latent_shape(self, size): # side of the image in pixels
         "Shape of one latent"

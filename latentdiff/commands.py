@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['data', 'training', 'autoencoder', 'noisify', 'unet', 'sampling', 'kid_eval', 'conditioning', 'pipeline', 'report',
-           'source', 'QUICK', 'GOALS', 'run_cli', 'encode_cli', 'Run', 'to_hwc', 'write_npz', 'plain_output',
+           'source', 'QUICK', 'SCORES', 'GOALS', 'run_cli', 'encode_cli', 'Run', 'to_hwc', 'write_npz', 'plain_output',
            'one_line_errors', 'new_place', 'train_cli', 'told_by', 'check_kind', 'write_pngs', 'sample_cli', 'side_of',
            'eval_cli']
 
@@ -18,6 +18,9 @@ from fastcore.script import call_parse
 from .core import STEPS, UserError, above_zero, agreed, artefact, beside_file, default_device, fingerprint
 from .core import locked, made, preset_of, progress, rank, read_json, run_folder, settings_of
 from .core import to_toml, whole_folder, write_json, write_whole
+
+# %% ../nbs/90_commands.ipynb #L990
+from .core import check_settings, number
 
 # %% ../nbs/90_commands.ipynb #n201
 class _Lazy:
@@ -53,7 +56,7 @@ class Run:
             if before.get(k) == settings[k]: continue
             was = f'{self.folder} was made with {k} {before.get(k)}, not {settings[k]}'
             raise UserError(f'{was}: repeat that, or {other}')
-        return {**settings, **old}
+        return check_settings(f, {**settings, **old})
 
     def once(self, name, make):
         "What `make()` returns, made at the first call and kept"
@@ -271,13 +274,19 @@ def evaluate(self:Run, folder):
     return d
 
 # %% ../nbs/90_commands.ipynb #c029
+SCORES = {'kid', 'kid_se', 'kid_floor', 'kid_floor_se', 'fid', 'fid_floor', 'n_fake', 'n_real', 'psnr', 'ssim',
+          'n_reconstructed'}
+
 @patch
 def metrics(self:Run):
     "Everything that was measured, in one dict"
     import torch
     notes = {o.parent.name: made(o.parent) for o in sorted(self.folder.glob('*/made.json'))}
     ae, net = (notes[k]['facts'] for k in self.pipeline.parts())
-    return self.scores | dict(psnr=ae['psnr'], ssim=ae['ssim'], n_reconstructed=ae['n'], kid_curve=net.get('kid', []),
+    d = self.scores | dict(psnr=ae.get('psnr'), ssim=ae.get('ssim'), n_reconstructed=ae.get('n'))
+    for k in d.keys() & SCORES: number(whole=False, **{f'{k}, in a made.json in {self.folder},': d[k]})
+    if lost := SCORES - d.keys(): raise UserError(f'{self.folder}/scores/made.json has no {min(lost)}: delete scores')
+    return d | dict(kid_curve=net.get('kid', []),
         **{k: notes['samples']['settings'][k] for k in ('sampler', 'steps')}, threads=torch.get_num_threads(),
         seconds={k: v['seconds'] for k, v in notes.items()}, peak_gb=round(training.peak_gb(self.device), 2))
 
@@ -481,7 +490,7 @@ def sample_cli(
     negative:str=None       # class or words to stay away from
 ):
     "Draw images from a trained run, as PNGs, as one array, or both"
-    above_zero(n=n, steps=steps, bs=bs)
+    for k, v, most in (('n', n, 10**7), ('steps', steps, 10**5), ('bs', bs, 4096)): number(1, most, **{f'--{k}': v})
     if not (out or npz): raise UserError('Say where the images should go: --out FOLDER, --npz FILE, or both.')
     told = told_by(Class, prompt, guidance, negative)
     for path, option in ((out, '--out'), (npz, '--npz')):
@@ -495,10 +504,13 @@ def sample_cli(
 
 # %% ../nbs/90_commands.ipynb #c049
 def side_of(path):
-    "Pixels a side of the pictures in an .npz, or in a folder the shorter side of its first one"
+    "Pixels a side of the pictures in an .npz, or in a folder the median of the shorter sides of some"
     from PIL import Image
-    first = data.open_images(path, 64, n=1)
-    return min(Image.open(first.paths[0]).size if hasattr(first, 'paths') else first.raw.shape[-2:])
+    some = data.open_images(path, 64, n=25)
+    if hasattr(some, 'paths'): return min(2048, int(np.median([min(Image.open(o).size) for o in some.paths])))
+    h, w = some.pixels([0]).shape[-2:] if some.raw is None else some.raw.shape[-2:]
+    if h != w: raise UserError(f'{path} holds pictures of {h}x{w}: cut them to squares first.')
+    return min(2048, h)
 
 @call_parse
 @one_line_errors

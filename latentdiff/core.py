@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'WEIGHTS', 'UserError', 'default_device', 'data_home', 'runs_home', 'number', 'one_of',
-           'positions', 'numbers', 'Preset', 'preset', 'run_folder', 'above_zero', 'preset_of', 'settings_of', 'stream',
-           'Bar', 'progress', 'world', 'rank', 'every', 'agreed', 'share', 'gathered', 'first_ahead', 'write_whole',
-           'write_json', 'read_json', 'file_md5', 'to_toml', 'read_toml', 'beside_file', 'whole_folder', 'weights_name',
-           'not_finite', 'save_component', 'find_class', 'read_weights', 'load_weights', 'load_component',
-           'fingerprint', 'made', 'artefact', 'locked', 'exercise']
+           'positions', 'numbers', 'Preset', 'preset', 'run_folder', 'above_zero', 'preset_of', 'check_settings',
+           'settings_of', 'stream', 'Bar', 'progress', 'world', 'rank', 'every', 'agreed', 'share', 'gathered',
+           'first_ahead', 'write_whole', 'write_json', 'read_json', 'file_md5', 'to_toml', 'check_kinds', 'read_toml',
+           'beside_file', 'whole_folder', 'weights_name', 'not_finite', 'save_component', 'find_class', 'read_weights',
+           'load_weights', 'load_component', 'fingerprint', 'made', 'artefact', 'locked', 'exercise']
 
 # %% ../nbs/parts/core.ipynb #c004
 import hashlib, importlib, json, math, os, shutil, sys, time, tomllib
@@ -24,7 +24,10 @@ from filelock import FileLock, Timeout
 
 # %% ../nbs/parts/core.ipynb #c007
 class UserError(ValueError):
-    "Something the reader can mend; the message is one line that says what to do"
+    "Something the reader can mend; the message is one line that says what to do, where no word fills the screen"
+    def __str__(self):
+        words = super().__str__().split()
+        return ' '.join(o if len(o) < 400 else f'{o[:200]}...{o[-60:]}' for o in words)
 
 def default_device():
     "The GPU if there is one, of NVIDIA or in a Mac, else the CPU"
@@ -154,18 +157,33 @@ def run_folder(p, seed=0): # a `Preset`
 STEPS = 'ae_steps', 'steps'  # what minutes become
 
 def above_zero(**kw):
-    "`UserError` for an option that is given and not above 0"
+    "`UserError` for an option that is given and not above 0, or beyond reason"
     for k, v in kw.items():
-        if v is not None and not 0 < v < math.inf: raise UserError(f'--{k} is {v}: give a number above 0.')
+        if v is None or isinstance(v, (int, float)) and 0 < v <= 1e9: continue
+        raise UserError(f'--{k} is {v!s:.80}: give a number above 0, of a billion at most.')
 
 def preset_of(s):
     "The `Preset` that the settings `s` stand for"
     p = preset(s['preset'], s['data'], s['size'])
-    p = replace(p, n=s['n'] or p.n, ae_pretrained=s['autoencoder'] or p.ae_pretrained)
+    p = replace(p, n=s.get('n') or p.n, ae_pretrained=s.get('autoencoder') or p.ae_pretrained)
     if start := s.get('start'):
         network = {k: tuple(v) if isinstance(v, list) else v for k, v in start['network'].items()}
         p = replace(p, ae_pretrained=f"that of {s['from']}", **network)
     return replace(p, **{k: s[k] for k in STEPS if s.get(k)})
+
+_KINDS = {'data': str, 'preset': str, 'size': int, 'seed': int, 'n': int, 'minutes': float, 'autoencoder': str,
+          'condition': str, 'from': str, 'steps': int, 'ae_steps': int}
+
+def check_settings(path, s): # run.json; the settings in it
+    "`s`; `UserError` unless a run can have them"
+    check_kinds(path, {k: s[k] for k in _KINDS.keys() & s.keys() if s[k] is not None}, _KINDS)
+    start, lost = s.get('start'), [k for k in ('data', 'preset', 'size', 'seed') if s.get(k) is None]
+    if lost: raise UserError(f'{path} has no {lost[0]}: delete the folder, or take the file from the run again')
+    above_zero(**{k: s.get(k) for k in ('size', 'minutes', 'n', *STEPS)})
+    parts = dict(fingerprint=str, parts=list, network=dict)
+    sound = isinstance(start, dict) and all(isinstance(start.get(k), o) for k, o in parts.items())
+    if start is None or sound and start['network'].keys() <= {'widths', 'depth', 'attn_levels'}: return s
+    raise UserError(f'{path} does not say what the run started from: delete the folder')
 
 def settings_of(data=None, preset=None, size=None, minutes=None, seed=0, n=None, autoencoder=None, condition=None,
                 From=None, steps=None, ae_steps=None):
@@ -180,7 +198,7 @@ def settings_of(data=None, preset=None, size=None, minutes=None, seed=0, n=None,
         raise UserError('--from brings its own autoencoder along: leave --autoencoder away.')
     p = preset_of(dict(preset=preset, data=data, size=size, n=n, autoencoder=autoencoder))
     if From is None and (autoencoder or p.data.split('/')[0] in DATASETS): From = 'none'  # else it will be seen
-    whole = lambda d, file='': str(Path(d).resolve()) if d and d not in DATASETS and (Path(d)/file).exists() else d
+    whole = lambda d, file='': str(Path(d).resolve()) if d and d not in DATASETS and os.path.exists(Path(d)/file) else d
     return dict(data=whole(p.data), preset=p.name, size=p.size, minutes=minutes, seed=seed, n=p.n,
                 autoencoder=whole(p.ae_pretrained), condition=None if condition == 'none' else condition,
                 steps=steps, ae_steps=ae_steps, **{'from': whole(From, 'model_index.json')})
@@ -293,16 +311,20 @@ def to_toml(d): # strings, numbers, True and False by name
 
 _IN_TOML = {str: 'words in quotes', int: 'a whole number', float: 'a number'}
 
-def read_toml(path, kinds): # of the file; the type of each name that it may hold, of those in `_IN_TOML`
-    "The dict in a TOML file; `UserError` for an unknown name, and for a value of another type"
-    try: d = tomllib.loads(Path(path).read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e:
-        raise UserError(f'{path} cannot be read as TOML: {str(e).splitlines()[0]}') from None
+def check_kinds(path, d, kinds): # of the file; the dict in it; the type of each name that it may hold, as in `_IN_TOML`
+    "`d`; `UserError` for an unknown name, and for a value of another type"
     for k, v in d.items():
         if k not in kinds: raise UserError(f"{path} has {k}, which is no option: take one of {', '.join(kinds)}")
         if type(v) is kinds[k] or kinds[k] is float and type(v) is int: continue
         raise UserError(f'{path} has {k} = {json.dumps(v, default=str)}: give {_IN_TOML[kinds[k]]}')
     return d
+
+def read_toml(path, kinds): # of the file; as above
+    "The dict in a TOML file, whose kinds are checked"
+    try: d = tomllib.loads(Path(path).read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f'{path} cannot be read as TOML: {str(e).splitlines()[0]}') from None
+    return check_kinds(path, d, kinds)
 
 def beside_file(given, path, kinds): # options; TOML file, None: there is none; as above
     "The options `given`, and those in the file that they leave open; minutes and steps are two ways to say the same"
@@ -391,7 +413,7 @@ def load_component(folder): # as `save_component` left it
     config = read_json(Path(folder)/'config.json', 'it is not the folder of a saved component')
     try: module = find_class(config.get('_class_name')).from_config(config)
     except UserError as e: raise type(e)(f'{folder}/config.json: {e}') from None
-    except (TypeError, RuntimeError, KeyError, ValueError, AttributeError) as e:
+    except (TypeError, RuntimeError, LookupError, ValueError, AttributeError, ArithmeticError) as e:
         why = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise UserError(f'{folder}/config.json does not describe a network ({why}): save it again') from e
     load_weights(module, Path(folder)/weights_name(module))
@@ -410,10 +432,13 @@ def made(path):
 def _difference(old, new):
     "The first thing that two notes disagree on, in words; None if they agree"
     for part in ('settings', 'parents'):
-        a, b = old.get(part) or {}, new[part]
+        a, b = old.get(part), new[part]
+        if not isinstance(a, dict): a = {}
         k = next((k for k in [*b, *a] if a.get(k) != b.get(k)), None)
         if k: return f'other {k}' if part == 'parents' else f'{k} {a.get(k)}, not {b.get(k)}'
     if old.get('version') != new['version']: return f"version {old.get('version')} of the recipe, not {new['version']}"
+    kinds = isinstance(old.get('facts'), dict) and type(old.get('seconds')) in (int, float)
+    if not kinds or old.get('fingerprint') != fingerprint(**new): return 'a damaged made.json'
 
 # %% ../nbs/parts/core.ipynb #c034
 def artefact(path, make,        # the folder; make(folder) fills one, maybe begun before; returns facts (a dict)

@@ -109,6 +109,8 @@ class Process:
     def load(cls, folder):
         "Read what `save` wrote; UserError if it is not there"
         config = read_json(Path(folder)/'config.json', 'no noise process here, give the folder that Process.save wrote')
+        lost = [k for k in cls.__dataclass_fields__ if k not in config]
+        if lost: raise UserError(f'{folder}/config.json: not the settings of a noise process, they lack {lost[0]}')
         try: return cls(**{k:v for k,v in config.items() if k[0]!='_'})
         except TypeError as e: raise UserError(f"not the settings of a noise process: {e}") from None
 
@@ -260,7 +262,8 @@ FILES = 'latents.f16', 'mirrored.f16'
 def _encode_rest(ae, images, folder, shape, flip, bs, save_every=5.):
     "Fill the files in `folder`, from the row where an earlier call stopped; of several processes each its batches"
     count,n = folder/'done.json', len(images)
-    done = agreed(read_json(count, f'delete {folder}')['done'] if count.is_file() else 0)
+    said = read_json(count, f'delete {folder}').get('done') if count.is_file() else 0
+    done = agreed(number(0, n, **{f'done in {count}': said}))
     with first_ahead():
         mode = 'r+' if done or rank() else 'w+'
         files = [np.memmap(folder/f, np.float16, mode, shape=shape) for f in FILES[:1+flip]]
@@ -288,6 +291,8 @@ def _sound(m): # a manifest
     try:
         each = [len(m[k]) for k in ('names', 'labels', 'captions') if m[k] is not None or k=='names']
         whole = all(type(o) is int and o>0 for o in m['shape']) and {*m['valid']} <= {*range(len(m['names']))}
+        whole = whole and all(type(o) is int and -1<=o<2**31 for o in m['labels'] or ())
+        whole = whole and all(type(o) is str for o in (*m['names'], *(m['captions'] or ()), *(m['classes'] or ())))
         return whole and {*each}=={m['shape'][0]} and type(m['mirrored']) is bool and 'classes' in m
     except (KeyError, TypeError, IndexError): return False
 

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'NAMED', 'ON_HUB', 'CARD', 'no_more', 'LatentDiffusionPipeline', 'check_channels', 'answering', 'layers_of',
-           'path_of', 'after_steps', 'load_part', 'zoo', 'folder_of', 'our_parts', 'load_scheduler', 'notes_of',
-           'found_on_hub', 'model_card', 'scheduled', 'Pixels', 'with_their_scale', 'their_parts', 'expectation',
-           'KIDCurve']
+           'path_of', 'after_steps', 'load_part', 'zoo', 'folder_of', 'names_class', 'our_parts', 'load_scheduler',
+           'notes_of', 'found_on_hub', 'model_card', 'scheduled', 'Pixels', 'with_their_scale', 'their_parts',
+           'expectation', 'KIDCurve']
 
 # %% ../nbs/80_pipeline.ipynb #c006
-import importlib.resources, inspect, math, re, shutil, tempfile, time
+import importlib.resources, inspect, math, os, re, shutil, tempfile, time
 from contextlib import nullcontext
 from pathlib import Path
 import diffusers, torch
@@ -292,7 +292,6 @@ def load_part(folder, library, name):
     "The module in `folder`, which must be a `name` of `library`"
     if library.split('.')[0] not in ('latentdiff', 'diffusers'):
         raise UserError(f"{folder.parent}/model_index.json wants code from {library!r:.80}, not ours or diffusers'.")
-    importlib.import_module(library)
     hint = 'the run is not complete; copy the whole run folder or run the command again.'
     found = read_json(folder/'config.json', hint).get('_class_name')
     if found != name:
@@ -312,8 +311,8 @@ def zoo():
 def folder_of(name, **hub): # a folder, a name in `zoo()`, or owner/name on the Hub; for the download from there
     "The folder where that pipeline is; raises `UserError` if there is none"
     folder = Path(name)
-    if not (folder/'model_index.json').exists(): folder = zoo().get(str(name), folder)
-    if folder.is_dir(): return folder
+    if not os.path.exists(folder/'model_index.json'): folder = zoo().get(str(name), folder)
+    if os.path.isdir(folder): return folder
     hint = f"make one with latentdiff-run, or take one of {', '.join(zoo())}"
     if not re.fullmatch(ON_HUB, str(name)): raise UserError(f'There is no run folder {folder}: {hint}.')
     try: return Path(snapshot_download(str(name), allow_patterns=['*.json', '*.safetensors'], **hub))
@@ -337,11 +336,14 @@ def from_pretrained(cls:LatentDiffusionPipeline,
     pipe.register_to_config(_name_or_path=str(name))
     return pipe.to(device or default_device(), dtype or torch_dtype)
 
+def names_class(v): return isinstance(v, list) and [*map(type, v)] == [str, str]   # as model_index.json names one
+
 def our_parts(folder, d): # as `save_pretrained` left it; its model_index.json, a dict
     "What a pipeline is made of: autoencoder, denoiser, process, size, scheduler"
     pick = lambda *names: next((k for k in names if k in d), names[0])
     names = pick('autoencoder', 'vae'), pick('unet', 'denoiser')
-    missing = [k for k in (*names, 'size') if k not in d]
+    missing = [k for k in names if not names_class(d.get(k))]
+    if type(d.get('size')) is not int or d['size'] < 1: missing.append('size')
     if missing: raise UserError(f"{folder/'model_index.json'} names no {missing[0]}: take the file from the run again.")
     autoencoder, denoiser = (load_part(folder/k, *d[k]) for k in names)
     process, scheduler = Process.load(folder/'process'), None
@@ -473,7 +475,7 @@ def with_their_scale(ae): # a `PretrainedKL`
 
 def their_parts(folder, d): # of a pipeline of diffusers; its model_index.json, a dict
     "What ours is made of, from one that has no more than a unet, a scheduler and maybe an autoencoder"
-    has = {k: v[1] for k, v in d.items() if isinstance(v, list) and v[0]}
+    has = {k: v[1] for k, v in d.items() if names_class(v)}
     ae, known = has.keys() & {'vae', 'vqvae'}, {'UNet2DModel', has.get('scheduler'), 'AutoencoderKL', 'AutoencoderTiny'}
     if has.keys() - ae != {'unet', 'scheduler'} or len(ae) > 1 or set(has.values()) - known:
         parts = ', '.join(map(' '.join, has.items()))

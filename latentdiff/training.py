@@ -17,7 +17,8 @@ from pathlib import Path
 from torch import nn
 from fastai.basics import AvgSmoothLoss, Callback, CancelFitException, DataLoader, OptimWrapper, join_path_file, listify
 from fastai.callback.fp16 import AMPMode, MixedPrecision
-from .core import UserError, agreed, default_device, not_finite, rank, read_weights, stream, world, write_whole
+from .core import UserError, agreed, default_device, not_finite, number, rank, read_weights, stream, world
+from .core import write_whole
 from .data import as_images, shifted, show_images
 
 # %% ../nbs/parts/training.ipynb #c007
@@ -513,6 +514,9 @@ def fit_steps(learn,                                 # a fastai Learner whose tr
     "Train for a number of steps; says beforehand how long it will take. Raises `UserError` if a loss is not finite"
     if sum(o is not None for o in (steps, epochs, minutes)) != 1:
         raise UserError('say how long to train: steps=..., epochs=... or minutes=..., one of the three')
+    if steps is not None: number(1, 10**9, steps=steps)
+    for k, v in dict(epochs=epochs, minutes=minutes).items(): number(1e-6, 1e9, False, **{k: 1 if v is None else v})
+    number(0, 1e38, False, lr=lr), number(seed=seed), number(1, rounds=rounds)
     dl = learn.dls.train
     with torch.random.fork_rng():
         secs = step_time(no_sync(learn))

@@ -1,0 +1,301 @@
+"""Bad input at every door: what a run folder holds, weights, pickles, and what is said to the five commands. Each is one line, or
+made again with a word. `python tests/test_corpus.py` counts the inputs, and those that end otherwise."""
+import contextlib, gzip, io, json, os, pickle, shutil, struct, sys, tempfile, warnings
+from functools import cache, partial
+from pathlib import Path
+import numpy as np, pytest, torch
+from fastcore.script import anno_parser
+from safetensors.torch import load_file, save, save_file
+from latentdiff import autoencoder as A, commands as M, core as C, data as D, files as F, noisify as N, pipeline as P, report, sampling, training, unet
+from latentdiff.core import UserError
+from latentdiff.labs_data import NorbImages, car_names, read_norb
+from test_cli import cli, run
+from test_trust import DEEP, PNG, Planted, npz_of, tar_of, zip_of
+
+nan = float('nan')
+
+def command(verb, *args):
+    "(exit code, stderr) of latentdiff-`verb`, in this process"
+    f, err = getattr(M, f'{verb}_cli'), io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
+        try:
+            given = vars(anno_parser(f, prog=f'latentdiff-{verb}').parse_args([str(a) for a in args]))
+            f.__wrapped__(**{k: v for k, v in given.items() if k not in ('pdb', 'xtra')})
+        except SystemExit as e: return (e.code, err.getvalue()) if isinstance(e.code, int) else (1, f'{e.code}\n')
+    return 0, err.getvalue()
+
+class Started(Exception):
+    "Work would begin now"
+
+def begin(*args, **kw): raise Started
+
+def answer(f, *args):
+    "'one line', 'started', or in words what else happened"
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            f(*args)
+    except UserError as e: return 'one line' if str(e) and '\n' not in str(e) and len(str(e)) < 1500 else f'{len(str(e))} letters'
+    except Started: return 'started'
+    except Exception as e: return f'{type(e).__name__}: {e}'[:200]
+    return 'no word'
+
+# --- what a run folder holds
+
+def report_of(folder):
+    "What latentdiff-run says of a finished run whose page is lost"
+    (folder/'report.html').unlink(missing_ok=True)
+    M.Run(folder, json.loads((folder/'run.json').read_text())['settings']).go()
+
+def train(folder):
+    rc, said = command('train', folder)
+    if rc: raise UserError(said)
+
+def encode_again(folder):
+    "The latents, from where an earlier call says that it stopped"
+    work = folder/'.latents.making'
+    N._encode_rest(A.KLAutoencoder(3, (8,), 4, 1, 4).eval(), D.open_images('rooms', 32, n=8), work, (8, 4, 8, 8), False, 4)
+
+def by_config(folder):
+    rc, said = command('run', '--config', folder/'config.toml', '--out', folder)
+    if rc: raise UserError(said)
+
+load = lambda folder: P.LatentDiffusionPipeline.from_pretrained(folder, 'cpu')
+TEXTS = '', '[]', 'null', '3', '{', DEEP, '{"a":' + DEEP + '}', '\0', '{"_class_name": "' + 'x'*10**6 + '"}', '{"_class_name": [[]]}', b'\xff\xfe{}', None
+VALUES = None, -1, 'x', [], nan, 2**63, [[[[]]]], 'gone'
+# who reads it, which of its names are looked at, what else than one line is right: it is cheap, and made again
+HOLDS = {'run.json': (train, ('settings', 'settings.data', 'settings.preset', 'settings.size', 'settings.seed', 'settings.start'), [('settings.start', None), ('settings.start', 'gone'), ('settings.seed', -1), ('settings.seed', 2**63)]),
+    'latents/manifest.json': (train, ('shape', 'names', 'labels', 'valid', 'mirrored'), [('labels', None), ('valid', [])]),
+    'latents/made.json': (train, ('fingerprint', 'facts', 'parents', 'seconds'), [('seconds', -1), ('seconds', nan), ('seconds', 2**63)]),
+    'unet/made.json': (train, (), ()), 'scores/made.json': (report_of, ('facts', 'facts.kid', 'facts.n_fake', 'parents', 'settings'), [(k, v) for k in ('facts.kid', 'facts.n_fake') for v in (-1, 2**63)]),
+    'autoencoder/made.json': (report_of, ('facts', 'facts.psnr', 'facts.n', 'settings', 'fingerprint'), [(k, v) for k in ('facts.psnr', 'facts.n') for v in (-1, 2**63)]),
+    'model_index.json': (load, ('_class_name', 'size', 'autoencoder', 'unet'), [('size', 2**63)]),
+    'autoencoder/config.json': (load, ('_class_name', 'widths', 'latent_std', 'patch'), ()), 'unet/config.json': (load, ('_class_name', 'block_out_channels'), ()),
+    'process/config.json': (load, ('schedule', 'steps', 'rho'), ()),
+    '.latents.making/done.json': (encode_again, ('done',), ()), 'config.toml': (by_config, (), ())}
+
+def changed(text, path, value):
+    d = json.loads(text)
+    *way, last = path.split('.')
+    o = d
+    for k in way: o = o[k]
+    if value == 'gone': o.pop(last, None)
+    else: o[last] = value
+    return json.dumps(d)
+
+def stands(file, path, value):
+    "Is the value one that the file may have, so that nothing has to be said?"
+    return any((path, repr(value)) == (k, repr(v)) for k, v in HOLDS[file][2])
+
+JSONS = [(file, None, text) for file in HOLDS for text in TEXTS if not (text is None and file in ('run.json', '.latents.making/done.json', 'latents/made.json', 'unet/made.json'))]
+JSONS += [(file, path, v) for file, (_, paths, _) in HOLDS.items() for path in paths for v in VALUES if not stands(file, path, v)]
+
+def spoil(folder, file, path, value):
+    "Write the bad file, and return what undoes it"
+    f = folder/file
+    f.parent.mkdir(exist_ok=True)
+    good = f.read_bytes() if f.exists() else b'{"done": 4}'
+    text = changed(good, path, value) if path else value
+    f.unlink(missing_ok=True)
+    if text is not None: f.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return lambda: f.write_bytes(good)
+
+def answer_to(folder, file, path, value):
+    undo = spoil(folder, file, path, value)
+    try: return answer(HOLDS[file][0], folder)
+    finally: undo()
+
+def nothing_long(patch):
+    "What would take long begins, and no more"
+    for o, k in ((A, 'fit_steps'), (unet, 'fit_steps'), (M.Run, 'draw'), (M.Run, 'evaluate'), (M.Run, 'write'), (P.LatentDiffusionPipeline, 'pixels')): patch.setattr(o, k, begin)
+    patch.setattr(training, 'step_time', lambda learn: .1)
+    patch.setattr(report, 'report', lambda folder, settings, m: str(report.headline(m)) + begin())
+    patch.setattr(P, 'expectation', lambda pipe, n, steps, sampler, bs, **told: begin(sampling._sampler_of(sampler), pipe.listening(bs, bs, **told)))
+    patch.setattr(M.Run, 'judge', property(lambda self: type('Judge', (), dict(name=json.loads((self.folder/'metrics.json').read_text())['extractor']))()))
+
+
+@pytest.fixture(scope='module')
+def folder(run, tmp_path_factory): return shutil.copytree(run.folder, tmp_path_factory.mktemp('corpus')/'run')
+
+@pytest.fixture
+def short(monkeypatch): nothing_long(monkeypatch)
+
+AGAIN = {'scores/made.json', 'unet/made.json', 'samples/made.json'}     # what hangs on them is made again, with a word
+
+@pytest.mark.parametrize('file', HOLDS)
+def test_what_a_run_folder_holds(file, folder, short):
+    "Wrong type, missing, nested 10,000 deep, huge: one line each"
+    said = {(path, repr(v)[:30]): answer_to(folder, *o) for o in JSONS for f, path, v in [o] if f == file}
+    assert {k: v for k, v in said.items() if v != 'one line' and not (v == 'started' and file in AGAIN)} == {}
+
+# --- weights
+
+def header(d, more=b''):
+    text = d if isinstance(d, bytes) else json.dumps(d).encode()
+    return struct.pack('<Q', len(text)) + text + more
+
+def one(state, f):
+    k = next(k for k, v in state.items() if v.ndim > 1)
+    return {**state, k: f(state[k])}
+
+def holed(x): return x.clone().view(-1).index_fill(0, torch.tensor([0]), nan).view_as(x)
+
+WEIGHTS = dict(empty=lambda s: b'', seven=lambda s: b'\0'*7, huge_header=lambda s: struct.pack('<Q', 2**60) + b'{}', most=lambda s: b'\xff'*8, cut=lambda s: save(s)[:-9], cut_header=lambda s: save(s)[:99],
+    half=lambda s: save(s)[:len(save(s))//2], more=lambda s: save(s) + b'x', html=lambda s: b'<!DOCTYPE html>'*99, pickle=lambda s: pickle.dumps(Planted()), no_json=lambda s: header(b'{"a":'), a_list=lambda s: header([]),
+    deep=lambda s: header(DEEP.encode()), nothing=lambda s: header({}), far=lambda s: header(dict(a=dict(dtype='F32', shape=[2**40], data_offsets=[0, 2**42]))), backwards=lambda s: header(dict(a=dict(dtype='F32', shape=[1], data_offsets=[4, 0])), b'1234'),
+    kind=lambda s: header(dict(a=dict(dtype='X9', shape=[1], data_offsets=[0, 4])), b'1234'), negative=lambda s: header(dict(a=dict(dtype='F32', shape=[-1], data_offsets=[0, 4])), b'1234'),
+    bytes=lambda s: save({k: v.to(torch.int8) for k, v in s.items()}), bools=lambda s: save({k: v > 0 for k, v in s.items()}), ints=lambda s: save(one(s, lambda x: x.long())), holed=lambda s: save(one(s, holed)), infinite=lambda s: save(one(s, lambda x: x/0)),
+    other_shape=lambda s: save(one(s, lambda x: x[:1].clone())), flat=lambda s: save(one(s, lambda x: x.flatten())), lost=lambda s: save(dict([*s.items()][1:])), strange=lambda s: save({**s, 'more': torch.zeros(1)}), renamed=lambda s: save({f'x.{k}': v for k, v in s.items()}))
+OF = 'autoencoder/autoencoder.safetensors', 'unet/diffusion_pytorch_model.safetensors'
+
+def answer_to_weights(folder, file, kind):
+    f = folder/file
+    good = f.read_bytes()
+    f.write_bytes(WEIGHTS[kind](load_file(f)))
+    try: return answer(load, folder)
+    finally: f.write_bytes(good)
+
+@pytest.mark.parametrize('file', OF)
+def test_weights_that_are_none(file, folder):
+    assert {k: v for k in WEIGHTS if (v := answer_to_weights(folder, file, k)) != 'one line'} == {}
+
+# --- no pickle, wherever a file is read
+
+def planted(kind='raw'):
+    raw = pickle.dumps(Planted())
+    return dict(raw=lambda: raw, gz=lambda: gzip.compress(raw), npz=lambda: npz_of(arr_0=np.array([Planted(), None])), torch=lambda: (torch.save(Planted(), o := io.BytesIO()), o.getvalue())[1])[kind]()
+
+IN_A_RUN = [(file, HOLDS[file][0] if file in HOLDS else load, kind) for file in (*HOLDS, *OF, 'scheduler/scheduler_config.json') for kind in ('raw', 'torch') if file != 'scheduler/scheduler_config.json']
+BESIDE = ('mnist/train-images-idx3-ubyte', 'mnist'), ('mnist/train-images-idx3-ubyte.gz', 'mnist'), ('fashion_mnist/t10k-labels-idx1-ubyte', 'fashion_mnist'), ('stanford_cars/cars.tgz', 'stanford_cars'), \
+    ('lsun_bedroom/bedroom.zip', 'lsun_bedroom'), ('smallnorb/smallnorb-5x46789x9x18x6x2x96x96-training-dat.mat', 'smallnorb'), ('smallnorb/smallnorb-5x46789x9x18x6x2x96x96-training-dat.mat.gz', 'smallnorb')
+GIVEN = 'a.npz', 'a.zip', 'a.tar', 'a.tgz', 'a.tar.gz', 'a.pkl', 'a.pt', 'a.npy', 'folder/a.png', 'folder/metadata.csv', 'folder/metadata.jsonl', '00.tar'
+
+def in_a_run(folder, file, reader, kind):
+    undo = spoil(folder, file, None, planted(kind))
+    try: return answer(reader, folder)
+    finally: undo()
+
+def open_planted(tmp, name, kind):
+    f = tmp/name
+    f.parent.mkdir(parents=True, exist_ok=True)
+    if f.parent.name == 'folder' and f.suffix != '.png': (f.parent/'b.png').write_bytes(PNG)
+    f.write_bytes(planted(kind))
+    at = str(tmp/'{00..00}.tar') if name == '00.tar' else f.parent if f.parent.name == 'folder' else f
+    said = answer(D.open_images, at, 8)
+    f.unlink()
+    return said
+
+def in_the_home(home, name, spec):
+    (home/name).parent.mkdir(parents=True, exist_ok=True)
+    (home/name).write_bytes(planted())
+    said = answer(D.open_images, spec, 32)
+    (home/name).unlink()
+    return said
+
+def elsewhere(tmp):
+    "Readers of single files"
+    (tmp/'p').mkdir()
+    for name in ('x.bin', 'diffusion_pytorch_model.bin', 'pytorch_model.bin', 'labels.csv', 'cars_train_annos.mat', 'cars_meta.mat', 'devkit.mat'): (tmp/'p'/name).write_bytes(planted())
+    (tmp/'p'/'config.json').write_text(json.dumps(dict(_class_name='AutoencoderKL')))
+    net = torch.nn.Linear(1, 1)
+    return {'read_norb': answer(read_norb, tmp/'p'/'x.bin'), 'weights': answer(C.load_weights, net, tmp/'p'/'x.bin'), 'bin of diffusers': answer(A.open_autoencoder, tmp/'p'),
+        'labels.csv': answer(car_names, tmp/'p'), 'norb folder': answer(lambda: NorbImages(16, folder=tmp/'p')), 'toml': answer(C.read_toml, tmp/'p'/'x.bin', dict(data=str)),
+        'json': answer(C.read_json, tmp/'p'/'x.bin', 'hint'), 'checkpoint': answer(training.Checkpoint(tmp/'p', 'x').note, 'last') if (tmp/'p'/'x.bin').rename(tmp/'p'/'last.safetensors') else ''}
+
+def pickles(folder, tmp):
+    "What each place answers, by name"
+    home = Path(os.environ['LATENTDIFF_DATA'])
+    return {**{f'{o[0]} {o[2]}': in_a_run(folder, *o) for o in IN_A_RUN}, **{f'{o} {kind}': open_planted(tmp, o, kind) for o in GIVEN for kind in ('raw', 'torch', 'npz')[:2 + (o == 'a.npz')]},
+        **{name: in_the_home(home, name, spec) for name, spec in BESIDE}, **elsewhere(tmp)}
+
+def test_no_pickle_is_opened_anywhere(folder, tmp_path, short, monkeypatch):
+    "A program that is planted as a pickle, raw, in torch's wrapping or as an array of objects, at more than 45 places"
+    monkeypatch.setenv('LATENTDIFF_DATA', str(tmp_path/'home'))
+    monkeypatch.chdir(tmp_path)
+    said = pickles(folder, tmp_path)
+    assert len(said) > 45 and not (tmp_path/'planted-was-here').exists()
+    assert {k: v for k, v in said.items() if v != 'one line' and not (v == 'started' and k.split()[0] in AGAIN)} == {}
+    pickle.loads(planted())                                                  # it would have worked
+    assert (tmp_path/'planted-was-here').exists()
+
+# --- arguments
+
+WORDS = '', 'a', 'nan', 'inf', '1e308', '\u00e9', 'x'*5000, '[]', '<script>'
+BELOW, BEYOND = ('-1', '0', '1.5'), (str(2**63), '100000000000')
+FIRST = dict(run=('--data', 'rooms', '--n', 40), encode=('--data', 'rooms', '--n', 40), train=('RUN',), sample=('fashion_mnist32', '--npz', 'a.npz'), eval=('RUN/samples/samples.npz', 'RUN/samples/samples.npz'))
+WRONG = {**{(verb, o): (*WORDS, *BELOW, *BEYOND) for verb in ('run', 'encode') for o in ('size', 'steps', 'ae-steps', 'n')}, ('run', 'minutes'): (*WORDS, '-1', '0'), ('run', 'seed'): (*WORDS, '1.5'),
+    **{('run', o): WORDS[bool(o == 'preset'):] for o in ('preset', 'condition')}, ('run', 'data'): (*WORDS, '-5', '/dev/zero', '/dev/null', 'a\0b', '~nobody/x', '/proc/self/mem'), ('run', 'autoencoder'): WORDS[1:], ('run', 'from'): WORDS,
+    ('run', 'config'): (*WORDS[1:], '/dev/null/x', '/proc'), ('run', 'track'): WORDS, ('train', 'more'): (*WORDS, *BELOW, str(2**63)), ('eval', 'seed'): (*WORDS, '1.5'),
+    **{('sample', o): (*WORDS, *BELOW, *BEYOND) for o in ('n', 'steps', 'bs')}, ('sample', 'seed'): (*WORDS, '1.5'), ('sample', 'sampler'): WORDS[1:], ('sample', 'class'): WORDS, ('sample', 'prompt'): WORDS,
+    ('sample', 'guidance'): WORDS, ('sample', 'negative'): WORDS}
+WRONG = [(verb, o, v) for (verb, o), values in WRONG.items() for v in values]
+
+def answer_to_option(folder, verb, option, value):
+    args = [str(o).replace('RUN', str(folder)) for o in FIRST[verb]] + (['--out', str(folder.parent/'new')] if verb in ('run', 'encode') else [])
+    try: rc, said = command(verb, *args, f'--{option}={value}')
+    except Started: return 'started'
+    except Exception as e: return f'{type(e).__name__}: {e}'[:200]
+    lines = said.rstrip().splitlines()
+    return 'one line' if rc == 2 and 'error: ' in lines[-1] or rc == 1 and len(lines) == 1 and len(said) < 1500 else f'{rc}: {said[:200]}'
+
+def test_what_is_said_to_the_commands(folder, short, monkeypatch, tmp_path):
+    "Wrong type, negative, zero, NaN, beyond all numbers, empty, not ASCII, 5,000 characters: exit code 1, or 2 for a usage, and one line"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(P.LatentDiffusionPipeline, 'from_pretrained', cache(P.LatentDiffusionPipeline.from_pretrained))
+    assert len(WRONG) > 199
+    said = {o: answer_to_option(folder, *o) for o in WRONG}
+    assert {k: v for k, v in said.items() if v != 'one line'} == {}
+
+# --- functions
+
+NET, FLOW, X = torch.nn.Identity(), N.Process(), torch.zeros(1, 4, 8, 8)
+
+@pytest.mark.parametrize('name', sampling.SAMPLERS)
+@pytest.mark.parametrize('ts', [[], [1.], ()])
+def test_a_sampler_without_a_step_is_one_line(name, ts):
+    assert answer(sampling.SAMPLERS[name], lambda x, t: x, FLOW, X, ts) == 'one line'
+
+@pytest.mark.parametrize('how', [dict(steps=o) for o in (nan, -1, 0, 'a', 1.5, 2**63)] + [dict(minutes=o) for o in (nan, -1, 0, 'a', float('inf'), 1e308)] + [dict(epochs=o) for o in (nan, -1, 0, 'a')]
+    + [dict(steps=2, lr=o) for o in (nan, -1, 'a', None, float('inf'))] + [dict(steps=2, rounds=o) for o in (0, -1, 'a')] + [dict(steps=2, seed=o) for o in (nan, 'a', 1.5)], ids=str)
+def test_a_training_of_no_length_is_one_line(how):
+    class Learner: dls = type('Dls', (), dict(train=None))
+    assert answer(partial(training.fit_steps, Learner(), **how)) == 'one line'
+
+def test_the_size_of_a_set_does_not_hang_on_one_picture(tmp_path):
+    "Whichever of them is damaged or tiny; arrays that are not square are refused"
+    from PIL import Image
+    for k in range(12):
+        folder = tmp_path/f'{k}'
+        folder.mkdir()
+        for i in range(12):
+            side = 9 if i == k else 40
+            Image.new('RGB', (side + 5, side)).save(folder/f'{i}.png')
+        (folder/f'{(k + 1) % 12}.png').write_bytes(b'damaged')
+        assert M.side_of(folder) == 40
+    np.savez(tmp_path/'a.npz', np.zeros((9, 8, 16, 3), np.uint8))
+    with pytest.raises(UserError, match='8x16'): M.side_of(tmp_path/'a.npz')
+
+def test_a_message_is_one_line_of_short_words():
+    said = str(UserError('a\nb ' + 'x'*9999 + ' c'))
+    assert '\n' not in said and said.startswith('a b xxx') and said.endswith('xxx c') and len(said) < 400
+    assert str(UserError('no folder a')) == 'no folder a'
+
+def test_a_size_that_will_work_is_named():
+    with pytest.raises(UserError, match='16x33.*resize or crop to 32 or 36') as e: A.KLAutoencoder(3, (8,), 4, 1, 4).encode(torch.zeros(1, 3, 16, 33))
+
+if __name__ == '__main__':
+    warnings.simplefilter('ignore')
+    tmp, patch = Path(tempfile.mkdtemp()), pytest.MonkeyPatch()
+    os.environ |= dict(LATENTDIFF_DATA=str(tmp/'home'), LATENTDIFF_PRESET='tiny', HF_HUB_OFFLINE='1')
+    made = shutil.copytree(sys.argv[1], tmp/'run') if sys.argv[1:] else tmp/'run'
+    if not sys.argv[1:]: print(command('run', '--data', 'rooms', '--n', 120, '--out', made))
+    os.chdir(tmp)
+    nothing_long(patch)
+    said = {(o[0], str(o[1]), repr(o[2])[:30]): answer_to(made, *o) for o in JSONS}
+    said |= {(file, k, ''): answer_to_weights(made, file, k) for file in OF for k in WEIGHTS}
+    said |= {('pickle', k, ''): v for k, v in pickles(made, tmp).items()}
+    patch.setattr(P.LatentDiffusionPipeline, 'from_pretrained', cache(P.LatentDiffusionPipeline.from_pretrained))
+    said |= {(f'latentdiff-{o[0]}', o[1], repr(o[2])[:30]): answer_to_option(made, *o) for o in WRONG}
+    bad = {k: v for k, v in said.items() if v != 'one line' and not (v == 'started' and (k[0] in AGAIN or k[1].split()[0] in AGAIN))}
+    for k, v in bad.items(): print(*k, '->', v)
+    print(f'of {len(said)} bad inputs {len(bad)} end otherwise than in one line')
