@@ -133,8 +133,7 @@ class Autoencoder(nn.Module, ConfigMixin):
     def __init__(self, latent_channels, latent_mean=None, latent_std=None): # or length; of raw channels, None: 0 and 1
         super().__init__()
         self.latent_channels = n = number(1, latent_channels=latent_channels)
-        if (latent_mean is None) != (latent_std is None): raise UserError('latent_mean goes with latent_std: give both')
-        if latent_std is None: latent_mean, latent_std = [0.]*n, [1.]*n
+        if latent_mean is latent_std is None: latent_mean, latent_std = [0.]*n, [1.]*n
         self.register_buffer('latent_mean', torch.tensor(numbers(n, latent_mean=latent_mean)), False)
         self.register_buffer('latent_std', torch.tensor(numbers(n, 0, latent_std=latent_std)), False)
 
@@ -173,8 +172,7 @@ class Autoencoder(nn.Module, ConfigMixin):
         "`images`; raises `UserError` unless height and width divide by `factor`"
         f, (h, w) = self.factor, check_images(images, {self.config.get('in_channels', 3)}, 1e30, False).shape[-2:]
         if h % f == w % f == 0: return images
-        low = (h if h % f else w)//f*f
-        near = ' or '.join(str(o) for o in (low, low + f) if o)
+        near = ' or '.join(str(o) for d in (0, f) if (o := (h if h % f else w)//f*f + d))
         raise UserError(f'this autoencoder needs sides in multiples of {f}, not {h}x{w}: resize or crop to {near}')
 
     def latent_shape(self, size): # side of the image in pixels
@@ -446,8 +444,7 @@ def open_autoencoder(spec): # a saved folder, one of TAEF2 weights, 'taef2', or 
     else: raise UserError(f'{spec!r:.200} is neither a folder nor a Hub id like owner/name')
     cls = find_class(config.get('_class_name'))
     if not issubclass(cls, Autoencoder): raise UserError(f'{spec} holds a {cls.__name__}, not an autoencoder')
-    if issubclass(cls, PretrainedKL): return cls.from_pretrained(folder or spec)
-    return load_component(folder)
+    return cls.from_pretrained(folder or spec) if issubclass(cls, PretrainedKL) else load_component(folder)
 
 # %% ../nbs/10_autoencoder.ipynb #c182
 def some_pixels(images, split, seed, most=None): # `Images`; 'train' or 'valid'; of the order; None: all that fit
@@ -466,8 +463,7 @@ def make_autoencoder(folder, images, p, seed=0, device=None): # of the run; `Ima
     settings, kw = dict(seed=seed, pretrained=p.ae_pretrained), dict(bs=p.bs, lr=p.ae_lr, kl_weight=p.ae_kl)
     if not p.ae_pretrained:
         kw |= dict(flip=images.channels == 3) | ({'crop': max(1, images.size//16)} if len(images) < FEW else {})
-        network = dict(widths=p.ae_widths, patch=p.ae_patch, latent_channels=p.latent_channels)
-        settings |= dict(**network, optimizer='Muon', **kw)
+        settings |= dict(kw, widths=p.ae_widths, patch=p.ae_patch, latent_channels=p.latent_channels, optimizer='Muon')
         kw |= dict(checkpoint=Checkpoint(folder/'checkpoints'/'autoencoder', fingerprint(**settings, **parents)))
         settings |= dict(steps=p.ae_steps)
 

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['data', 'training', 'autoencoder', 'noisify', 'unet', 'sampling', 'kid_eval', 'conditioning', 'pipeline', 'report',
            'source', 'QUICK', 'SCORES', 'GOALS', 'run_cli', 'encode_cli', 'Run', 'to_hwc', 'write_npz', 'plain_output',
-           'one_line_errors', 'new_place', 'train_cli', 'told_by', 'check_kind', 'write_pngs', 'sample_cli', 'side_of',
-           'eval_cli']
+           'one_line_errors', 'new_place', 'train_cli', 'told_by', 'check_kind', 'write_pngs', 'sample_cli', 'eval_cli']
 
 # %% ../nbs/90_commands.ipynb #c004
 import importlib, io, json, os, platform, sys
@@ -15,12 +14,9 @@ from pathlib import Path
 import fastprogress.fastprogress, numpy as np
 from fastcore.basics import patch
 from fastcore.script import call_parse
-from .core import STEPS, UserError, above_zero, agreed, artefact, beside_file, default_device, fingerprint
-from .core import locked, made, preset_of, progress, rank, read_json, run_folder, settings_of
-from .core import to_toml, whole_folder, write_json, write_whole
-
-# %% ../nbs/90_commands.ipynb #L990
-from .core import check_settings, number
+from .core import STEPS, UserError, above_zero, agreed, artefact, beside_file, check_settings, default_device
+from .core import fingerprint, locked, made, number, preset_of, progress, rank, read_json, run_folder
+from .core import settings_of, to_toml, whole_folder, write_json, write_whole
 
 # %% ../nbs/90_commands.ipynb #n201
 class _Lazy:
@@ -274,8 +270,7 @@ def evaluate(self:Run, folder):
     return d
 
 # %% ../nbs/90_commands.ipynb #c029
-SCORES = {'kid', 'kid_se', 'kid_floor', 'kid_floor_se', 'fid', 'fid_floor', 'n_fake', 'n_real', 'psnr', 'ssim',
-          'n_reconstructed'}
+SCORES = 'kid kid_se kid_floor kid_floor_se fid fid_floor n_fake n_real psnr ssim n_reconstructed'.split()
 
 @patch
 def metrics(self:Run):
@@ -284,8 +279,7 @@ def metrics(self:Run):
     notes = {o.parent.name: made(o.parent) for o in sorted(self.folder.glob('*/made.json'))}
     ae, net = (notes[k]['facts'] for k in self.pipeline.parts())
     d = self.scores | dict(psnr=ae.get('psnr'), ssim=ae.get('ssim'), n_reconstructed=ae.get('n'))
-    for k in d.keys() & SCORES: number(whole=False, **{f'{k}, in a made.json in {self.folder},': d[k]})
-    if lost := SCORES - d.keys(): raise UserError(f'{self.folder}/scores/made.json has no {min(lost)}: delete scores')
+    for k in SCORES: number(whole=False, **{f'{k}, in a made.json in {self.folder},': d.get(k)})
     return d | dict(kid_curve=net.get('kid', []),
         **{k: notes['samples']['settings'][k] for k in ('sampler', 'steps')}, threads=torch.get_num_threads(),
         seconds={k: v['seconds'] for k, v in notes.items()}, peak_gb=round(training.peak_gb(self.device), 2))
@@ -503,15 +497,6 @@ def sample_cli(
     if out: write_pngs(out, px)
 
 # %% ../nbs/90_commands.ipynb #c049
-def side_of(path):
-    "Pixels a side of the pictures in an .npz, or in a folder the median of the shorter sides of some"
-    from PIL import Image
-    some = data.open_images(path, 64, n=25)
-    if hasattr(some, 'paths'): return min(2048, int(np.median([min(Image.open(o).size) for o in some.paths])))
-    h, w = some.pixels([0]).shape[-2:] if some.raw is None else some.raw.shape[-2:]
-    if h != w: raise UserError(f'{path} holds pictures of {h}x{w}: cut them to squares first.')
-    return min(2048, h)
-
 @call_parse
 @one_line_errors
 def eval_cli(
@@ -522,7 +507,7 @@ def eval_cli(
 ):
     "Score one set of images against another: KID with its standard error and floor, and FID"
     if out: new_place(out, '--out')
-    size = min(map(side_of, (generated, real)))
+    size = min(map(data.side_of, (generated, real)))
     a, b = (data.open_images(path, size) for path in (generated, real))
     if min(len(a), len(b)) < 8:
         raise UserError(f'{len(a)} and {len(b)} images are too few to score: give eight of each, better a thousand.')

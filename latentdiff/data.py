@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FITS', 'FEW', 'LSUN_HUB', 'to_uint8', 'from_uint8', 'as_images', 'kind_of', 'check_images', 'like', 'image_grid',
            'show_images', 'split_of', 'pick', 'Images', 'fit_pixels', 'shifted', 'RoomImages', 'IdxImages',
-           'FileImages', 'bedroom_folder', 'StreamImages', 'ArrayImages', 'open_images', 'Picture', 'image_dls']
+           'FileImages', 'bedroom_folder', 'StreamImages', 'ArrayImages', 'open_images', 'side_of', 'Picture',
+           'image_dls']
 
 # %% ../nbs/00_data.ipynb #c004
 import hashlib, math, os, unicodedata, zlib, gzip
@@ -339,6 +340,15 @@ def open_images(
         if data_home()/'downloads' in path.parents: path.unlink()    # a bad download is no better the next time
         raise
     return FileImages(folder, **how, kind=path.name.split('.')[0] or 'images')
+
+# %% ../nbs/00_data.ipynb #L243
+def side_of(path):
+    "Pixels a side of the pictures in an .npz, or in a folder the median of the shorter sides of some"
+    some = open_images(path, 64, n=25)
+    if hasattr(some, 'paths'): return min(2048, int(np.median([min(Image.open(o).size) for o in some.paths])))
+    h, w = some.pixels([0]).shape[-2:] if some.raw is None else some.raw.shape[-2:]
+    if h != w: raise UserError(f'{path} holds pictures of {h}x{w}: cut them to squares first.')
+    return min(2048, h)
 
 # %% ../nbs/00_data.ipynb #c256
 class Picture(TensorImage):

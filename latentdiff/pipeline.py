@@ -9,7 +9,7 @@ __all__ = ['NAMES', 'NAMED', 'ON_HUB', 'CARD', 'no_more', 'LatentDiffusionPipeli
            'expectation', 'KIDCurve']
 
 # %% ../nbs/80_pipeline.ipynb #c006
-import importlib.resources, inspect, math, os, re, shutil, tempfile, time
+import importlib.resources, inspect, math, os, re, tempfile, time
 from contextlib import nullcontext
 from pathlib import Path
 import diffusers, torch

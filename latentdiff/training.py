@@ -292,8 +292,7 @@ class Together(Callback):
     "Train one network in several processes: each takes its rows of a batch, and all follow the mean gradient"
     order, run_valid = MixedPrecision.order - 1, False   # after noise was added, before a GPU records the step
     def before_fit(self):
-        bs = self.dls.train.bs
-        agreed()
+        bs = agreed(self.dls.train.bs)
         if bs % world(): raise UserError(f'{world()} processes cannot share a batch of {bs}: start a divisor of {bs}')
         for p in self.model.parameters():
             first = p.data.contiguous()
@@ -301,8 +300,7 @@ class Together(Callback):
             p.data.copy_(first)
 
     def before_batch(self):
-        cut = lambda batch: tuple(o.chunk(world())[rank()] for o in batch)
-        self.learn.xb, self.learn.yb = cut(self.xb), cut(self.yb)
+        self.learn.xb, self.learn.yb = (tuple(o.chunk(world())[rank()] for o in b) for b in (self.xb, self.yb))
 
     def mean(self, tensors):
         "Numbers of several tensors, one after another, averaged over the processes"
@@ -316,8 +314,7 @@ class Together(Callback):
 
     def after_backward(self):
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        mean = self.mean(grads)
-        for g, new in zip(grads, mean.split([g.numel() for g in grads])): g.copy_(new.view_as(g))
+        for g, new in zip(grads, self.mean(grads).split([g.numel() for g in grads])): g.copy_(new.view_as(g))
 
 def together(model):
     "The callbacks that let several processes train `model` as one"
@@ -512,11 +509,10 @@ def fit_steps(learn,                                 # a fastai Learner whose tr
               rounds=10, keep_best=False, cbs=()):   # validations; end with the weights of the best; further callbacks
     # -> learn; its `history` holds losses and validations, its model the average if there is an `EMA`
     "Train for a number of steps; says beforehand how long it will take. Raises `UserError` if a loss is not finite"
-    if sum(o is not None for o in (steps, epochs, minutes)) != 1:
-        raise UserError('say how long to train: steps=..., epochs=... or minutes=..., one of the three')
-    if steps is not None: number(1, 10**9, steps=steps)
-    for k, v in dict(epochs=epochs, minutes=minutes).items(): number(1e-6, 1e9, False, **{k: 1 if v is None else v})
-    number(0, 1e38, False, lr=lr), number(seed=seed), number(1, rounds=rounds)
+    given = {k: v for k, v in dict(steps=steps, epochs=epochs, minutes=minutes).items() if v is not None}
+    if len(given) != 1: raise UserError('say how long to train: steps=..., epochs=... or minutes=..., one of the three')
+    number(1e-6, 1e9, 'steps' in given, **given), number(0, 1e38, False, lr=lr), number(1, rounds=rounds)
+    number(seed=seed)
     dl = learn.dls.train
     with torch.random.fork_rng():
         secs = step_time(no_sync(learn))

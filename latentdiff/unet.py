@@ -12,7 +12,7 @@ import diffusers, inspect, math, torch, torch.nn.functional as F
 from dataclasses import asdict
 from torch import nn
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from fastai.basics import DataLoaders, Path, partial, patch
+from fastai.basics import DataLoaders, Path, patch
 from fastai.callback.all import ActivationStats, GradientClip
 from .core import WEIGHTS, UserError, artefact, default_device, fingerprint, load_component, save_component, write_json
 from .training import Checkpoint, DeviceLoader, EMA, Graphed, Learner, fit_steps, largest_divisor

@@ -271,9 +271,9 @@ def test_the_size_of_a_set_does_not_hang_on_one_picture(tmp_path):
             side = 9 if i == k else 40
             Image.new('RGB', (side + 5, side)).save(folder/f'{i}.png')
         (folder/f'{(k + 1) % 12}.png').write_bytes(b'damaged')
-        assert M.side_of(folder) == 40
+        assert D.side_of(folder) == 40
     np.savez(tmp_path/'a.npz', np.zeros((9, 8, 16, 3), np.uint8))
-    with pytest.raises(UserError, match='8x16'): M.side_of(tmp_path/'a.npz')
+    with pytest.raises(UserError, match='8x16'): D.side_of(tmp_path/'a.npz')
 
 def test_a_message_is_one_line_of_short_words():
     said = str(UserError('a\nb ' + 'x'*9999 + ' c'))
