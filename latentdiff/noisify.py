@@ -16,7 +16,7 @@ from pathlib import Path
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from fastai.basics import Callback, patch
 from .autoencoder import fit_bs
-from .core import UserError, artefact, default_device, made, progress, read_json, stream, write_json
+from .core import UserError, artefact, default_device, made, progress, read_json, reserve, stream, write_json
 from .data import from_uint8, kind_of, like
 from .core import number, one_of
 
@@ -259,7 +259,8 @@ def _encode_rest(ae, images, folder, shape, flip, bs, save_every=5.):
     "Fill the files in `folder`, from the row where an earlier call stopped"
     count = folder/'done.json'
     done = read_json(count, f'delete {folder}')['done'] if count.is_file() else 0
-    files = [np.memmap(folder/f, np.float16, 'r+' if done else 'w+', shape=shape) for f in FILES[:1+flip]]
+    for f in FILES[:1+flip]: reserve(folder/f, 2*math.prod(shape))
+    files = [np.memmap(folder/f, np.float16, 'r+', shape=shape) for f in FILES[:1+flip]]
     def checkpoint():
         for f in files: f.flush()
         write_json(count, dict(done=done))
