@@ -36,11 +36,11 @@ def _fetch(url, part, tag):
     headers = {'User-Agent': 'latentdiff', **({'Range': f'bytes={have}-', 'If-Range': tag.read_text()} if have else {})}
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as r:
         if r.status != 206: have = 0                              # the server sends it all again
-        tag.write_text(r.headers.get('ETag') or r.headers.get('Last-Modified') or '')
         left = int(r.headers.get('Content-Length') or 0)
         enough(f'Downloading {url}', part, left)
         blocks = iter(lambda: r.read(1 << 20), b'')
-        with part.open('ab' if have else 'wb') as f:
+        with part.open('ab' if have else 'wb') as f:              # empty before it has another tag
+            tag.write_text(r.headers.get('ETag') or r.headers.get('Last-Modified') or '')
             for b in progress(blocks, -(-left >> 20), f'downloading {url} ({left/1e6:,.0f} MB)'): f.write(b)
     got = part.stat().st_size
     if got < have + left: raise ConnectionError(f'{got:,} of {have + left:,} bytes came')
