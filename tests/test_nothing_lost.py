@@ -34,3 +34,226 @@ def test_killed_at_any_write_and_called_again(deaths, stage):
         assert killed == -signal.SIGKILL and not differs and not left, (stage, where, differs, left)
         done = stage == 'to a folder' and int(where.split()[0]) > int(where.split()[-1]) - 2   # killed when all was in place: it says so
         assert again == done, (stage, where)
+
+# --- signals
+
+HANDED = """
+import os, signal, sys, time
+sys.argv[0] = sys.argv[0].replace('program.py', 'latentdiff-train')
+from latentdiff import core, commands
+from latentdiff.core import write_whole
+how, name, folder = sys.argv[1], sys.argv[2], sys.argv[3]
+n, me = getattr(signal, name), os.getpid()
+if how == 'ignored': signal.signal(n, signal.SIG_IGN)
+
+@commands.one_line_errors
+def train_cli():
+    if how == 'import':                                    # something that swallows whatever is raised while it is imported
+        with open(folder + '/swallows.py', 'w') as f: f.write(f'import os\\ntry: os.kill({me}, {int(n)})\\nexcept BaseException: pass\\n')
+        sys.path.insert(0, folder)
+        import swallows
+        return
+    with core.whole_folder(folder + '/a') as new:
+        write_whole(new/'x', 'half')
+        try:
+            os.kill(me, n)
+            time.sleep(0)
+        finally:
+            if how == 'twice': os.kill(me, n)
+    if how == 'after': os.kill(me, n)
+
+if how == 'late':
+    try: train_cli()
+    finally: os.kill(me, n)
+train_cli()
+"""
+
+@posix
+@pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM', 'SIGHUP'])
+@pytest.mark.parametrize('how', ['once', 'twice', 'late', 'import'])
+def test_a_signal_is_one_line_and_its_code(server, tmp_path, how, name):
+    "In the middle, twice, while the process ends already, and in an import that swallows it; what was half made is cleared away, unless it was asked twice"
+    r = server.code(HANDED, how, name, tmp_path)
+    assert r.rc == 128 + getattr(signal, name), r
+    assert r.err == 'stopped: what is finished is kept, and the same command goes on from there\n', r.err
+    if how in ('once', 'late'): assert not [*tmp_path.iterdir()]
+    assert not (tmp_path/'a').exists()
+
+@posix
+def test_what_nohup_ignores_stays_ignored(server, tmp_path):
+    r = server.code(HANDED, 'ignored', 'SIGHUP', tmp_path)
+    assert r.rc == 0 and not r.err and (tmp_path/'a'/'x').read_text() == 'half'
+
+EARLY = "import os, signal, sys\nsys.argv = ['/bin/latentdiff-run', '--help']\n{}\nimport latentdiff.commands"
+
+@posix
+def test_ctrl_c_while_the_command_itself_is_imported():
+    "Two processes of their own: numpy kills the command that imports it; where no command runs, Ctrl-C is Python's own"
+    poison = "class Finder:\n    def find_spec(self, name, *_):\n        if name == 'numpy': os.kill(os.getpid(), signal.SIGINT)\nsys.meta_path.insert(0, Finder())"
+    env = os.environ | dict(PYTHONPATH=str(Path(core.__file__).parents[1]))
+    run = lambda code: subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env)
+    r = run(EARLY.format(poison))
+    assert r.returncode == 130 and r.stderr.count('\n') == 1 and r.stderr.startswith('stopped'), r.stderr
+    r = run(EARLY.format(poison).replace('/bin/latentdiff-run', 'python'))
+    assert 'KeyboardInterrupt' in r.stderr
+
+# --- a full disk
+
+SMALL = """
+import ctypes, json, os, resource, sys, warnings
+from pathlib import Path
+from dataclasses import replace
+from latentdiff import commands, core, data, files, noisify, report, training
+import torch
+warnings.simplefilter('ignore')
+
+def small_disk(where, size):
+    "A file system of so many bytes at `where`, of this process alone; False where that is not allowed"
+    libc, uid, gid = ctypes.CDLL(None, use_errno=True), os.getuid(), os.getgid()
+    if libc.unshare(0x10000000 | 0x00020000): return False          # a namespace of users, and one of mounts
+    for name, text in (('setgroups', 'deny'), ('uid_map', f'0 {uid} 1'), ('gid_map', f'0 {gid} 1')): Path('/proc/self', name).write_text(text)
+    return not libc.mount(b'none', str(where).encode(), b'tmpfs', 0, f'size={size}'.encode())
+
+class Ballast:
+    "A file that takes what room is left"
+    def __init__(self, disk): self.path = Path(disk)/'ballast'
+    def __call__(self, leave=0):
+        with open(self.path, 'ab', buffering=0) as f:
+            for block in (1 << 16, 4096, 1):
+                try:
+                    while f.write(bytes(block)) == block: pass
+                except OSError: pass
+        os.truncate(self.path, max(0, self.path.stat().st_size - leave))
+    def away(self): self.path.unlink()
+
+def said(do):
+    try: do()
+    except core.UserError as e: return f'{type(e).__name__} {e}'
+    return 'nothing'
+
+disk, what = Path(sys.argv[1]), sys.argv[2]
+if not small_disk(disk, 20 << 20):
+    print('not allowed')
+    sys.exit()
+os.environ['LATENTDIFF_DATA'] = str(disk/'home')
+fill, images, p = Ballast(disk), data.open_images('rooms', 16, n=60), core.preset('tiny')
+names = lambda: sorted(o.relative_to(disk).as_posix() for o in disk.rglob('*') if o.name not in ('.lock', 'ballast', 'making.json') and not o.is_dir())
+
+def checkpoint():
+    keep = training.Checkpoint(disk/'checkpoints', 'this')
+    keep.save('last', dict(x=torch.ones(300_000)), dict(k=1, steps=2))
+    fill(500_000)
+    yield said(lambda: keep.save('last', dict(x=torch.zeros(300_000)), dict(k=2, steps=2)))
+    assert keep.note('last')['k'] == 1                             # the one before is whole
+    fill.away()
+    keep.save('last', dict(x=torch.zeros(300_000)), dict(k=2, steps=2))
+    assert keep.note('last')['k'] == 2
+
+class Encoder(torch.nn.Module):
+    "Large latents, at once"
+    config, weight = {}, torch.nn.Parameter(torch.zeros(1))
+    def latent_shape(self, size): return 4, 96, 96
+    def parameters(self): return iter([self.weight])
+    def encode(self, x): return torch.randn(len(x), 4, 96, 96)
+
+def encoding():
+    ae = Encoder()
+    fill(3_000_000)
+    yield said(lambda: noisify.make_latents(disk/'run', images, ae, p, flip=False))
+    fill.away()
+    assert len(noisify.make_latents(disk/'run', images, ae, p, flip=False)) == 60
+
+def pngs():
+    px = (torch.rand(300, 32, 32, 3)*255).byte().numpy()
+    fill(200_000)
+    yield said(lambda: commands.write_pngs(disk/'pngs', px))
+    fill.away()
+    commands.write_pngs(disk/'pngs', px)
+    assert len([*(disk/'pngs').iterdir()]) == 300
+
+def unpack():
+    import io, tarfile
+    archive = Path(sys.argv[3])
+    with tarfile.open(archive, 'w:gz') as t:
+        m = tarfile.TarInfo('a.bin')
+        m.size = 3_000_000
+        t.addfile(m, io.BytesIO(bytes(m.size)))
+    fill(1_000_000)
+    yield said(lambda: files.unpacked(archive))
+    fill.away()
+    assert (files.unpacked(archive)/'a.bin').stat().st_size == 3_000_000
+
+def download():
+    url, path = sys.argv[3], disk/'home'/'a.bin'
+    fill(1_500_000)
+    yield said(lambda: files.download(url, path))
+    fill.away()
+    assert files.download(url, path).stat().st_size == 3_000_000
+
+def page():
+    (disk/'run').mkdir()
+    write = lambda: core.write_whole(disk/'run'/'report.html', 'x'*400_000)
+    fill(100_000)
+    yield said(write)
+    fill.away()
+    write()
+
+def closed():
+    os.mkdir(disk/'run')
+    libc = ctypes.CDLL(None)
+    libc.mount(None, str(disk).encode(), None, 0x20 | 1, None)     # again, and only to be read
+    yield said(lambda: core.artefact(disk/'run'/'a', lambda o: {}, {}, {})) + said(lambda: core.new_place(disk/'run'/'b', '--out'))
+
+steps = globals()[what]()
+before, line = names(), next(steps)
+after = names()
+for _ in steps: pass
+print(json.dumps(dict(line=line, before=before, after=after, end=names())))
+"""
+
+class Endless:
+    "A server whose file has three megabytes, and that names their number only if asked to"
+    def __init__(self, says):
+        import http.server
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(200)
+                if says: self.send_header('Content-Length', '3000000')
+                self.end_headers()
+                try: self.wfile.write(bytes(3_000_000))
+                except OSError: pass
+            def log_message(self, *args): pass
+        self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+        threading.Thread(target=self.server.serve_forever, kwargs=dict(poll_interval=.02), daemon=True).start()
+        self.url = f'http://127.0.0.1:{self.server.server_port}/a.bin'
+
+def on_small_disk(server, tmp_path, what, *args):
+    (tmp_path/'disk').mkdir()
+    r = server.code(SMALL, tmp_path/'disk', what, *args)
+    if r.out.strip() == 'not allowed': pytest.skip('this user may not mount a small file system')
+    assert r.rc == 0, r.err
+    return AttrDict(json.loads(r.out.splitlines()[-1]))
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='needs namespaces')
+@pytest.mark.parametrize('what,says', [('checkpoint', '1.2 MB to be written'), ('encoding', '4.4 MB to be written'), ('pngs', 'MB free in'), ('unpack', 'LATENTDIFF_DATA'), ('page', '0.4 MB to be written')])
+def test_a_full_disk_is_one_line_and_after_room_was_made_it_goes_on(server, tmp_path, what, says):
+    "How much, where, and what to set; nothing half-written stays, and what was whole is whole"
+    d = on_small_disk(server, tmp_path, what, tmp_path/'a.tgz')
+    assert d.line.startswith('DiskError') and '\n' not in d.line and says in d.line, d.line
+    assert ('LATENTDIFF_DATA' if what == 'unpack' else 'LATENTDIFF_RUNS') in d.line and str(tmp_path/'disk') in d.line and 'make room' in d.line
+    assert not [o for o in d.after + d.end if any(k in o for k in ('.part', '.new', '.old'))] and d.end
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='needs namespaces')
+@pytest.mark.parametrize('says', [True, False])
+def test_a_download_for_which_there_is_no_room(server, tmp_path, says):
+    "Where the server names the size, nothing is fetched; where it does not, what came is kept, and a later call ends well"
+    source = Endless(says)
+    d = on_small_disk(server, tmp_path, 'download', source.url)
+    assert d.line.startswith('DiskError') and 'LATENTDIFF_DATA' in d.line and str(tmp_path/'disk') in d.line, d.line
+    if says: assert '3.0 MB of disk' in d.line and '1.5 MB are free' in d.line and d.after == []
+    assert d.end == ['home/a.bin']
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='needs namespaces')
+def test_where_only_reading_is_allowed(server, tmp_path):
+    d = on_small_disk(server, tmp_path, 'closed')
+    assert d.line.count('cannot be written (Read-only file system)') == 2 and '--out' in d.line, d.line
