@@ -257,3 +257,180 @@ def test_a_download_for_which_there_is_no_room(server, tmp_path, says):
 def test_where_only_reading_is_allowed(server, tmp_path):
     d = on_small_disk(server, tmp_path, 'closed')
     assert d.line.count('cannot be written (Read-only file system)') == 2 and '--out' in d.line, d.line
+
+# --- before the work
+
+def one_line(do):
+    with pytest.raises((UserError, SystemExit)) as e: do()
+    assert '\n' not in str(e.value) and len(str(e.value)) < 500
+    return str(e.value)
+
+@pytest.mark.parametrize('where', ['x'*300, '/proc/x', '/proc/x/y', 'x'*250, 'file/x', 'file'])
+def test_where_nothing_can_be_written_is_found_at_once(tmp_path, where):
+    "A name that is too long, or too long with what a half-written file has more; a system's own folder; below a file"
+    (tmp_path/'file').write_text('mine')
+    said = one_line(lambda: new_place(tmp_path/where, '--out'))
+    assert '--out' in said and [o.name for o in tmp_path.iterdir()] == ['file'] and (tmp_path/'file').read_text() == 'mine'
+
+@pytest.mark.skipif(not hasattr(os, 'geteuid') or not os.geteuid(), reason='nothing is closed to root')
+def test_a_folder_that_may_only_be_read_is_found_at_once(tmp_path):
+    tmp_path.chmod(0o555)
+    assert 'Permission denied' in one_line(lambda: new_place(tmp_path/'x', '--out'))
+
+@pytest.mark.parametrize('out,npz', [('x', 'x'), ('x', 'x/a.npz'), ('x/pngs', 'x'), ('x', 'y/../x'), ('x', './x')])
+def test_one_place_for_two_things_is_refused(tmp_path, out, npz, monkeypatch):
+    "Before the pipeline is even looked for: there is none of this name"
+    from latentdiff.commands import sample_cli
+    monkeypatch.chdir(tmp_path)
+    said = one_line(lambda: sample_cli.__wrapped__('no such run', out=out, npz=npz))
+    assert 'a place of its own' in said and '--out' in said and '--npz' in said and not [*tmp_path.iterdir()]
+
+def test_places_beside_each_other_are_fine(tmp_path):
+    new_places(out=tmp_path/'a', npz=tmp_path/'a.npz', other=None)
+    assert not [*tmp_path.iterdir()]
+
+ESTIMATES = """
+import json, sys
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+from latentdiff import autoencoder, commands, core, data
+folder, said = Path(sys.argv[1]), {}
+def what(name, do):
+    try: do()
+    except (core.UserError, SystemExit) as e: said[name] = str(e)
+    said[name + ' left'] = [o.name for o in folder.rglob('*') if o.is_file() and o.name not in ('.lock', 'making.json')]
+what('draw', lambda: commands.sample_cli.__wrapped__('fashion_mnist32', n=10**11, npz=str(folder/'a.npz')))
+core.free_memory = lambda: 1e6
+what('run', lambda: commands.Run(folder/'run', core.settings_of('rooms', 'tiny', size=16, n=120)).go())
+core.shutil.disk_usage = lambda path: namedtuple('Usage', 'total used free')(10, 5, 1000)
+p, images = replace(core.preset('tiny'), size=16, ae_steps=3, ae_widths=(8,), bs=8), data.open_images('rooms', 16, 60)
+what('train', lambda: autoencoder.make_autoencoder(folder/'ae', images, p, device='cpu'))
+print(json.dumps(said))
+"""
+
+def test_disk_and_memory_are_asked_for_before_a_stage(server, tmp_path):
+    "In one line with the figures, before anything is written"
+    r = server.code(ESTIMATES, tmp_path)
+    assert r.rc == 0, r.err
+    said = json.loads(r.out.splitlines()[-1])
+    assert 'Drawing 100,000,000,000 images needs' in said['draw'] and 'GB are free' in said['draw']
+    assert 'This run needs' in said['run'] and 'of memory, and 1.0 MB are free' in said['run']
+    assert 'The training needs' in said['train'] and 'of disk, and 0.0 MB are free' in said['train']
+    assert not any(said[k] for k in said if k.endswith(' left')) and not any('\n' in said[k] for k in ('draw', 'run', 'train'))
+
+# --- two at once
+
+TWICE = """
+import os, sys
+from pathlib import Path
+from latentdiff import files
+url, path, archive = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+begun, tell = os.pipe()
+
+class Telling(files.FileLock):
+    "Tells the first process that the second one has come to the door"
+    def acquire(self, *args, **kw):
+        os.write(tell, b'x')
+        return super().acquire(*args, **kw)
+
+def second(do):
+    "Another process that does the same; returns when it waits, or is done"
+    pid = os.fork()
+    if pid:
+        os.close(tell)
+        os.read(begun, 1)
+        return pid
+    files.progress = lambda it, *_: it
+    files.FileLock = Telling
+    try: do()
+    except BaseException as e:
+        print(repr(e), file=sys.stderr, flush=True)
+        os._exit(1)
+    os._exit(0)
+
+pids = []
+def halfway(blocks, *_):
+    for i, o in enumerate(blocks):
+        yield o
+        if i == 0: pids.append(second(lambda: files.download(url, path)))
+files.progress = halfway
+files.download(url, path)
+assert os.waitpid(pids[0], 0)[1] == 0
+
+begun, tell = os.pipe()
+members = files._members
+def slowly(archive):
+    for i, o in enumerate(members(archive)):
+        yield o
+        if i == 0:
+            files._members = members
+            pids.append(second(lambda: files.unpacked(archive)))
+            assert os.waitpid(pids[1], 0)[1] == 0
+            kept.append(os.stat(next(folder() .rglob('*.bin'))).st_ino)
+kept, folder = [], lambda: next(o for o in Path(os.environ['LATENTDIFF_DATA']).iterdir() if o.name[0] != '.')
+files._members = slowly
+files.unpacked(archive)
+print(len([*folder().rglob('*.bin')]), os.stat(next(folder().rglob('*.bin'))).st_ino == kept[0])
+"""
+
+@posix
+def test_two_downloads_of_one_file_are_both_right(server, tmp_path):
+    "The second begins when half of the first is there; likewise an archive: the folder that one process reads is not taken away by the other"
+    import io, tarfile
+    source = Endless(True)
+    with tarfile.open(tmp_path/'a.tgz', 'w:gz') as t:
+        for i in range(3):
+            m = tarfile.TarInfo(f'{i}.bin')
+            m.size = 1000
+            t.addfile(m, io.BytesIO(bytes(1000)))
+    r = server.code(TWICE, source.url, tmp_path/'d'/'a.bin', tmp_path/'a.tgz', LATENTDIFF_DATA=str(tmp_path/'home'), seconds=60)
+    assert r.rc == 0 and r.out.split()[-2:] == ['3', 'True'], r
+    assert (tmp_path/'d'/'a.bin').stat().st_size == 3_000_000 and not [*(tmp_path/'d').glob('*part*')]
+
+@posix
+def test_a_lock_of_a_dead_process_keeps_nobody_out(server, tmp_path):
+    r = server.code('import os, signal, sys\nfrom latentdiff.core import locked\nwith locked(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)', tmp_path)
+    assert r.rc == -signal.SIGKILL and (tmp_path/'.lock').exists()
+    with locked(tmp_path): pass
+
+# --- what is not finite
+
+def test_a_training_that_diverged_goes_on_at_a_lower_rate_when_asked(tmp_path, capsys):
+    "Its last good checkpoint is kept; the message names step and cause"
+    from test_training import Poison, quiet, small_learner, state, trained
+    from latentdiff.training import Checkpoint
+    keep = Checkpoint(tmp_path, 'this', every=0)
+    with pytest.raises(UserError, match='training Sequential stopped at step 13: .*the training diverged, so train again at a lower rate than 0.05'):
+        trained('plain', keep, cbs=Poison('loss', 13))
+    learn = quiet(small_learner(), steps=40, lr=.01, checkpoint=keep)
+    assert 'from step 13 on' in capsys.readouterr().out and not not_finite(state(learn))
+
+def test_float16_that_overflows_is_told_from_divergence():
+    "Mixed precision in float16, on the CPU: an activation of 100,000 is infinite there, and finite in float32"
+    import torch
+    from fastai.basics import Callback
+    from test_training import quiet, small_learner
+    class MixedPrecision(Callback):
+        order = 10
+        def before_fit(self): self.autocast = torch.autocast('cpu', torch.float16)
+        def before_batch(self): self.autocast.__enter__()
+        def after_pred(self): self.learn.pred = self.pred.float()
+        def after_loss(self): self.autocast.__exit__(None, None, None)
+        def after_cancel_fit(self): pass
+    for value, says in ((1e5, 'float16 overflowed, and in float32 it is finite'), (float('nan'), 'the training diverged')):
+        learn = small_learner(MixedPrecision())
+        learn.model[-1].bias.data[:] = value
+        with pytest.raises(UserError, match=says): quiet(learn, steps=4)
+        while torch.is_autocast_enabled('cpu'): learn.mixed_precision.autocast.__exit__(None, None, None)
+
+def test_a_training_that_overfits_says_whose_weights_are_kept(capsys):
+    from test_training import quiet, small_learner
+    import torch
+    learn = small_learner(n=12, noise=0.)
+    x, y = learn.dls.train.dataset.tensors
+    learn.dls.train.dataset = torch.utils.data.TensorDataset(x, torch.randn(y.shape, generator=torch.Generator().manual_seed(3)))   # nothing to be learnt from
+    quiet(learn, steps=100, lr=.05, keep_best=True)
+    at = learn.history['best'][0]
+    assert at < 100 and f'the weights of step {at} of 100 are kept' in capsys.readouterr().out
+    assert learn.history['best'][1] == min(r[2] for r in learn.history['rows'])
