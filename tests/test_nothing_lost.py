@@ -1,5 +1,5 @@
 "Killed, stopped, starved of disk: what is finished is kept, what is half done is never taken for the whole, and the same command goes on."
-import errno, json, os, signal, subprocess, sys, threading
+import json, os, random, signal, subprocess, sys, threading
 import pytest
 from filelock import FileLock
 from pathlib import Path
@@ -211,16 +211,20 @@ for _ in steps: pass
 print(json.dumps(dict(line=line, before=before, after=after, end=names())))
 """
 
-class Endless:
-    "A server whose file has three megabytes, and that names their number only if asked to"
+CONTENT = random.Random(0).randbytes(3_000_000)
+
+class Source:
+    "A server of one file, in parts if asked, that names its size only if told to"
     def __init__(self, says):
         import http.server
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
-                self.send_response(200)
-                if says: self.send_header('Content-Length', '3000000')
+                at = int(self.headers['Range'][6:-1]) if self.headers['If-Range'] == '"v1"' else 0
+                self.send_response(206 if at else 200)
+                self.send_header('ETag', '"v1"')
+                if says: self.send_header('Content-Length', str(len(CONTENT) - at))
                 self.end_headers()
-                try: self.wfile.write(bytes(3_000_000))
+                try: self.wfile.write(CONTENT[at:])
                 except OSError: pass
             def log_message(self, *args): pass
         self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
@@ -247,7 +251,7 @@ def test_a_full_disk_is_one_line_and_after_room_was_made_it_goes_on(server, tmp_
 @pytest.mark.parametrize('says', [True, False])
 def test_a_download_for_which_there_is_no_room(server, tmp_path, says):
     "Where the server names the size, nothing is fetched; where it does not, what came is kept, and a later call ends well"
-    source = Endless(says)
+    source = Source(says)
     d = on_small_disk(server, tmp_path, 'download', source.url)
     assert d.line.startswith('DiskError') and 'LATENTDIFF_DATA' in d.line and str(tmp_path/'disk') in d.line, d.line
     if says: assert '3.0 MB of disk' in d.line and '1.5 MB are free' in d.line and d.after == []
@@ -376,9 +380,12 @@ print(len([*folder().rglob('*.bin')]), os.stat(next(folder().rglob('*.bin'))).st
 
 @posix
 def test_two_downloads_of_one_file_are_both_right(server, tmp_path):
-    "The second begins when half of the first is there; likewise an archive: the folder that one process reads is not taken away by the other"
+    "The second begins when half is there of the first, which goes on with an older half; of two that unpack an archive, neither takes away the folder that the other reads"
     import io, tarfile
-    source = Endless(True)
+    source = Source(True)
+    (tmp_path/'d').mkdir()
+    (tmp_path/'d'/'a.bin.part').write_bytes(CONTENT[:500_000])
+    (tmp_path/'d'/'a.bin.part.tag').write_text('"v1"')
     with tarfile.open(tmp_path/'a.tgz', 'w:gz') as t:
         for i in range(3):
             m = tarfile.TarInfo(f'{i}.bin')
@@ -386,7 +393,7 @@ def test_two_downloads_of_one_file_are_both_right(server, tmp_path):
             t.addfile(m, io.BytesIO(bytes(1000)))
     r = server.code(TWICE, source.url, tmp_path/'d'/'a.bin', tmp_path/'a.tgz', LATENTDIFF_DATA=str(tmp_path/'home'), seconds=60)
     assert r.rc == 0 and r.out.split()[-2:] == ['3', 'True'], r
-    assert (tmp_path/'d'/'a.bin').stat().st_size == 3_000_000 and not [*(tmp_path/'d').glob('*part*')]
+    assert (tmp_path/'d'/'a.bin').read_bytes() == CONTENT and not [*(tmp_path/'d').glob('*part*')]
 
 @posix
 def test_a_lock_of_a_dead_process_keeps_nobody_out(server, tmp_path):
