@@ -58,7 +58,8 @@ class Files(http.server.BaseHTTPRequestHandler):
 CONTENT = np.random.RandomState(0).bytes(3_500_000)
 SIZES = dict(data='rooms', preset='tiny', size=16, n=120, steps=4, ae_steps=4)
 core.PRESETS['tiny'] = replace(core.PRESETS['tiny'], ae_widths=(16,), widths=(16, 32), bs=16, n_eval=24, sample_steps=2)
-STAGES = 'download', 'unpack', 'start', 'autoencoder', 'encoding', 'denoiser', 'samples', 'to a folder', 'evaluation'
+QUICK = 'download', 'unpack'
+STAGES = *QUICK, 'start', 'autoencoder', 'encoding', 'denoiser', 'samples', 'to a folder', 'evaluation'
 MADE = dict(start=(), autoencoder=('autoencoder',), encoding=('latents',), denoiser=('denoiser',), samples=('samples',), evaluation=('scores', 'report'))
 
 def run(folder, goals=commands.GOALS):
@@ -161,4 +162,4 @@ def deaths(stage, n, seed):
 
 if __name__ == '__main__':
     base, n, seed, IMAGES = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), data.open_images('rooms', 16, n=120)
-    print('\n' + json.dumps({o: deaths(Stage(o, base), n if o in MADE else max(n, 20), seed) for o in STAGES}))
+    print('\n' + json.dumps({o: deaths(Stage(o, base), max(n, 20) if o in QUICK else n, seed) for o in STAGES}))
