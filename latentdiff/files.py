@@ -56,7 +56,7 @@ def download(url, path): # http(s); where the file goes, whose folder is made
         try:
             with on_disk(part), FileLock(lock): _fetch_all(url, path, part, tag)   # a second process waits
         finally: lock.unlink(missing_ok=True)
-    tag.unlink(missing_ok=True)
+    for o in (tag, lock): o.unlink(missing_ok=True)               # of a process that was killed just here
     return path
 
 def _fetch_all(url, path, part, tag, tries=3):

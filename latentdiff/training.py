@@ -389,7 +389,8 @@ class Keeper(Callback):
     def take_best(self):
         "End with the weights of the best validation, and say so if they are not the last ones"
         at, steps = self.history['best'][0], self.step_by_step.steps
-        if at < steps: print(f'the weights of step {at:,} of {steps:,} are kept: their validation was the best', flush=True)
+        if at < steps:
+            print(f'the weights of step {at:,} of {steps:,} are kept: their validation was the best', flush=True)
         self.model.load_state_dict(self.best)
 
     def check(self, tensors):
