@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['data', 'training', 'autoencoder', 'noisify', 'unet', 'sampling', 'kid_eval', 'conditioning', 'pipeline', 'report',
            'source', 'QUICK', 'SCORES', 'GOALS', 'run_cli', 'encode_cli', 'Run', 'to_hwc', 'write_npz', 'plain_output',
-           'one_line_errors', 'new_place', 'train_cli', 'told_by', 'check_kind', 'write_pngs', 'sample_cli', 'eval_cli']
+           'one_line_errors', 'train_cli', 'told_by', 'check_kind', 'write_pngs', 'sample_cli', 'eval_cli']
 
 # %% ../nbs/90_commands.ipynb #c004
-import importlib, io, json, os, platform, sys
+from .core import STEPS, UserError, above_zero, agreed, artefact, beside_file, check_settings, default_device
+from .core import enough, fingerprint, last_words, locked, made, new_place, new_places, number, preset_of
+from .core import progress, rank, read_json, run_folder, settings_of, stop_politely, to_toml, whole_folder
+from .core import write_json, write_whole
+import importlib, io, json, math, os, platform, sys   # after core, which minds Ctrl-C from its first lines on
 from functools import wraps
 from pathlib import Path
 import fastprogress.fastprogress, numpy as np
 from fastcore.basics import patch
 from fastcore.script import call_parse
-from .core import STEPS, UserError, above_zero, agreed, artefact, beside_file, check_settings, default_device
-from .core import fingerprint, locked, made, number, preset_of, progress, rank, read_json, run_folder
-from .core import settings_of, to_toml, whole_folder, write_json, write_whole
 
 # %% ../nbs/90_commands.ipynb #n201
 class _Lazy:
@@ -40,7 +41,8 @@ class Run:
         "The settings in run.json, or these if the folder is new; `UserError` if the folder belongs to something else"
         f, other = self.folder/'run.json', 'choose another folder with --out.'
         if not f.exists():
-            foreign = {o.name for o in self.folder.glob('*')} - {'.lock'} and not [*self.folder.glob('*/made.json')]
+            begun = {'config.toml', 'skipped.json'} | {o.name for o in self.folder.glob('.*')}   # and killed at once
+            foreign = {o.name for o in self.folder.glob('*')} - begun and not [*self.folder.glob('*/made.json')]
             if not self.folder.is_file() and not foreign: return settings
             raise UserError(f'{self.folder} exists and is not a run folder: {other}')
         d = read_json(f, f'delete the folder, or {other}')
@@ -60,13 +62,13 @@ class Run:
         return self.kept[name]
 
     def write(self):
-        "Write run.json: the settings, and what else a result depends on"
+        "Write run.json, last of all: the settings, and what else a result depends on"
         import diffusers, fastai, torch
         libraries = {o.__name__: o.__version__ for o in (torch, fastai, diffusers)}
         versions = dict(python=platform.python_version(), **libraries)
         d = dict(settings=self.settings, device=str(self.device), threads=torch.get_num_threads(), versions=versions)
-        write_json(self.folder/'run.json', d, indent=1)
         write_whole(self.folder/'config.toml', to_toml(self.options()))
+        write_json(self.folder/'run.json', d, indent=1)
 
     def options(self):
         "The options of latentdiff-run that repeat this run"
@@ -336,6 +338,7 @@ def announce(self:Run):
     gb = 1.3*training.peak_gb(self.device) + 2*min(1.5e9, len(self.images)*self.images.channels*p.size**2)/1e9
     print(f'training takes about {(p.ae_steps*a + p.steps*d)/60:.1f} min and {gb:.1f} GB on this machine as it is now: '
           f'{p.ae_steps if a else 0:,} steps of the autoencoder, {p.steps:,} of the denoiser', flush=True)
+    if self.device.type == 'cpu': enough('This run', self.folder/'run.json', memory=1e9*(gb - training.peak_gb()))
 
 @patch
 def go(self:Run, goals=GOALS):
@@ -350,8 +353,8 @@ def go(self:Run, goals=GOALS):
     stamp = lambda: {o: o.stat().st_mtime_ns for o in self.folder.glob('**/*.json')}   # each part has its made.json
     with locked(self.folder):
         before = stamp()
-        if fresh or read_json(self.folder/'run.json', 'delete it').get('settings') != self.settings: self.write()
         if fresh and self.images.skipped: write_json(self.folder/'skipped.json', self.images.skipped, indent=1)
+        if fresh or read_json(self.folder/'run.json', 'delete it').get('settings') != self.settings: self.write()
         for k in goals: getattr(self, k)
     done = 'is finished: nothing to do' if before == stamp() else f'{training.peak_gb(self.device):.1f} GB at most'
     print(f'{self.folder} {done}')
@@ -365,25 +368,16 @@ def plain_output():
     if rank(): sys.stdout = sys.stderr = open(os.devnull, 'w')   # the first of several processes speaks
 
 def one_line_errors(f):
-    "A `UserError` becomes one line on stderr and exit code 1; Ctrl-C one line and exit code 130"
+    "A `UserError` becomes one line on stderr and exit code 1; Ctrl-C and its kin one line and exit code 128+n"
     @wraps(f)
     def _f(*args, **kwargs):
         plain_output()
+        stop_politely()
         try: return f(*args, **kwargs)
         except UserError as e:
             raise SystemExit(f"latentdiff-{f.__name__.removesuffix('_cli')}: {' '.join(str(e).split())}") from None
-        except KeyboardInterrupt:
-            print('\nstopped: what is finished is kept, and the same command goes on from there', file=sys.stderr)
-            raise SystemExit(130) from None
+        except KeyboardInterrupt as e: raise SystemExit(last_words(*e.args)) from None
     return _f
-
-def new_place(path, option):
-    "`UserError` before the work starts if nothing can be written at `path`, or something is there"
-    path = Path(path)
-    if path.exists(): raise UserError(f'{path} exists: choose another place with {option}, or delete it.')
-    try: path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f'{path} cannot be written ({e.strerror}): choose another place with {option}.') from None
 
 # %% ../nbs/90_commands.ipynb #c038
 def _options(
@@ -487,10 +481,11 @@ def sample_cli(
     for k, v, most in (('n', n, 10**7), ('steps', steps, 10**5), ('bs', bs, 4096)): number(1, most, **{f'--{k}': v})
     if not (out or npz): raise UserError('Say where the images should go: --out FOLDER, --npz FILE, or both.')
     told = told_by(Class, prompt, guidance, negative)
-    for path, option in ((out, '--out'), (npz, '--npz')):
-        if path: new_place(path, option)
+    new_places(out=out, npz=npz)
     pipe = pipeline.LatentDiffusionPipeline.from_pretrained(run)
     check_kind(pipe, run, Class, prompt)
+    size = n*pipe.size**2*3
+    for o in filter(None, (out, npz)): enough(f'Drawing {n:,} images', o, size, size + 8*n*math.prod(pipe.latent_shape))
     print(f'{n:,} images into {out or npz}: {pipeline.expectation(pipe, n, steps, sampler, bs, **told)}', flush=True)
     px = to_hwc(pipe.pixels(n, steps, sampler, seed, bs, **told))
     if npz: write_npz(npz, px)

@@ -336,8 +336,8 @@ def open_images(
     try:
         if path.suffix == '.npz': return ArrayImages(path, **how)
         folder = path if path.is_dir() else unpacked(path)
-    except UserError:
-        if data_home()/'downloads' in path.parents: path.unlink()    # a bad download is no better the next time
+    except UserError as e:   # a bad download is no better the next time; on a full disk it is not to blame
+        if data_home()/'downloads' in path.parents and not isinstance(e, OSError): path.unlink()
         raise
     return FileImages(folder, **how, kind=path.name.split('.')[0] or 'images')
 

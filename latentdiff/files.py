@@ -16,7 +16,8 @@ from urllib.parse import parse_qsl
 import fsspec, numpy as np, torch, torchvision.transforms.functional as TF
 from PIL import Image, ImageOps, UnidentifiedImageError
 from fastai.data.external import untar_data
-from .core import DATASETS, UserError, data_home, fingerprint, progress, whole_folder
+from filelock import FileLock
+from .core import DATASETS, FULL, UserError, data_home, enough, fingerprint, on_disk, progress, whole_folder
 from .core import number, one_of
 
 # %% ../nbs/parts/files.ipynb #f007
@@ -35,10 +36,11 @@ def _fetch(url, part, tag):
     headers = {'User-Agent': 'latentdiff', **({'Range': f'bytes={have}-', 'If-Range': tag.read_text()} if have else {})}
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as r:
         if r.status != 206: have = 0                              # the server sends it all again
-        tag.write_text(r.headers.get('ETag') or r.headers.get('Last-Modified') or '')
         left = int(r.headers.get('Content-Length') or 0)
+        enough(f'Downloading {url}', part, left)
         blocks = iter(lambda: r.read(1 << 20), b'')
-        with part.open('ab' if have else 'wb') as f:
+        with part.open('ab' if have else 'wb') as f:              # empty before it has another tag
+            tag.write_text(r.headers.get('ETag') or r.headers.get('Last-Modified') or '')
             for b in progress(blocks, -(-left >> 20), f'downloading {url} ({left/1e6:,.0f} MB)'): f.write(b)
     got = part.stat().st_size
     if got < have + left: raise ConnectionError(f'{got:,} of {have + left:,} bytes came')
@@ -47,20 +49,29 @@ def download(url, path): # http(s); where the file goes, whose folder is made
     "Download once: goes on where it broke off, appears in one step. Raises `UserError` when it cannot be had"
     path = Path(path)
     if not str(url).startswith(('http://', 'https://')): raise UserError(f'{url!r} is no address: begin with https://')
-    part, tag = (path.with_name(path.name + o) for o in ('.part', '.part.tag'))
-    tries = 3
+    part, tag, lock = (path.with_name(f'{path.name}.part{o}') for o in ('', '.tag', '.lock'))
+    try: path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise UserError(f'could not download {url} ({one_line(e)}): set LATENTDIFF_DATA') from None
+    if not path.exists():
+        try:
+            with on_disk(part), FileLock(lock): _fetch_all(url, path, part, tag)   # a second process waits
+        finally: lock.unlink(missing_ok=True)
+    for o in (tag, lock): o.unlink(missing_ok=True)               # of a process that was killed just here
+    return path
+
+def _fetch_all(url, path, part, tag, tries=3):
+    "Fill `part`, and put it in place"
     while not path.exists():
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             _fetch(url, part, tag)
             os.replace(part, path)
-            tag.unlink()
+        except UserError: raise
         except (OSError, ValueError, http.client.HTTPException) as e:
             code, tries = getattr(e, 'code', None), tries - 1
+            if getattr(e, 'errno', None) in FULL: raise
             if code == 416 and part.exists(): part.unlink()       # there is no such rest: begin afresh
             elif code or not tries:
                 raise UserError(f'could not download {url} ({one_line(e)}): try later, or put it at {path}') from None
-    return path
 
 # %% ../nbs/parts/files.ipynb #f014
 def _members(archive):
@@ -96,8 +107,9 @@ def unpacked(archive): # path of a .tar, .tgz, .tar.gz or .zip
     stamp = fingerprint(name=archive.name, size=about.st_size, changed=about.st_mtime_ns)[:8]
     folder = data_home()/f"{archive.name.split('.')[0]}-{stamp}"
     if folder.exists(): return folder
+    enough(f'Unpacking {archive.name}', folder, about.st_size)
     try:
-        with whole_folder(folder) as new:
+        with whole_folder(folder, first=True) as new:
             for name, size, f in _members(archive):
                 held, most = held + size, max(UNPACKED, 100*about.st_size)
                 if held > most: raise UserError(f'{archive.name} holds over {most/1e9:,.3g} GB: unpack it yourself')
@@ -225,7 +237,7 @@ def hub_folder(spec, n): # 'owner/name', '?image=..&label=..&caption=..&split=..
         if missing: raise UserError(f'{name} has no column {missing[0]}, only {there}: add ?image=..')
         classes = getattr(rows.features[cols['label']], 'names', None) if cols['label'] else None
         rows = rows.cast_column(cols['image'], HubImage(decode=False))
-        with whole_folder(folder) as new:
+        with whole_folder(folder, first=True) as new:
             if not _save_rows(rows, cols, classes, n, new): raise UserError(f'{name} has no rows in its split {split}')
     except UserError: raise
     except (OSError, ValueError, KeyError, RuntimeError) as e:

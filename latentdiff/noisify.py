@@ -18,7 +18,7 @@ from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscr
 from fastai.basics import Callback, patch
 from .autoencoder import fit_bs
 from .core import UserError, agreed, artefact, default_device, first_ahead, made, progress, rank, read_json
-from .core import share, stream, world, write_json
+from .core import reserve, share, stream, world, write_json
 from .data import from_uint8, kind_of, like
 from .core import number, one_of
 
@@ -265,8 +265,8 @@ def _encode_rest(ae, images, folder, shape, flip, bs, save_every=5.):
     said = read_json(count, f'delete {folder}').get('done') if count.is_file() else 0
     done = agreed(number(0, n, **{f'done in {count}': said}))
     with first_ahead():
-        mode = 'r+' if done or rank() else 'w+'
-        files = [np.memmap(folder/f, np.float16, mode, shape=shape) for f in FILES[:1+flip]]
+        for f in FILES[:1+flip]: reserve(folder/f, 2*math.prod(shape))
+        files = [np.memmap(folder/f, np.float16, 'r+', shape=shape) for f in FILES[:1+flip]]
     def checkpoint():
         for f in files: f.flush()
         agreed()

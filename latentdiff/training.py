@@ -17,8 +17,8 @@ from pathlib import Path
 from torch import nn
 from fastai.basics import AvgSmoothLoss, Callback, CancelFitException, DataLoader, OptimWrapper, join_path_file, listify
 from fastai.callback.fp16 import AMPMode, MixedPrecision
-from .core import UserError, agreed, default_device, not_finite, number, rank, read_weights, stream, world
-from .core import write_whole
+from .core import UserError, agreed, default_device, enough, not_finite, number, rank, read_weights, stream
+from .core import world, write_whole
 from .data import as_images, shifted, show_images
 
 # %% ../nbs/parts/training.ipynb #c007
@@ -373,6 +373,9 @@ class Checkpoint:
         tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         note = json.dumps({**note, 'made_from': self.made_from}, default=float)  # losses are still on the device
         write_whole(self.path(name), safetensors.torch.save(tensors, {'note': note}))
+        self.clear()
+
+    def clear(self): # away what a killed process left half written
         for part in self.folder.glob('.*.part'): part.unlink(missing_ok=True)
 
     def note(self, name):
@@ -387,6 +390,7 @@ class Checkpoint:
 
     def load(self, steps, exact=False): # of the whole training; `exact`: not one of another length, validated elsewhere
         "(tensors, note) of the most advanced checkpoint that such a training passes through, or None"
+        self.clear()
         passes = lambda n: not exact and n['k'] <= min(decay_start(n['steps']), decay_start(steps))
         notes = {o: n for o in ('last', 'stable') if (n := self.note(o)) and (n['steps'] == steps or passes(n))}
         name = max(notes, key=lambda o: notes[o]['k'], default=None)
@@ -426,8 +430,18 @@ class StepByStep(Callback):
 
     def finite(self, yes, what='its loss is not a finite number'):
         if yes: return
-        raise UserError(f'training {type(self.model).__name__} stopped at step {self.k}: {what}; '
-                        f'nothing of it is saved, train again at a lower rate than {self.peak:g}')
+        why = 'float16 overflowed, and in float32 it is finite: train without mixed precision, or' \
+              if self.overflowed() else 'the training diverged, so'
+        raise UserError(f'training {type(self.model).__name__} stopped at step {self.k}: {what}; {why} '
+                        f'train again at a lower rate than {self.peak:g}; nothing of this step is saved')
+
+    @torch.no_grad()
+    def overflowed(self):
+        "Whether the same batch has a finite loss in float32, though not in the float16 of mixed precision"
+        half = getattr(getattr(self.learn, 'mixed_precision', None), 'autocast', None)
+        if half is None or half.fast_dtype != torch.float16: return False
+        with torch.autocast(half.device, enabled=False):
+            return bool(self.learn.loss_func(type(self.model).forward(self.model, *self.xb), *self.yb).isfinite())
 
     def after_batch(self): self.k += 1
 
@@ -441,6 +455,12 @@ class Keeper(Callback):
     def before_fit(self):
         self.history, self.best, self.saved = dict(step=[], loss=[], rows=[], best=None), None, time.monotonic()
         if self.found: self.restore(*self.found)
+        if self.checkpoint: enough('The training', self.checkpoint.path('last'), self.bytes())
+
+    def bytes(self):
+        "About as much as two checkpoints and one that is being written take: weights, two moments, average, best"
+        copies = 3 + hasattr(self.learn, 'ema') + self.keep_best
+        return 3*copies*sum(v.nbytes for v in self.model.state_dict().values())
 
     def after_batch(self):
         k, steps = self.step_by_step.k, self.step_by_step.steps
@@ -461,8 +481,15 @@ class Keeper(Callback):
 
     def after_fit(self):
         self.check(dict(self.model.named_parameters()))
-        if self.best is not None: self.model.load_state_dict(self.best)
+        if self.best is not None: self.take_best()
         self.learn.history = {**self.history, 'loss': [float(o) for o in self.history['loss']]}
+
+    def take_best(self):
+        "End with the weights of the best validation, and say so if they are not the last ones"
+        at, steps = self.history['best'][0], self.step_by_step.steps
+        if at < steps:
+            print(f'the weights of step {at:,} of {steps:,} are kept: their validation was the best', flush=True)
+        self.model.load_state_dict(self.best)
 
     def check(self, tensors):
         self.step_by_step.finite(not not_finite(tensors), 'not all its weights are finite numbers')

@@ -1,0 +1,443 @@
+"Killed, stopped, starved of disk: what is finished is kept, what is half done is never taken for the whole, and the same command goes on."
+import json, os, random, signal, subprocess, sys, threading
+import pytest
+from filelock import FileLock
+from pathlib import Path
+from fastcore.basics import AttrDict
+from latentdiff import core
+from latentdiff.core import *
+
+LONG = 'LATENTDIFF_LONG' in os.environ
+STAGES = 'download', 'unpack', 'start', 'autoencoder', 'encoding', 'denoiser', 'samples', 'to a folder', 'evaluation'
+posix = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+
+# --- SIGKILL
+
+@pytest.fixture(scope='session')
+def deaths(server, shared):
+    "What `deaths.py` found, by stage: made by one worker, read by each"
+    said, n = shared/'deaths.json', 20 if LONG else 3
+    with FileLock(shared/'deaths.lock'):
+        if not said.exists():
+            (shared/'deaths').mkdir()
+            r = server.run(Path(__file__).with_name('deaths.py'), shared/'deaths', n, 0)
+            assert r.rc == 0, r.err
+            said.write_text(r.out.splitlines()[-1])
+    return AttrDict(n=n, **json.loads(said.read_text()))
+
+@posix
+@pytest.mark.parametrize('stage', STAGES)
+def test_killed_at_any_write_and_called_again(deaths, stage):
+    "The next call ends with the bytes of a run that was left in peace, and nothing half made is left"
+    assert len(deaths[stage]) >= min(deaths.n, 9)
+    for where, killed, again, differs, left in deaths[stage]:
+        assert killed == -signal.SIGKILL and not differs and not left, (stage, where, differs, left)
+        done = stage == 'to a folder' and int(where.split()[0]) > int(where.split()[-1]) - 2   # killed when all was in place: it says so
+        assert again == done, (stage, where)
+
+# --- signals
+
+HANDED = """
+import os, signal, sys, time
+sys.argv[0] = sys.argv[0].replace('program.py', 'latentdiff-train')
+from latentdiff import core, commands
+from latentdiff.core import write_whole
+how, name, folder = sys.argv[1], sys.argv[2], sys.argv[3]
+n, me = getattr(signal, name), os.getpid()
+if how == 'ignored': signal.signal(n, signal.SIG_IGN)
+
+@commands.one_line_errors
+def train_cli():
+    if how == 'import':                                    # something that swallows whatever is raised while it is imported
+        with open(folder + '/swallows.py', 'w') as f: f.write(f'import os\\ntry: os.kill({me}, {int(n)})\\nexcept BaseException: pass\\n')
+        sys.path.insert(0, folder)
+        import swallows
+        return
+    with core.whole_folder(folder + '/a') as new:
+        write_whole(new/'x', 'half')
+        try:
+            os.kill(me, n)
+            time.sleep(0)
+        finally:
+            if how == 'twice': os.kill(me, n)
+    if how == 'after': os.kill(me, n)
+
+if how == 'late':
+    try: train_cli()
+    finally: os.kill(me, n)
+train_cli()
+"""
+
+@posix
+@pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM', 'SIGHUP'])
+@pytest.mark.parametrize('how', ['once', 'twice', 'late', 'import'])
+def test_a_signal_is_one_line_and_its_code(server, tmp_path, how, name):
+    "In the middle, twice, while the process ends already, and in an import that swallows it; what was half made is cleared away, unless it was asked twice"
+    r = server.code(HANDED, how, name, tmp_path)
+    assert r.rc == 128 + getattr(signal, name), r
+    assert r.err == 'stopped: what is finished is kept, and the same command goes on from there\n', r.err
+    if how in ('once', 'late'): assert not [*tmp_path.iterdir()]
+    assert not (tmp_path/'a').exists()
+
+@posix
+def test_what_nohup_ignores_stays_ignored(server, tmp_path):
+    r = server.code(HANDED, 'ignored', 'SIGHUP', tmp_path)
+    assert r.rc == 0 and not r.err and (tmp_path/'a'/'x').read_text() == 'half'
+
+EARLY = "import os, signal, sys\nsys.argv = ['/bin/latentdiff-run', '--help']\n{}\nimport latentdiff.commands"
+
+@posix
+def test_ctrl_c_while_the_command_itself_is_imported():
+    "Two processes of their own: numpy kills the command that imports it; where no command runs, Ctrl-C is Python's own"
+    poison = "class Finder:\n    def find_spec(self, name, *_):\n        if name == 'numpy': os.kill(os.getpid(), signal.SIGINT)\nsys.meta_path.insert(0, Finder())"
+    env = os.environ | dict(PYTHONPATH=str(Path(core.__file__).parents[1]))
+    run = lambda code: subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env)
+    r = run(EARLY.format(poison))
+    assert r.returncode == 130 and r.stderr.count('\n') == 1 and r.stderr.startswith('stopped'), r.stderr
+    r = run(EARLY.format(poison).replace('/bin/latentdiff-run', 'python'))
+    assert 'KeyboardInterrupt' in r.stderr
+
+# --- a full disk
+
+SMALL = """
+import ctypes, json, os, resource, sys, warnings
+from pathlib import Path
+from dataclasses import replace
+from latentdiff import commands, core, data, files, noisify, report, training
+import torch
+warnings.simplefilter('ignore')
+
+def small_disk(where, size):
+    "A file system of so many bytes at `where`, of this process alone; False where that is not allowed"
+    libc, uid, gid = ctypes.CDLL(None, use_errno=True), os.getuid(), os.getgid()
+    if libc.unshare(0x10000000 | 0x00020000): return False          # a namespace of users, and one of mounts
+    for name, text in (('setgroups', 'deny'), ('uid_map', f'0 {uid} 1'), ('gid_map', f'0 {gid} 1')): Path('/proc/self', name).write_text(text)
+    return not libc.mount(b'none', str(where).encode(), b'tmpfs', 0, f'size={size}'.encode())
+
+class Ballast:
+    "A file that takes what room is left"
+    def __init__(self, disk): self.path = Path(disk)/'ballast'
+    def __call__(self, leave=0):
+        with open(self.path, 'ab', buffering=0) as f:
+            for block in (1 << 16, 4096, 1):
+                try:
+                    while f.write(bytes(block)) == block: pass
+                except OSError: pass
+        os.truncate(self.path, max(0, self.path.stat().st_size - leave))
+    def away(self): self.path.unlink()
+
+def said(do):
+    try: do()
+    except core.UserError as e: return f'{type(e).__name__} {e}'
+    return 'nothing'
+
+disk, what = Path(sys.argv[1]), sys.argv[2]
+if not small_disk(disk, 20 << 20):
+    print('not allowed')
+    sys.exit()
+os.environ['LATENTDIFF_DATA'] = str(disk/'home')
+fill, images, p = Ballast(disk), data.open_images('rooms', 16, n=60), core.preset('tiny')
+names = lambda: sorted(o.relative_to(disk).as_posix() for o in disk.rglob('*') if o.name not in ('.lock', 'ballast', 'making.json') and not o.is_dir())
+
+def checkpoint():
+    keep = training.Checkpoint(disk/'checkpoints', 'this')
+    keep.save('last', dict(x=torch.ones(300_000)), dict(k=1, steps=2))
+    fill(500_000)
+    yield said(lambda: keep.save('last', dict(x=torch.zeros(300_000)), dict(k=2, steps=2)))
+    assert keep.note('last')['k'] == 1                             # the one before is whole
+    fill.away()
+    keep.save('last', dict(x=torch.zeros(300_000)), dict(k=2, steps=2))
+    assert keep.note('last')['k'] == 2
+
+class Encoder(torch.nn.Module):
+    "Large latents, at once"
+    config, weight = {}, torch.nn.Parameter(torch.zeros(1))
+    def latent_shape(self, size): return 4, 96, 96
+    def parameters(self): return iter([self.weight])
+    def encode(self, x): return torch.randn(len(x), 4, 96, 96)
+
+def encoding():
+    ae = Encoder()
+    fill(3_000_000)
+    yield said(lambda: noisify.make_latents(disk/'run', images, ae, p, flip=False))
+    fill.away()
+    assert len(noisify.make_latents(disk/'run', images, ae, p, flip=False)) == 60
+
+def pngs():
+    px = (torch.rand(300, 32, 32, 3)*255).byte().numpy()
+    fill(200_000)
+    yield said(lambda: commands.write_pngs(disk/'pngs', px))
+    fill.away()
+    commands.write_pngs(disk/'pngs', px)
+    assert len([*(disk/'pngs').iterdir()]) == 300
+
+def unpack():
+    import io, tarfile
+    archive = Path(sys.argv[3])
+    with tarfile.open(archive, 'w:gz') as t:
+        m = tarfile.TarInfo('a.bin')
+        m.size = 3_000_000
+        t.addfile(m, io.BytesIO(bytes(m.size)))
+    fill(1_000_000)
+    yield said(lambda: files.unpacked(archive))
+    fill.away()
+    assert (files.unpacked(archive)/'a.bin').stat().st_size == 3_000_000
+
+def download():
+    url, path = sys.argv[3], disk/'home'/'a.bin'
+    fill(1_500_000)
+    yield said(lambda: files.download(url, path))
+    fill.away()
+    assert files.download(url, path).stat().st_size == 3_000_000
+
+def page():
+    (disk/'run').mkdir()
+    write = lambda: core.write_whole(disk/'run'/'report.html', 'x'*400_000)
+    fill(100_000)
+    yield said(write)
+    fill.away()
+    write()
+
+def closed():
+    os.mkdir(disk/'run')
+    libc = ctypes.CDLL(None)
+    libc.mount(None, str(disk).encode(), None, 0x20 | 1, None)     # again, and only to be read
+    yield said(lambda: core.artefact(disk/'run'/'a', lambda o: {}, {}, {})) + said(lambda: core.new_place(disk/'run'/'b', '--out'))
+
+steps = globals()[what]()
+before, line = names(), next(steps)
+after = names()
+for _ in steps: pass
+print(json.dumps(dict(line=line, before=before, after=after, end=names())))
+"""
+
+CONTENT = random.Random(0).randbytes(3_000_000)
+
+class Source:
+    "A server of one file, in parts if asked, that names its size only if told to"
+    def __init__(self, says):
+        import http.server
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                at = int(self.headers['Range'][6:-1]) if self.headers['If-Range'] == '"v1"' else 0
+                self.send_response(206 if at else 200)
+                self.send_header('ETag', '"v1"')
+                if says: self.send_header('Content-Length', str(len(CONTENT) - at))
+                self.end_headers()
+                try: self.wfile.write(CONTENT[at:])
+                except OSError: pass
+            def log_message(self, *args): pass
+        self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+        threading.Thread(target=self.server.serve_forever, kwargs=dict(poll_interval=.02), daemon=True).start()
+        self.url = f'http://127.0.0.1:{self.server.server_port}/a.bin'
+
+def on_small_disk(server, tmp_path, what, *args):
+    (tmp_path/'disk').mkdir()
+    r = server.code(SMALL, tmp_path/'disk', what, *args)
+    if r.out.strip() == 'not allowed': pytest.skip('this user may not mount a small file system')
+    assert r.rc == 0, r.err
+    return AttrDict(json.loads(r.out.splitlines()[-1]))
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='needs namespaces')
+@pytest.mark.parametrize('what,says', [('checkpoint', '1.2 MB to be written'), ('encoding', '4.4 MB to be written'), ('pngs', 'MB free in'), ('unpack', 'LATENTDIFF_DATA'), ('page', '0.4 MB to be written')])
+def test_a_full_disk_is_one_line_and_after_room_was_made_it_goes_on(server, tmp_path, what, says):
+    "How much, where, and what to set; nothing half-written stays, and what was whole is whole"
+    d = on_small_disk(server, tmp_path, what, tmp_path/'a.tgz')
+    assert d.line.startswith('DiskError') and '\n' not in d.line and says in d.line, d.line
+    assert ('LATENTDIFF_DATA' if what == 'unpack' else 'LATENTDIFF_RUNS') in d.line and str(tmp_path/'disk') in d.line and 'make room' in d.line
+    assert not [o for o in d.after + d.end if any(k in o for k in ('.part', '.new', '.old'))] and d.end
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='needs namespaces')
+@pytest.mark.parametrize('says', [True, False])
+def test_a_download_for_which_there_is_no_room(server, tmp_path, says):
+    "Where the server names the size, nothing is fetched; where it does not, what came is kept, and a later call ends well"
+    source = Source(says)
+    d = on_small_disk(server, tmp_path, 'download', source.url)
+    assert d.line.startswith('DiskError') and 'LATENTDIFF_DATA' in d.line and str(tmp_path/'disk') in d.line, d.line
+    if says: assert '3.0 MB of disk' in d.line and '1.5 MB are free' in d.line and d.after == []
+    assert d.end == ['home/a.bin']
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='needs namespaces')
+def test_where_only_reading_is_allowed(server, tmp_path):
+    d = on_small_disk(server, tmp_path, 'closed')
+    assert d.line.count('cannot be written (Read-only file system)') == 2 and '--out' in d.line, d.line
+
+# --- before the work
+
+def one_line(do):
+    with pytest.raises((UserError, SystemExit)) as e: do()
+    assert '\n' not in str(e.value) and len(str(e.value)) < 500
+    return str(e.value)
+
+@pytest.mark.parametrize('where', ['x'*300, '/proc/x', '/proc/x/y', 'x'*250, 'file/x', 'file'])
+def test_where_nothing_can_be_written_is_found_at_once(tmp_path, where):
+    "A name that is too long, or too long with what a half-written file has more; a system's own folder; below a file"
+    (tmp_path/'file').write_text('mine')
+    said = one_line(lambda: new_place(tmp_path/where, '--out'))
+    assert '--out' in said and [o.name for o in tmp_path.iterdir()] == ['file'] and (tmp_path/'file').read_text() == 'mine'
+
+@pytest.mark.skipif(not hasattr(os, 'geteuid') or not os.geteuid(), reason='nothing is closed to root')
+def test_a_folder_that_may_only_be_read_is_found_at_once(tmp_path):
+    tmp_path.chmod(0o555)
+    assert 'Permission denied' in one_line(lambda: new_place(tmp_path/'x', '--out'))
+
+@pytest.mark.parametrize('out,npz', [('x', 'x'), ('x', 'x/a.npz'), ('x/pngs', 'x'), ('x', 'y/../x'), ('x', './x')])
+def test_one_place_for_two_things_is_refused(tmp_path, out, npz, monkeypatch):
+    "Before the pipeline is even looked for: there is none of this name"
+    from latentdiff.commands import sample_cli
+    monkeypatch.chdir(tmp_path)
+    said = one_line(lambda: sample_cli.__wrapped__('no such run', out=out, npz=npz))
+    assert 'a place of its own' in said and '--out' in said and '--npz' in said and not [*tmp_path.iterdir()]
+
+def test_places_beside_each_other_are_fine(tmp_path):
+    new_places(out=tmp_path/'a', npz=tmp_path/'a.npz', other=None)
+    assert not [*tmp_path.iterdir()]
+
+ESTIMATES = """
+import json, sys
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+from latentdiff import autoencoder, commands, core, data
+folder, said = Path(sys.argv[1]), {}
+def what(name, do):
+    try: do()
+    except (core.UserError, SystemExit) as e: said[name] = str(e)
+    said[name + ' left'] = [o.name for o in folder.rglob('*') if o.is_file() and o.name not in ('.lock', 'making.json')]
+what('draw', lambda: commands.sample_cli.__wrapped__('fashion_mnist32', n=10**11, npz=str(folder/'a.npz')))
+core.free_memory = lambda: 1e6
+what('run', lambda: commands.Run(folder/'run', core.settings_of('rooms', 'tiny', size=16, n=120)).go())
+core.shutil.disk_usage = lambda path: namedtuple('Usage', 'total used free')(10, 5, 1000)
+p, images = replace(core.preset('tiny'), size=16, ae_steps=3, ae_widths=(8,), bs=8), data.open_images('rooms', 16, 60)
+what('train', lambda: autoencoder.make_autoencoder(folder/'ae', images, p, device='cpu'))
+print(json.dumps(said))
+"""
+
+def test_disk_and_memory_are_asked_for_before_a_stage(server, tmp_path):
+    "In one line with the figures, before anything is written"
+    r = server.code(ESTIMATES, tmp_path)
+    assert r.rc == 0, r.err
+    said = json.loads(r.out.splitlines()[-1])
+    assert 'Drawing 100,000,000,000 images needs' in said['draw'] and 'GB are free' in said['draw']
+    assert 'This run needs' in said['run'] and 'of memory, and 1.0 MB are free' in said['run']
+    assert 'The training needs' in said['train'] and 'of disk, and 0.0 MB are free' in said['train']
+    assert not any(said[k] for k in said if k.endswith(' left')) and not any('\n' in said[k] for k in ('draw', 'run', 'train'))
+
+# --- two at once
+
+TWICE = """
+import os, sys
+from pathlib import Path
+from latentdiff import files
+url, path, archive = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+begun, tell = os.pipe()
+
+class Telling(files.FileLock):
+    "Tells the first process that the second one has come to the door"
+    def acquire(self, *args, **kw):
+        os.write(tell, b'x')
+        return super().acquire(*args, **kw)
+
+def second(do):
+    "Another process that does the same; returns when it waits, or is done"
+    pid = os.fork()
+    if pid:
+        os.close(tell)
+        os.read(begun, 1)
+        return pid
+    files.progress = lambda it, *_: it
+    files.FileLock = Telling
+    try: do()
+    except BaseException as e:
+        print(repr(e), file=sys.stderr, flush=True)
+        os._exit(1)
+    os._exit(0)
+
+pids = []
+def halfway(blocks, *_):
+    for i, o in enumerate(blocks):
+        yield o
+        if i == 0: pids.append(second(lambda: files.download(url, path)))
+files.progress = halfway
+files.download(url, path)
+assert os.waitpid(pids[0], 0)[1] == 0
+
+begun, tell = os.pipe()
+members = files._members
+def slowly(archive):
+    for i, o in enumerate(members(archive)):
+        yield o
+        if i == 0:
+            files._members = members
+            pids.append(second(lambda: files.unpacked(archive)))
+            assert os.waitpid(pids[1], 0)[1] == 0
+            kept.append(os.stat(next(folder() .rglob('*.bin'))).st_ino)
+kept, folder = [], lambda: next(o for o in Path(os.environ['LATENTDIFF_DATA']).iterdir() if o.name[0] != '.')
+files._members = slowly
+files.unpacked(archive)
+print(len([*folder().rglob('*.bin')]), os.stat(next(folder().rglob('*.bin'))).st_ino == kept[0])
+"""
+
+@posix
+def test_two_downloads_of_one_file_are_both_right(server, tmp_path):
+    "The second begins when half is there of the first, which goes on with an older half; of two that unpack an archive, neither takes away the folder that the other reads"
+    import io, tarfile
+    source = Source(True)
+    (tmp_path/'d').mkdir()
+    (tmp_path/'d'/'a.bin.part').write_bytes(CONTENT[:500_000])
+    (tmp_path/'d'/'a.bin.part.tag').write_text('"v1"')
+    with tarfile.open(tmp_path/'a.tgz', 'w:gz') as t:
+        for i in range(3):
+            m = tarfile.TarInfo(f'{i}.bin')
+            m.size = 1000
+            t.addfile(m, io.BytesIO(bytes(1000)))
+    r = server.code(TWICE, source.url, tmp_path/'d'/'a.bin', tmp_path/'a.tgz', LATENTDIFF_DATA=str(tmp_path/'home'), seconds=60)
+    assert r.rc == 0 and r.out.split()[-2:] == ['3', 'True'], r
+    assert (tmp_path/'d'/'a.bin').read_bytes() == CONTENT and not [*(tmp_path/'d').glob('*part*')]
+
+@posix
+def test_a_lock_of_a_dead_process_keeps_nobody_out(server, tmp_path):
+    r = server.code('import os, signal, sys\nfrom latentdiff.core import locked\nwith locked(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)', tmp_path)
+    assert r.rc == -signal.SIGKILL and (tmp_path/'.lock').exists()
+    with locked(tmp_path): pass
+
+# --- what is not finite
+
+def test_a_training_that_diverged_goes_on_at_a_lower_rate_when_asked(tmp_path, capsys):
+    "Its last good checkpoint is kept; the message names step and cause"
+    from test_training import Poison, quiet, small_learner, state, trained
+    from latentdiff.training import Checkpoint
+    keep = Checkpoint(tmp_path, 'this', every=0)
+    with pytest.raises(UserError, match='training Sequential stopped at step 13: .*the training diverged, so train again at a lower rate than 0.05'):
+        trained('plain', keep, cbs=Poison('loss', 13))
+    learn = quiet(small_learner(), steps=40, lr=.01, checkpoint=keep)
+    assert 'from step 13 on' in capsys.readouterr().out and not not_finite(state(learn))
+
+def test_float16_that_overflows_is_told_from_divergence():
+    "Mixed precision in float16, on the CPU: an activation of 100,000 is infinite there, and finite in float32"
+    import torch
+    from fastai.basics import Callback
+    from test_training import quiet, small_learner
+    class MixedPrecision(Callback):
+        order = 10
+        def before_fit(self): self.autocast = torch.autocast('cpu', torch.float16)
+        def before_batch(self): self.autocast.__enter__()
+        def after_pred(self): self.learn.pred = self.pred.float()
+        def after_loss(self): self.autocast.__exit__(None, None, None)
+        def after_cancel_fit(self): pass
+    for value, says in ((1e5, 'float16 overflowed, and in float32 it is finite'), (float('nan'), 'the training diverged')):
+        learn = small_learner(MixedPrecision())
+        learn.model[-1].bias.data[:] = value
+        with pytest.raises(UserError, match=says): quiet(learn, steps=4)
+        while torch.is_autocast_enabled('cpu'): learn.mixed_precision.autocast.__exit__(None, None, None)
+
+def test_a_training_that_overfits_says_whose_weights_are_kept(capsys):
+    from test_training import quiet, small_learner
+    import torch
+    learn = small_learner(n=12, noise=0.)
+    x, y = learn.dls.train.dataset.tensors
+    learn.dls.train.dataset = torch.utils.data.TensorDataset(x, torch.randn(y.shape, generator=torch.Generator().manual_seed(3)))   # nothing to be learnt from
+    quiet(learn, steps=100, lr=.05, keep_best=True)
+    at = learn.history['best'][0]
+    assert at < 100 and f'the weights of step {at} of 100 are kept' in capsys.readouterr().out
+    assert learn.history['best'][1] == min(r[2] for r in learn.history['rows'])
