@@ -8,16 +8,16 @@ __all__ = ['data', 'training', 'autoencoder', 'noisify', 'unet', 'sampling', 'ki
            'one_line_errors', 'train_cli', 'told_by', 'check_kind', 'write_pngs', 'sample_cli', 'eval_cli']
 
 # %% ../nbs/90_commands.ipynb #c004
-from .core import STEPS, UserError, above_zero, agreed, artefact, beside_file, check_settings, default_device
-from .core import enough, fingerprint, last_words, locked, made, new_place, new_places, number, preset_of
-from .core import progress, rank, read_json, run_folder, settings_of, stop_politely, to_toml, whole_folder
-from .core import write_json, write_whole
-import importlib, io, json, math, os, platform, sys   # after core, which minds Ctrl-C from its first lines on
+from .disk import enough, last_words, new_place, new_places, stop_politely   # first: it minds Ctrl-C
+import importlib, io, json, math, os, platform, sys
 from functools import wraps
 from pathlib import Path
 import fastprogress.fastprogress, numpy as np
 from fastcore.basics import patch
 from fastcore.script import call_parse
+from .core import STEPS, UserError, above_zero, agreed, artefact, beside_file, check_settings, default_device
+from .core import fingerprint, first_ahead, locked, made, number, preset_of, progress, rank, read_json
+from .core import run_folder, settings_of, to_toml, whole_folder, write_json, write_whole
 
 # %% ../nbs/90_commands.ipynb #n201
 class _Lazy:
@@ -338,12 +338,14 @@ def announce(self:Run):
     gb = 1.3*training.peak_gb(self.device) + 2*min(1.5e9, len(self.images)*self.images.channels*p.size**2)/1e9
     print(f'training takes about {(p.ae_steps*a + p.steps*d)/60:.1f} min and {gb:.1f} GB on this machine as it is now: '
           f'{p.ae_steps if a else 0:,} steps of the autoencoder, {p.steps:,} of the denoiser', flush=True)
-    if self.device.type == 'cpu': enough('This run', self.folder/'run.json', memory=1e9*(gb - training.peak_gb()))
+    if self.device.type == 'cpu':
+        with first_ahead(): enough('This run', self.folder/'run.json', memory=1e9*(gb - training.peak_gb()))
 
 @patch
 def go(self:Run, goals=GOALS):
     "Make what is not there yet; `UserError` if another process is at it"
-    if not self.folder.exists(): new_place(self.folder, '--out')
+    with first_ahead():
+        if not self.folder.exists(): new_place(self.folder, '--out')
     fresh, _ = agreed(not (self.folder/'run.json').exists()), self.condition
     if fresh:                       # errors in data and settings come before anything is written
         self.begin()
@@ -481,15 +483,17 @@ def sample_cli(
     for k, v, most in (('n', n, 10**7), ('steps', steps, 10**5), ('bs', bs, 4096)): number(1, most, **{f'--{k}': v})
     if not (out or npz): raise UserError('Say where the images should go: --out FOLDER, --npz FILE, or both.')
     told = told_by(Class, prompt, guidance, negative)
-    new_places(out=out, npz=npz)
+    with first_ahead(): new_places(out=out, npz=npz)
     pipe = pipeline.LatentDiffusionPipeline.from_pretrained(run)
     check_kind(pipe, run, Class, prompt)
     size = n*pipe.size**2*3
-    for o in filter(None, (out, npz)): enough(f'Drawing {n:,} images', o, size, size + 8*n*math.prod(pipe.latent_shape))
+    memory = size + 8*n*math.prod(pipe.latent_shape)
+    with first_ahead():
+        for o in filter(None, (out, npz)): enough(f'Drawing {n:,} images', o, size, memory)
     print(f'{n:,} images into {out or npz}: {pipeline.expectation(pipe, n, steps, sampler, bs, **told)}', flush=True)
     px = to_hwc(pipe.pixels(n, steps, sampler, seed, bs, **told))
     if npz: write_npz(npz, px)
-    if out: write_pngs(out, px)
+    if out and not rank(): write_pngs(out, px)
 
 # %% ../nbs/90_commands.ipynb #c049
 @call_parse
@@ -501,7 +505,8 @@ def eval_cli(
     seed:int=0     # of the split in halves that gives the floor
 ):
     "Score one set of images against another: KID with its standard error and floor, and FID"
-    if out: new_place(out, '--out')
+    if out:
+        with first_ahead(): new_place(out, '--out')
     size = min(map(data.side_of, (generated, real)))
     a, b = (data.open_images(path, size) for path in (generated, real))
     if min(len(a), len(b)) < 8:

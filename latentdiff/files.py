@@ -17,8 +17,9 @@ import fsspec, numpy as np, torch, torchvision.transforms.functional as TF
 from PIL import Image, ImageOps, UnidentifiedImageError
 from fastai.data.external import untar_data
 from filelock import FileLock
-from .core import DATASETS, FULL, UserError, data_home, enough, fingerprint, on_disk, progress, whole_folder
+from .core import DATASETS, UserError, data_home, fingerprint, progress, rank, whole_folder
 from .core import number, one_of
+from .disk import FULL, enough, on_disk
 
 # %% ../nbs/parts/files.ipynb #f007
 def one_line(e): # an exception
@@ -56,7 +57,7 @@ def download(url, path): # http(s); where the file goes, whose folder is made
         try:
             with on_disk(part), FileLock(lock): _fetch_all(url, path, part, tag)   # a second process waits
         finally: lock.unlink(missing_ok=True)
-    for o in (tag, lock): o.unlink(missing_ok=True)               # of a process that was killed just here
+    for o in (tag, lock) if not rank() else (): o.unlink(missing_ok=True)   # of a process that was killed just here
     return path
 
 def _fetch_all(url, path, part, tag, tries=3):

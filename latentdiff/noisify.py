@@ -18,9 +18,10 @@ from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscr
 from fastai.basics import Callback, patch
 from .autoencoder import fit_bs
 from .core import UserError, agreed, artefact, default_device, first_ahead, made, progress, rank, read_json
-from .core import reserve, share, stream, world, write_json
+from .core import share, stream, world, write_json
 from .data import from_uint8, kind_of, like
 from .core import number, one_of
+from .disk import reserve
 
 # %% ../nbs/20_noisify.ipynb #c076
 def cosine_levels(t): # levels in [0,1] -> (alpha, sigma) like t

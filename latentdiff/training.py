@@ -17,9 +17,10 @@ from pathlib import Path
 from torch import nn
 from fastai.basics import AvgSmoothLoss, Callback, CancelFitException, DataLoader, OptimWrapper, join_path_file, listify
 from fastai.callback.fp16 import AMPMode, MixedPrecision
-from .core import UserError, agreed, default_device, enough, not_finite, number, rank, read_weights, stream
-from .core import world, write_whole
+from .core import UserError, agreed, default_device, first_ahead, not_finite, number, rank, read_weights
+from .core import stream, world, write_whole
 from .data import as_images, shifted, show_images
+from .disk import enough
 
 # %% ../nbs/parts/training.ipynb #c007
 def largest_divisor(n, most): # a whole number, at least 1; the answer is no larger than this
@@ -376,7 +377,7 @@ class Checkpoint:
         self.clear()
 
     def clear(self): # away what a killed process left half written
-        for part in self.folder.glob('.*.part'): part.unlink(missing_ok=True)
+        for part in self.folder.glob('.*.part') if not rank() else (): part.unlink(missing_ok=True)
 
     def note(self, name):
         "The note of a checkpoint of this training; None if there is none"
@@ -455,7 +456,8 @@ class Keeper(Callback):
     def before_fit(self):
         self.history, self.best, self.saved = dict(step=[], loss=[], rows=[], best=None), None, time.monotonic()
         if self.found: self.restore(*self.found)
-        if self.checkpoint: enough('The training', self.checkpoint.path('last'), self.bytes())
+        if self.checkpoint:
+            with first_ahead(): enough('The training', self.checkpoint.path('last'), self.bytes())
 
     def bytes(self):
         "About as much as two checkpoints and one that is being written take: weights, two moments, average, best"

@@ -4,8 +4,9 @@ import pytest
 from filelock import FileLock
 from pathlib import Path
 from fastcore.basics import AttrDict
-from latentdiff import core
+from latentdiff import core, disk
 from latentdiff.core import *
+from latentdiff.disk import *
 
 LONG = 'LATENTDIFF_LONG' in os.environ
 STAGES = 'download', 'unpack', 'start', 'autoencoder', 'encoding', 'denoiser', 'samples', 'to a folder', 'evaluation'
@@ -34,6 +35,19 @@ def test_killed_at_any_write_and_called_again(deaths, stage):
         assert killed == -signal.SIGKILL and not differs and not left, (stage, where, differs, left)
         done = stage == 'to a folder' and int(where.split()[0]) > int(where.split()[-1]) - 2   # killed when all was in place: it says so
         assert again == done, (stage, where)
+
+def test_only_what_nobody_is_at_is_cleared_away(tmp_path):
+    "Left by a dead process of this machine, or moved out of the way by any; not what a living one writes, nor one of another machine that sees the same disk"
+    path, (here, me) = tmp_path/'a', disk._beside(tmp_path/'a', 'part').name.split('.')[2].split('-')
+    dead = subprocess.Popen([sys.executable, '-c', ''])
+    dead.wait()
+    assert int(me) == os.getpid() and here != '0'*8
+    for writer, kinds in ((f'{here}-{dead.pid}', ('part', 'new', 'old')), (f'{here}-{me}', ('part',)), (f'{"0"*8}-{dead.pid}', ('part', 'old')), ('123', ('part',))):
+        for kind in kinds: (tmp_path/f'.a.{writer}.{kind}').write_text('half')
+    (tmp_path/f'.ab.{here}-{dead.pid}.part').write_text('of another file')
+    clear_away(path, 'part', 'old')
+    stays = {f'.a.{here}-{dead.pid}.new', f'.a.{here}-{me}.part', f'.a.{"0"*8}-{dead.pid}.part', '.a.123.part', f'.ab.{here}-{dead.pid}.part'}
+    assert {o.name for o in tmp_path.iterdir()} == stays
 
 # --- signals
 
@@ -104,6 +118,7 @@ import ctypes, json, os, resource, sys, warnings
 from pathlib import Path
 from dataclasses import replace
 from latentdiff import commands, core, data, files, noisify, report, training
+from latentdiff.disk import new_place
 import torch
 warnings.simplefilter('ignore')
 
@@ -202,7 +217,7 @@ def closed():
     os.mkdir(disk/'run')
     libc = ctypes.CDLL(None)
     libc.mount(None, str(disk).encode(), None, 0x20 | 1, None)     # again, and only to be read
-    yield said(lambda: core.artefact(disk/'run'/'a', lambda o: {}, {}, {})) + said(lambda: core.new_place(disk/'run'/'b', '--out'))
+    yield said(lambda: core.artefact(disk/'run'/'a', lambda o: {}, {}, {})) + said(lambda: new_place(disk/'run'/'b', '--out'))
 
 steps = globals()[what]()
 before, line = names(), next(steps)
@@ -298,16 +313,16 @@ import json, sys
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
-from latentdiff import autoencoder, commands, core, data
+from latentdiff import autoencoder, commands, core, data, disk
 folder, said = Path(sys.argv[1]), {}
 def what(name, do):
     try: do()
     except (core.UserError, SystemExit) as e: said[name] = str(e)
     said[name + ' left'] = [o.name for o in folder.rglob('*') if o.is_file() and o.name not in ('.lock', 'making.json')]
 what('draw', lambda: commands.sample_cli.__wrapped__('fashion_mnist32', n=10**11, npz=str(folder/'a.npz')))
-core.free_memory = lambda: 1e6
+disk.free_memory = lambda: 1e6
 what('run', lambda: commands.Run(folder/'run', core.settings_of('rooms', 'tiny', size=16, n=120)).go())
-core.shutil.disk_usage = lambda path: namedtuple('Usage', 'total used free')(10, 5, 1000)
+disk.shutil.disk_usage = lambda path: namedtuple('Usage', 'total used free')(10, 5, 1000)
 p, images = replace(core.preset('tiny'), size=16, ae_steps=3, ae_widths=(8,), bs=8), data.open_images('rooms', 16, 60)
 what('train', lambda: autoencoder.make_autoencoder(folder/'ae', images, p, device='cpu'))
 print(json.dumps(said))

@@ -1,7 +1,7 @@
 "Two processes, as `accelerate launch` starts them, do the work of one: the same latents, losses, samples and scores."
 import json, os, shutil, signal, subprocess, sys, time
 import numpy as np, pytest
-from latentdiff.core import agreed, every, first_ahead, gathered, share
+from latentdiff.core import agreed, every, first_ahead, gathered, locked, share
 from test_cli import cli, command, one_line, run, weights
 
 # Forks as many processes, tells them what `accelerate launch` tells them, and runs the command, or the code, in each. Rank 0 waits for the others and prints how they ended.
@@ -113,6 +113,54 @@ def test_a_batch_that_cannot_be_shared(several, run, tmp_path):
     r = several(3, 'train', half_done(run, tmp_path, 'latents'))
     assert 'ENDS 1 1' in r.out
     one_line(r, '3 processes cannot share a batch of 64')
+
+REFUSED = """
+import os
+from collections import namedtuple
+from dataclasses import replace
+from latentdiff import core, data, disk
+from latentdiff.autoencoder import KLAutoencoder, make_autoencoder
+from latentdiff.noisify import make_latents
+def full(*_):
+    assert not rank, 'only the first process asks'
+    raise OSError(28, 'No space left on device')
+def nearly(path):
+    assert not rank, 'only the first process asks'
+    return namedtuple('Usage', 'total used free')(10, 5, 1000)
+images, p, folder = data.open_images('rooms', 16, 60), replace(core.preset('tiny'), size=16, ae_steps=3, ae_widths=(8,), bs=8), args[1]
+if args[0] == 'reserve': os.posix_fallocate = full
+else: disk.shutil.disk_usage = nearly
+do = dict(reserve=lambda: make_latents(folder, images, KLAutoencoder(3, (8, 8)).eval(), p), enough=lambda: make_autoencoder(folder, images, p, device='cpu'))
+C.one_line_errors(do[args[0]])()
+"""
+
+@pytest.mark.parametrize('how,says', [('reserve', 'cannot be written (No space left on device; '), ('enough', 'The training needs')])
+def test_a_disk_that_is_full_stops_all_alike(several, tmp_path, how, says):
+    "The first process asks, and the others, which wait for it, hear what it was told"
+    r = several(2, REFUSED, how, tmp_path)
+    assert 'ENDS 1' in r.out
+    one_line(r, says)
+
+def test_a_folder_where_another_works_is_refused_to_all(several, run, tmp_path):
+    folder = half_done(run, tmp_path)
+    with locked(folder): r = several(2, 'encode', *run.args, '--out', folder)
+    assert 'ENDS 1' in r.out
+    one_line(r, 'another process works in')
+
+SIGNALLED = """
+import os, signal
+sys.argv[0] = 'latentdiff-train'
+def train_cli():
+    if args[0] == 'SIGINT' or rank: os.kill(os.getpid(), getattr(signal, args[0]))
+C.one_line_errors(train_cli)()
+"""
+
+@pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM', 'SIGHUP'])
+def test_a_signal_to_several_processes(several, name):
+    "Ctrl-C reaches all, and the first one says so; what a launcher sends ends a process at once, even while it waits for the others"
+    r = several(2, SIGNALLED, name)
+    if name == 'SIGINT': assert r.rc == 130 and 'ENDS 130' in r.out and r.err == 'stopped: what is finished is kept, and the same command goes on from there\n', r
+    else: assert r.rc == 0 and f'ENDS -{getattr(signal, name):d}' in r.out and not r.err, r
 
 METRICS = '''
 import torch
