@@ -9,7 +9,7 @@ import argparse, time
 from unittest.mock import patch
 import torch
 from fastai.callback.core import Callback, CancelFitException
-from latentdiff import training
+from latentdiff import muon, training
 from latentdiff.core import default_device
 from latentdiff.noisify import Process
 from latentdiff.unet import UNet, train_denoiser
@@ -46,7 +46,7 @@ def main():
     z = torch.randn(8*a.bs, a.channels, a.size, a.size)
     new = lambda: UNet(a.channels, widths=tuple(a.widths), depth=a.depth)
     recorded = rate(new(), z, a.bs, a.seconds)
-    with patch.object(training.Graphed, 'before_batch', lambda self: None), patch.object(training.Muon, 'moves_for', lambda *_: training._moves):
+    with patch.object(training.Graphed, 'before_batch', lambda self: None), patch.object(training.Muon, 'moves_for', lambda *_: muon.moves):
         plain = rate(new(), z, a.bs, a.seconds)
     print(f'{recorded:.1f} steps of {a.bs} a second, {plain:.1f} without recording: {recorded/plain:.2f} times as many, on '
           f'{torch.cuda.get_device_name() if torch.cuda.is_available() else default_device()}')

@@ -10,6 +10,7 @@ from latentdiff.autoencoder import KLAutoencoder, ae_learner, train_autoencoder
 from latentdiff.conditioning import ClassConditioner, Conditioned, conditional
 from latentdiff.core import UserError
 from latentdiff.data import from_uint8, open_images, shifted
+from latentdiff.muon import *
 from latentdiff.noisify import Process
 from latentdiff.rooms import rooms
 from latentdiff.training import *
@@ -592,7 +593,7 @@ def test_a_recorded_step_is_the_step(monkeypatch):
     learn = train()
     assert 'forward' not in vars(learn.model)
     monkeypatch.setattr(Graphed, 'before_batch', lambda self: None)
-    monkeypatch.setattr(Muon, 'moves_for', lambda self, ahead: training._moves)
+    monkeypatch.setattr(Muon, 'moves_for', lambda self, ahead: moves)
     plain = train()
     torch.testing.assert_close(torch.tensor(learn.recorder.losses), torch.tensor(plain.recorder.losses), rtol=2e-3, atol=0)
     for a, b in zip(learn.model.parameters(), plain.model.parameters()): torch.testing.assert_close(a, b, rtol=.02, atol=2e-3)
