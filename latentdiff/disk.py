@@ -113,7 +113,7 @@ def free_memory():
 def reserve(path, size): # of a file; bytes
     "Give it so many bytes on the disk now: a memory map of a file with holes dies with SIGBUS where the disk is full"
     if rank(): return
-    with on_disk(path, size), open(path, 'ab') as f:
+    with on_disk(path, size), open(path, 'r+b' if Path(path).exists() else 'w+b') as f:
         if hasattr(os, 'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, size)
 
 # %% ../nbs/parts/disk.ipynb #d013

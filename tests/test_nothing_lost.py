@@ -277,6 +277,21 @@ def test_where_only_reading_is_allowed(server, tmp_path):
     d = on_small_disk(server, tmp_path, 'closed')
     assert d.line.count('cannot be written (Read-only file system)') == 2 and '--out' in d.line, d.line
 
+@pytest.mark.skipif(not hasattr(os, 'posix_fallocate'), reason='needs posix_fallocate')
+def test_a_file_gets_its_room_and_keeps_what_it_holds(tmp_path, monkeypatch):
+    "Not opened to append: where a file system cannot reserve, the C library writes instead, and refuses that for such a file"
+    import fcntl
+    reserve, give = disk.reserve, os.posix_fallocate
+    def checked(fd, *where):
+        assert not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND
+        give(fd, *where)
+    monkeypatch.setattr(os, 'posix_fallocate', checked)
+    reserve(tmp_path/'new', 100_000)
+    assert (tmp_path/'new').stat().st_size == 100_000 and (tmp_path/'new').stat().st_blocks*512 >= 100_000
+    (tmp_path/'old').write_bytes(b'done')
+    reserve(tmp_path/'old', 10)
+    assert (tmp_path/'old').read_bytes() == b'done' + bytes(6)
+
 # --- before the work
 
 def one_line(do):
