@@ -480,7 +480,8 @@ def sample_cli(
     negative:str=None       # class or words to stay away from
 ):
     "Draw images from a trained run, as PNGs, as one array, or both"
-    for k, v, most in (('n', n, 10**7), ('steps', steps, 10**5), ('bs', bs, 4096)): number(1, most, **{f'--{k}': v})
+    for k, v, most in (('n', n, 10**7), ('steps', steps, 10**5), ('bs', bs, 4096)):
+        if v is not None: number(1, most, **{f'--{k}': v})
     if not (out or npz): raise UserError('Say where the images should go: --out FOLDER, --npz FILE, or both.')
     told = told_by(Class, prompt, guidance, negative)
     with first_ahead(): new_places(out=out, npz=npz)

@@ -91,7 +91,10 @@ def method(node, cls, lines):
     directive, options = kind(node)
     return entry(directive, f'{cls}.{node.name}', header(node, lines), ast.get_docstring(node), options)
 
-def methods(node): return [o for o in node.body if isinstance(o, ast.FunctionDef) and not o.name.startswith('_')]
+def methods(node):
+    "The public methods of a class; that a property can be set is no second entry."
+    found = [o for o in node.body if isinstance(o, ast.FunctionDef) and not o.name.startswith('_')]
+    return [o for o in found if f'{o.name}.setter' not in named(o)]
 
 def class_source(node, lines):
     "The first line of a class, and either its commented fields or the signature of its `__init__`."
