@@ -334,10 +334,10 @@ def what(name, do):
     try: do()
     except (core.UserError, SystemExit) as e: said[name] = str(e)
     said[name + ' left'] = [o.name for o in folder.rglob('*') if o.is_file() and o.name not in ('.lock', 'making.json')]
-what('draw', lambda: commands.sample_cli.__wrapped__('fashion_mnist32', n=10**11, npz=str(folder/'a.npz')))
 disk.free_memory = lambda: 1e6
 what('run', lambda: commands.Run(folder/'run', core.settings_of('rooms', 'tiny', size=16, n=120)).go())
 disk.shutil.disk_usage = lambda path: namedtuple('Usage', 'total used free')(10, 5, 1000)
+what('draw', lambda: commands.sample_cli.__wrapped__('fashion_mnist32', n=10**7, npz=str(folder/'a.npz')))
 p, images = replace(core.preset('tiny'), size=16, ae_steps=3, ae_widths=(8,), bs=8), data.open_images('rooms', 16, 60)
 what('train', lambda: autoencoder.make_autoencoder(folder/'ae', images, p, device='cpu'))
 print(json.dumps(said))
@@ -348,7 +348,7 @@ def test_disk_and_memory_are_asked_for_before_a_stage(server, tmp_path):
     r = server.code(ESTIMATES, tmp_path)
     assert r.rc == 0, r.err
     said = json.loads(r.out.splitlines()[-1])
-    assert 'Drawing 100,000,000,000 images needs' in said['draw'] and 'GB are free' in said['draw']
+    assert 'Drawing 10,000,000 images needs 30.7 GB of disk, and 0.0 MB are free' in said['draw'], said['draw']
     assert 'This run needs' in said['run'] and 'of memory, and 1.0 MB are free' in said['run']
     assert 'The training needs' in said['train'] and 'of disk, and 0.0 MB are free' in said['train']
     assert not any(said[k] for k in said if k.endswith(' left')) and not any('\n' in said[k] for k in ('draw', 'run', 'train'))
