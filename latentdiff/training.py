@@ -482,8 +482,8 @@ def fit_steps(learn,                                 # a fastai Learner whose tr
     "Train for a number of steps; says beforehand how long it will take. Raises `UserError` if a loss is not finite"
     given = {k: v for k, v in dict(steps=steps, epochs=epochs, minutes=minutes).items() if v is not None}
     if len(given) != 1: raise UserError('say how long to train: steps=..., epochs=... or minutes=..., one of the three')
-    number(1e-6, 1e9, 'steps' in given, **given), number(0, 1e38, False, lr=lr), number(1, rounds=rounds)
-    number(seed=seed)
+    number(0 if 'epochs' in given else 1e-6, 1e9, 'steps' in given, **given)
+    number(0, 1e38, False, lr=lr), number(1, rounds=rounds), number(seed=seed)
     dl = learn.dls.train
     with torch.random.fork_rng():
         secs = step_time(no_sync(learn))

@@ -28,7 +28,7 @@ def shared(tmp_path_factory):
     own = tmp_path_factory.getbasetemp()
     return own.parent if 'PYTEST_XDIST_WORKER' in os.environ else own
 
-LONG = 'test_nbs.py', 'test_cli.py', 'test_zoo.py', 'test_zoo256.py'
+LONG = 'test_nbs.py', 'test_cli.py', 'test_several.py', 'test_zoo.py', 'test_zoo256.py'
 
 def pytest_collection_modifyitems(items):
     """What takes long comes first, dealt to the workers in turn: a notebook, then the other files of `LONG`, each as a whole.

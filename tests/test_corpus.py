@@ -255,7 +255,7 @@ NET, FLOW, X = torch.nn.Identity(), N.Process(), torch.zeros(1, 4, 8, 8)
 def test_a_sampler_without_a_step_is_one_line(name, ts):
     assert answer(sampling.SAMPLERS[name], lambda x, t: x, FLOW, X, ts) == 'one line'
 
-@pytest.mark.parametrize('how', [dict(steps=o) for o in (nan, -1, 0, 'a', 1.5, 2**63)] + [dict(minutes=o) for o in (nan, -1, 0, 'a', float('inf'), 1e308)] + [dict(epochs=o) for o in (nan, -1, 0, 'a')]
+@pytest.mark.parametrize('how', [dict(steps=o) for o in (nan, -1, 0, 'a', 1.5, 2**63)] + [dict(minutes=o) for o in (nan, -1, 0, 'a', float('inf'), 1e308)] + [dict(epochs=o) for o in (nan, -1, 'a')]
     + [dict(steps=2, lr=o) for o in (nan, -1, 'a', None, float('inf'))] + [dict(steps=2, rounds=o) for o in (0, -1, 'a')] + [dict(steps=2, seed=o) for o in (nan, 'a', 1.5)], ids=str)
 def test_a_training_of_no_length_is_one_line(how):
     class Learner: dls = type('Dls', (), dict(train=None))

@@ -1,5 +1,5 @@
 "The pipelines that come with the package: what is in their folders, what their cards say, and that they draw what they are told."
-import re
+import os, re
 import pytest, torch
 from safetensors.torch import load_file
 from latentdiff.autoencoder import quality
@@ -12,6 +12,8 @@ from latentdiff.pipeline import LatentDiffusionPipeline, zoo
 
 NAMES = sorted(zoo())
 weight = lambda folder: sum(f.stat().st_size for f in folder.rglob('*') if f.is_file())
+
+long = pytest.mark.skipif('LATENTDIFF_LONG' not in os.environ, reason='how good the weights are: make test-long')
 
 @pytest.fixture(scope='module')
 def garments(): return LatentDiffusionPipeline.from_pretrained('fashion_mnist32', 'cpu')
@@ -83,6 +85,7 @@ def test_rooms_are_those_that_the_caption_says(rooms):
     day, night = (rooms.draw(8, 10, cond=f'a bedroom with a window {o}') for o in ('by day', 'at night'))
     assert day.mean() > night.mean() + .1
 
+@long
 def test_rooms_look_like_rooms(rooms):
     "Against rooms nobody trained on: the autoencoder keeps edges, and samples score far better than real rooms under a blur."
     images = open_images('rooms', 64, 128, seed=987)
@@ -91,6 +94,7 @@ def test_rooms_look_like_rooms(rooms):
     f, blurred = features(judge, real), torch.nn.functional.avg_pool2d(real.float(), 5, 1, 2).round().to(torch.uint8)
     assert kid(features(judge, to_uint8(rooms.draw(64, 20))), f)[0] < .5*kid(features(judge, blurred), f)[0]
 
+@long
 def test_bedrooms_are_as_photographs_are():
     "What 1,000 photographs of the set have on average, measured once: brightness .05, deviation .52, and .092 between neighbours, which blur lessens"
     x = LatentDiffusionPipeline.from_pretrained('bedrooms64', 'cpu').draw(64, 20)
