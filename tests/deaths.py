@@ -116,17 +116,16 @@ def in_child(do):
         os._exit(1)
 
 def told(folder):
-    "{name: hash} of all files; of made.json what does not depend on the clock, and not the curve of losses, whose running mean begins again"
+    "{name: hash} of all files; of made.json and metrics.json what does not depend on the clock"
     out = {}
     for f in sorted(folder.rglob('*')):
         if not f.is_file() or f.name == '.lock' or 'checkpoints' in f.parts: continue
         raw = f.read_bytes()
         if f.name in ('made.json', 'metrics.json'):
             d = json.loads(raw)
-            if 'unet' in f.parts or 'autoencoder' in f.parts: d.pop('facts')
             for o in ('seconds', 'peak_gb', 'made_from'): d.pop(o, None), d.get('facts', {}).pop(o, None)   # `made_from` of scores that took so long
             raw = json.dumps(d, sort_keys=True).encode()
-        if f.name in ('report.html', 'training.png'): raw = b''            # shows the seconds; the losses
+        if f.name == 'report.html': raw = b''            # shows the seconds
         out[f.relative_to(folder).as_posix()] = hashlib.md5(raw).hexdigest()
     return out
 
