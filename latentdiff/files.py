@@ -111,6 +111,8 @@ UNPACKED = 4e9 # bytes that any archive may hold; more than that only up to a hu
 def unpacked(archive): # path of a .tar, .tgz, .tar.gz or .zip
     "The folder it was unpacked to, now or earlier: safely, and in one step or not at all; raises `UserError`"
     if not (path := there(archive)) or not path.is_file(): raise UserError(f"'{archive}' is no archive: pass one")
+    try: path.open('rb').close()
+    except OSError as e: raise UserError(f'{path} cannot be read ({e.strerror}): change that, or get it again') from None
     archive, about, held, name = path, path.stat(), 0, None
     stamp = fingerprint(name=archive.name, size=about.st_size, changed=about.st_mtime_ns)[:8]
     folder = data_home()/f"{archive.name.split('.')[0]}-{stamp}"

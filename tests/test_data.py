@@ -855,3 +855,10 @@ def test_a_download_whose_place_is_taken(server, tmp_path):
     assert download(server.url + '/a.bin', tmp_path/'b.bin').read_bytes() == PAYLOAD
     assert all((tmp_path/f'mine.{o}').read_bytes() == b'mine' for o in ('part', 'part.tag', 'part.lock'))
     assert 'too long' in one_line(open_images, f'{server.url}/{"x"*300}.zip', 16)
+
+def test_an_archive_that_may_not_be_read(tmp_path, monkeypatch):
+    "It is the archive that is named, and not the folder that it would be unpacked to"
+    (tmp_path/'a.tar').write_bytes(tar_of({'a.png': png()}))
+    refuse(monkeypatch, io, 'open', {'a.tar': errno.EACCES})
+    for module in (zipfile, tarfile): monkeypatch.setattr(module, 'open' if module is zipfile else 'bltn_open', io.open, raising=False)
+    assert 'a.tar cannot be read (Permission denied)' in one_line(open_images, tmp_path/'a.tar', 16)
