@@ -460,13 +460,13 @@ def make_autoencoder(folder, images, p, seed=0, device=None): # of the run; `Ima
     found = agreed(next((o for o in ('autoencoder', 'vae') if (folder/o).exists()), None))
     with first_ahead(): ready = open_autoencoder(p.ae_pretrained) if p.ae_pretrained and not found else None
     path = folder/(found or ('vae' if isinstance(ready, PretrainedKL) else 'autoencoder'))
-    settings, kw = dict(seed=seed, pretrained=p.ae_pretrained), dict(bs=p.bs, lr=p.ae_lr, kl_weight=p.ae_kl)
+    settings, kw = dict(seed=seed, pretrained=p.ae_pretrained), dict(bs=p.bs, kl_weight=p.ae_kl)
     if not p.ae_pretrained:
         kw |= dict(flip=images.channels == 3) | ({'crop': max(1, images.size//16)} if len(images) < FEW else {})
         settings |= dict(kw, widths=p.ae_widths, patch=p.ae_patch, latent_channels=p.latent_channels, optimizer='Muon')
-        kw |= dict(checkpoint=Checkpoint(folder/'checkpoints'/'autoencoder', fingerprint(**settings, **parents)))
-        settings |= dict(steps=p.ae_steps)
-
+        begun = Checkpoint(folder/'checkpoints'/'autoencoder', fingerprint(**settings, **parents))
+        kw |= dict(lr=p.ae_lr, checkpoint=begun)
+        settings |= dict(lr=p.ae_lr, steps=p.ae_steps)
     def make(work):
         x_valid, history = some_pixels(images, 'valid', seed, 1000), None
         if ready: ae = ready.to(device).fit_scale(some_pixels(images, 'train', seed, 4000))

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from diffusers.configuration_utils import ConfigMixin
 from fastai.callback.core import Callback
 from .core import UserError, artefact, default_device, find_class, fingerprint, load_component, read_json
-from .core import save_component, stream, write_json
+from .core import save_component, spread, stream, write_json
 from .training import Checkpoint, Graphed, fit_steps, zero_init
 from .noisify import NoisifyCB, bcast, weights_hash
 from .unet import TimeMLP, denoiser_learner
@@ -236,9 +236,9 @@ def make_shortcut(folder, net, process, latents, steps, # of the run: gets denoi
     checkpoint = Checkpoint(Path(folder)/'checkpoints'/'shortcut', fingerprint(**parents, **settings))
     def make(out):
         torch.manual_seed(seed)
-        teacher, z = net.to(device).eval(), [latents.tensor('train'), latents.tensor('valid')[:256]]
+        teacher, z = net.to(device).eval(), [latents.tensor('train'), spread(latents.tensor('valid'), 256)]
         if hasattr(net, 'conditioners'):
-            z = [(x, latents.labels[latents.idxs(o)[:len(x)]]) for x, o in zip(z, ('train', 'valid'))]
+            z = [(x, latents.labels[spread(latents.idxs(o), len(x))]) for x, o in zip(z, ('train', 'valid'))]
         learn = train_shortcut(with_steps(net), process, teacher_of(teacher, guidance), *z, steps, lr, seed,
                                bs=bs, device=device, checkpoint=checkpoint)
         save_component(learn.model, out)

@@ -104,7 +104,7 @@ def class_judge(f, labels): # features (n,d) and classes (n,) int64 of real pict
 def by_guidance(draw, extractor, real, # guidance -> uint8 (n,c,h,w); pixels -> features; features of real pictures
                 labels=None, known=None, asked=None): # their classes; (features, classes) to learn from; n classes
     "KID of samples at each of `GUIDANCES`, and with classes how often a judge sees the one asked for: facts, a dict"
-    see = class_judge(*known) if known else None
+    see = class_judge(*known) if known and len({*known[1].tolist()} - {-1}) > 1 else None   # one class is no choice
     share = lambda f, y: (see(f) == torch.as_tensor(y))[torch.as_tensor(y) >= 0].float().mean().item()
     d = dict(rows=[], right=share(real, labels) if see else None, n_real=len(real))
     for g in GUIDANCES:

@@ -497,7 +497,7 @@ def fit_steps(learn,                                 # a fastai Learner whose tr
         each = StepByStep(steps, lr, seed, rounds, k)
         more = [Keeper(checkpoint, found, keep_best), *together(learn.model), *listify(cbs)]
         try: learn.fit(len(each.left()), lr, cbs=[each, *more])
-        except UserError as e: raise UserError(str(e).split('\t')[-1]) from None  # without fastai's line above it
+        except UserError as e: raise type(e)(e.args[0].split('\t')[-1]) from None  # without fastai's line above it
     return learn
 
 # %% ../nbs/parts/training.ipynb #n904

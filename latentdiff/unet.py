@@ -14,7 +14,8 @@ from torch import nn
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from fastai.basics import DataLoaders, Path, patch
 from fastai.callback.all import ActivationStats, GradientClip
-from .core import WEIGHTS, UserError, artefact, default_device, fingerprint, load_component, save_component, write_json
+from .core import WEIGHTS, UserError, artefact, default_device, fingerprint, load_component, save_component
+from .core import spread, write_json
 from .training import Checkpoint, DeviceLoader, EMA, Graphed, Learner, fit_steps, largest_divisor
 from .training import mixed_precision, muon, zero_init
 from .noisify import NoisifyCB, Process, save_process
@@ -255,7 +256,7 @@ class AnyUNet2D(nn.Module):
 # %% ../nbs/30_unet.ipynb #c082
 def denoiser_learner(net, process, # denoiser: net(x_t, time) -> prediction; the Process that it shall undo
     z_train,        # (n, c, h, w) latents, each channel mean 0 and std 1; or a tuple (latents, conditions)
-    z_valid,        # (m, c, h, w) latents held out, or such a tuple; the first 1,000 are used
+    z_valid,        # (m, c, h, w) latents held out, or such a tuple; 1,000 of them are used
     bs=128, seed=0, # latents a step; of order, mirror, noise and times
     flip=False,     # mirror half of the latents? only right if the autoencoder commutes with mirroring
     device=None, opt_func=muon # None: default_device(); a fastai optimizer
@@ -265,7 +266,7 @@ def denoiser_learner(net, process, # denoiser: net(x_t, time) -> prediction; the
     if not len(z_train) or not len(z_valid): raise UserError('no latents to train on or hold out: encode more images')
     device = torch.device(device or default_device())
     train = DeviceLoader(z_train, *y_train, bs=bs, shuffle=True, flip=flip, seed=seed, device=device)
-    valid = DeviceLoader(*(o[:1000] for o in (z_valid, *y_valid)), bs=2*bs, device=device)
+    valid = DeviceLoader(*(spread(o, 1000) for o in (z_valid, *y_valid)), bs=2*bs, device=device)
     return Learner(DataLoaders(train, valid, device=device), net.to(device, memory_format=torch.channels_last),
                    loss_func=F.mse_loss, opt_func=opt_func,
                    cbs=[NoisifyCB(process, seed=seed), EMA(), GradientClip(1.), *mixed_precision(device), Graphed()])
@@ -296,21 +297,21 @@ def make_denoiser(folder, latents, p, # run folder: gets unet/, process/, schedu
 ): # what that depends on -> (denoiser in eval mode on the device, Process)
     "The denoiser of a run: loaded, or trained now for `p.steps` steps and saved"
     folder, process = Path(folder), process or Process('flow', 'velocity', 'logit_normal')
-    parents, recipe = dict(latents=latents.fingerprint), dict(bs=p.bs, lr=p.lr, seed=seed)
+    parents, recipe = dict(latents=latents.fingerprint), dict(bs=p.bs, seed=seed)
     network = dict(widths=p.widths, depth=p.depth, attn_levels=p.attn_levels)
     settings = dict(**recipe, **network, process=asdict(process), optimizer='Muon', **told)
     name = 'unet' if conds is None else 'denoiser'   # diffusers knows no network that is told something our way
-    checkpoint = Checkpoint(folder/'checkpoints'/name, fingerprint(**parents, **settings))
+    checkpoint = Checkpoint(folder/'checkpoints'/name, fingerprint(**parents, **settings))   # at whatever rate
     def make(out):
         torch.manual_seed(seed)
         net, z = build(latents.mean.shape[1:], p), [latents.tensor(o) for o in ('train', 'valid')]
         if conds is not None: z = [(x, conds[latents.idxs(o)]) for x, o in zip(z, ('train', 'valid'))]
         kw = dict(device=device, checkpoint=checkpoint, rounds=5, cbs=cbs)
-        learn = train_denoiser(net, process, *z, steps=p.steps, **recipe, **kw)
+        learn = train_denoiser(net, process, *z, steps=p.steps, lr=p.lr, **recipe, **kw)
         save_process(process, folder)
         save_component(net, out)
         return learn.history
-    made_at = artefact(folder/name, make, parents, dict(**settings, steps=p.steps), remake)
+    made_at = artefact(folder/name, make, parents, dict(**settings, lr=p.lr, steps=p.steps), remake)
     return load_component(made_at).to(device or default_device()), Process.load(folder/'process')
 
 # %% ../nbs/30_unet.ipynb #c097

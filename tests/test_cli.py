@@ -450,6 +450,38 @@ def test_samples_are_told_what_held_out_images_are(tmp_path):
     assert sorted(told_run(tmp_path, 'class', images).asked['cond']) == [0]*8 + [1]*8
     assert set(told_run(tmp_path, 'text', images).asked['cond']) == {'a'}
 
+class Sorted(Told):
+    "A black class, then a white one, as folders by class are read"
+    def __init__(self):
+        super().__init__([0]*3000 + [1]*3000, None, [*range(2500), *range(3500, 6000)])
+        self.channels, self.size = 3, 8
+    def pixels(self, idxs): return (255*self.labels[idxs]).byte()[:, None, None, None].expand(-1, 3, 8, 8)
+    read = pixels
+
+def test_scores_look_at_every_class_of_sorted_folders(tmp_path, monkeypatch):
+    "More pictures a class than are looked at: held-out ones, the floor's and the classes a judge learns from are of both, half and half"
+    from latentdiff import commands, kid_eval, report
+    class Judge(kid_eval.Extractor):
+        def __init__(self): super().__init__(torch.nn.Identity(), 'grey', 'cpu')
+        def embed(self, pixels): return pixels.float().mean((1, 2, 3))[:, None]/255
+    r = told_run(tmp_path, 'class', Sorted())
+    r.kept |= dict(judge=Judge(), autoencoder=AttrDict(encode=lambda x: x, decode=lambda x: x), samples=torch.zeros(200, 3, 8, 8, dtype=torch.uint8))
+    monkeypatch.setattr(commands.Run, 'neighbours', lambda self: None)
+    shown, seen = [], {}
+    monkeypatch.setattr(report, 'save_png', lambda im, path: shown.append(path.name))
+    monkeypatch.setattr(kid_eval, 'evaluate', lambda fake, real, judge, floor_from, seed: seen.update(real=real, floor=floor_from) or {})
+    monkeypatch.setattr(report, 'by_guidance', lambda draw, judge, real, labels, known, asked: seen.update(labels=labels, known=known[1]) or seen['stop'])
+    with pytest.raises(KeyError): r.evaluate(tmp_path)
+    assert shown == ['pairs.png', 'neighbours.png'] and len(seen['real']) == len(seen['labels']) == 2000 and len(seen['floor']) == len(seen['known']) == 200
+    for o in (seen['real'].mean(1), seen['floor'].mean(1), seen['labels'], seen['known']): assert o.float().mean() == .5
+
+def test_a_judge_of_one_class_has_no_choice(monkeypatch):
+    from latentdiff import report
+    monkeypatch.setattr(report, 'features', lambda judge, x: x)
+    f, y = torch.randn(120, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(120, dtype=torch.int64)
+    d = report.by_guidance(lambda g: f[:60], None, f, y, (f, y), [0]*60)
+    assert d['right'] is None and report.guidance_curves(d).width < 400
+
 def test_a_grid_of_many_classes(tmp_path):
     "Sixteen rows at most, though there are a hundred classes and fewer samples."
     images = Told(list(range(100))*2, None, list(range(100)))
