@@ -455,6 +455,7 @@ class Sorted(Told):
     def __init__(self):
         super().__init__([0]*3000 + [1]*3000, None, [*range(2500), *range(3500, 6000)])
         self.channels, self.size = 3, 8
+    def __len__(self): return len(self.labels)
     def pixels(self, idxs): return (255*self.labels[idxs]).byte()[:, None, None, None].expand(-1, 3, 8, 8)
     read = pixels
 
@@ -465,7 +466,8 @@ def test_scores_look_at_every_class_of_sorted_folders(tmp_path, monkeypatch):
         def __init__(self): super().__init__(torch.nn.Identity(), 'grey', 'cpu')
         def embed(self, pixels): return pixels.float().mean((1, 2, 3))[:, None]/255
     r = told_run(tmp_path, 'class', Sorted())
-    r.kept |= dict(judge=Judge(), autoencoder=AttrDict(encode=lambda x: x, decode=lambda x: x), samples=torch.zeros(200, 3, 8, 8, dtype=torch.uint8))
+    r.kept |= dict(judge=Judge(), autoencoder=AttrDict(encode=lambda x: x, decode=lambda x: x))
+    monkeypatch.setattr(commands.Run, 'samples', torch.zeros(200, 3, 8, 8, dtype=torch.uint8))
     monkeypatch.setattr(commands.Run, 'neighbours', lambda self: None)
     shown, seen = [], {}
     monkeypatch.setattr(report, 'save_png', lambda im, path: shown.append(path.name))
