@@ -196,6 +196,7 @@ def write_npz(path, px):
     "The uint8 array (n,h,w,c) in one .npz, complete or not at all"
     f = io.BytesIO()
     np.savez_compressed(f, px)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)   # it may have gone while images were drawn
     write_whole(path, f.getvalue())
 
 @patch(as_prop=True)
@@ -365,6 +366,7 @@ def go(self:Run, goals=GOALS):
         if fresh and self.images.skipped: write_json(self.folder/'skipped.json', self.images.skipped, indent=1)
         if fresh or read_json(self.folder/'run.json', 'delete it').get('settings') != self.settings: self.write()
         for k in goals: getattr(self, k)
+    if not (self.folder/'run.json').exists(): raise UserError(f'{self.folder} was moved or deleted meanwhile: repeat it.')
     done = 'is finished: nothing to do' if before == stamp() else f'{training.peak_gb(self.device):.1f} GB at most'
     print(f'{self.folder} {done}')
 

@@ -10,7 +10,7 @@ __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'default
            'read_weights', 'load_weights', 'load_component', 'fingerprint', 'made', 'artefact', 'locked', 'exercise']
 
 # %% ../nbs/parts/core.ipynb #c004
-from .disk import UserError, clear_away, data_home, file_md5, on_disk, rank, read_json, replace_folder
+from .disk import UserError, clear_away, data_home, file_md5, on_disk, rank, read_json, remove, replace_folder
 from .disk import runs_home, whole_folder, world, write_json, write_whole   # the rooms ask for them here
 import hashlib, importlib, json, math, os, shutil, sys, time, tomllib   # after disk, which minds Ctrl-C
 from contextlib import contextmanager, nullcontext, suppress
@@ -414,7 +414,7 @@ def _begin(work, want):
     "An empty folder with a note of what it is for, unless an earlier call has begun just that"
     begun = read_json(work/'making.json', f'delete {work}') if (work/'making.json').is_file() else None
     if begun == want: return
-    shutil.rmtree(work, ignore_errors=True)
+    remove(work)
     work.mkdir()
     write_json(work/'making.json', want)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FULL', 'world', 'rank', 'Stopped', 'last_words', 'stop_politely', 'UserError', 'data_home', 'runs_home', 'DiskError',
-           'size_of', 'room_at', 'on_disk', 'enough', 'free_memory', 'reserve', 'clear_away', 'write_whole',
+           'size_of', 'room_at', 'on_disk', 'enough', 'free_memory', 'reserve', 'remove', 'clear_away', 'write_whole',
            'write_json', 'read_json', 'file_md5', 'replace_folder', 'whole_folder', 'new_place', 'new_places',
            'refused', 'writable', 'plain_output', 'one_line_errors']
 
@@ -136,12 +136,17 @@ def _gone(writer): # as `_beside` names it
     except (ProcessLookupError, OverflowError): return True
     except (OSError, ValueError): return False
 
+def remove(path):
+    "Delete a file, a folder, or a link, but not what a link leads to; nothing happens where nothing is"
+    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError): path.unlink()
+
 def clear_away(path, *kinds): # 'part', 'new', 'old'
     "Delete what killed processes have left half made beside `path`, and what any has moved out of the way"
     for o in path.parent.glob(f'.{glob.escape(path.name)}.*') if not rank() else ():
         writer, _, kind = o.name.removeprefix(f'.{path.name}.').partition('.')
-        if kind in kinds and (kind == 'old' or _gone(writer)):
-            with suppress(OSError): (shutil.rmtree if o.is_dir() else os.unlink)(o)
+        if kind in kinds and (kind == 'old' or _gone(writer)): remove(o)
 
 def write_whole(path, data): # of the file, whose folder exists; str or bytes
     "Write a file in one step, with the permissions that any new file gets"
@@ -152,8 +157,7 @@ def write_whole(path, data): # of the file, whose folder exists; str or bytes
         try:
             tmp.write_bytes(data)
             os.replace(tmp, path)
-        finally:
-            with suppress(OSError): tmp.unlink()
+        finally: remove(tmp)
     clear_away(path, 'part')
 
 def write_json(path, d, indent=None): # of the file; a dict or list; spaces a level, None: one line
@@ -179,7 +183,7 @@ def replace_folder(new, path): # a finished folder, and the place it takes, besi
     old = _beside(path, 'old')
     if path.exists(): path.rename(old)
     new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
     clear_away(path, 'old', 'new')
 
 @contextmanager
@@ -189,11 +193,11 @@ def whole_folder(path, first=False): # True: what another process has put there 
     new = _beside(Path(tempfile.gettempdir())/path.name if rank() else path, 'new')   # that of the others nobody keeps
     with on_disk(path):
         try:
-            shutil.rmtree(new, ignore_errors=True)
+            remove(new)
             new.mkdir(parents=True)
             yield new
             if not (first and path.exists()): replace_folder(new, path)
-        finally: shutil.rmtree(new, ignore_errors=True)
+        finally: remove(new)
 
 # %% ../nbs/parts/disk.ipynb #d018
 def new_place(path, option):

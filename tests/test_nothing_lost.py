@@ -607,3 +607,24 @@ def test_a_place_that_was_taken_meanwhile_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(LatentDiffusionPipeline, 'pixels', pixels)
     assert 'exists' in one_line(lambda: sample_cli.__wrapped__('fashion_mnist32', n=1, steps=1, out=str(tmp_path/'out')))
     assert [o.name for o in (tmp_path/'out').iterdir()] == ['theirs']
+
+def test_a_part_that_is_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):
+    "Also where it stands in the way of a training that begins"
+    from latentdiff.core import artefact
+    (tmp_path/'big').mkdir()
+    (tmp_path/'big'/'theirs').write_text('x')
+    for o in ('a', '.b.making'): (tmp_path/o).symlink_to(tmp_path/'big')
+    with whole_folder(tmp_path/'a') as new: (new/'mine').write_text('y')
+    artefact(tmp_path/'b', lambda o: {}, {}, {})
+    assert {o.name for o in tmp_path.iterdir()} == {'a', 'b', 'big', '.lock'} and (tmp_path/'big'/'theirs').exists()
+    assert [o.name for o in (tmp_path/'a').iterdir()] == ['mine'] and not (tmp_path/'a').is_symlink()
+
+def test_a_run_whose_folder_goes_away_says_so(tmp_path):
+    from latentdiff.commands import Run
+    r = Run(tmp_path/'run', settings_of('rooms', 'tiny', n=120, steps=4, ae_steps=4))
+    r.announce, r.kept['report'] = lambda: None, 0
+    class Moving(Run):
+        @property
+        def moved(self): self.folder.rename(tmp_path/'elsewhere')
+    r.__class__ = Moving
+    assert 'moved or deleted' in one_line(lambda: r.go(('moved',)))
