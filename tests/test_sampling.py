@@ -433,6 +433,21 @@ def test_inpaint_keeps_the_known_part_and_finds_the_rest(process):
 
 # --- the panel ---------------------------------------------------------------------------------------------------------
 
+def from_the_lesson(*names):
+    "Functions of lesson 40 that are not in the library, from its own cells"
+    import io, json, time
+    from pathlib import Path
+    from latentdiff import sampling
+    from latentdiff.core import number
+    from latentdiff.data import image_grid
+    there = dict(vars(sampling), io=io, time=time, number=number, image_grid=image_grid)
+    nb = json.loads((Path(__file__).parents[1]/'nbs/40_sampling.ipynb').read_text(encoding='utf-8'))
+    for s in (''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'code'):
+        if s.startswith(tuple(f'def {k}(' for k in ('controls_for', *names))): exec(s, there)
+    return [there[k] for k in names]
+
+draw_between, noise_and_guess, look, the_panel = from_the_lesson('draw_between', 'noise_and_guess', 'look', 'panel')
+
 SHOWN = dict(cond='bag', guidance=3.)
 
 @pytest.fixture(scope='module')
@@ -492,18 +507,8 @@ def test_the_guess_is_made_with_new_noise():
     starts = [start_noise(Process(), (1, 3, 8, 8), seed=s) for s in (0, 1, 9999)]
     assert torch.pdist(torch.cat([noise, *starts]).flatten(1)).min() > 15          # about sqrt(2*192)
 
-@pytest.fixture(scope='module')
-def panel():
-    "The function of the lesson, from its own cells"
-    import io, json, time
-    from pathlib import Path
-    from latentdiff.data import image_grid
-    names = globals() | dict(io=io, time=time, image_grid=image_grid)
-    nb = json.loads((Path(__file__).parents[1]/'nbs/40_sampling.ipynb').read_text(encoding='utf-8'))
-    sources = [''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'code']
-    for s in sources:
-        if s.startswith(('def controls_for(', 'def panel(')): exec(s, names)
-    return names['panel']
+@pytest.fixture
+def panel(): return the_panel
 
 @pytest.fixture
 def controls(panel):
