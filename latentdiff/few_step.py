@@ -13,9 +13,8 @@ from pathlib import Path
 from torch import nn
 from torch.func import functional_call
 from diffusers.configuration_utils import ConfigMixin
-from fastai.callback.core import Callback
 from .core import UserError, artefact, default_device, find_class, fingerprint, load_component, read_json
-from .core import save_component, stream, write_json
+from .core import save_component, write_json
 from .training import Checkpoint, Graphed, fit_steps, zero_init
 from .noisify import NoisifyCB, bcast, weights_hash
 from .unet import TimeMLP, denoiser_learner
@@ -152,26 +151,25 @@ def shortcut(net, process, x, ts, callback=None, generator=None):
 # %% ../nbs/70_few_step.ipynb #f040
 SHARES = {1.: .3, .5: .25, .25: .2, .125: .15, 0.: .1}   # of a batch, by the length of the step
 
-def draw_steps(n, shares=SHARES, generator=None, device=None): # rows; as `SHARES`, longest first, 0 last
-    "(t, d), each (n,): step lengths in the order of `shares`, and times that are whole numbers of such steps"
-    ends = (torch.tensor([*shares.values()]).cumsum(0)/sum(shares.values())*n).round().long()
-    d = torch.tensor([*shares]).repeat_interleave(ends.diff(prepend=torch.zeros(1, dtype=torch.long))).to(device)
+def draw_steps(n, generator=None, device=None): # rows; on the device
+    "(t, d), each (n,): step lengths in the order of `SHARES`, and times that are whole numbers of such steps"
+    ends = (torch.tensor([*SHARES.values()]).cumsum(0)/sum(SHARES.values())*n).round().long()
+    d = torch.tensor([*SHARES]).repeat_interleave(ends.diff(prepend=torch.zeros(1, dtype=torch.long))).to(device)
     u = torch.rand(n, generator=generator, device=device)
     return torch.where(d > 0, 1 - d*(u/d).floor(), 1 - u), d
 
 # %% ../nbs/70_few_step.ipynb #f041
-class Shortcuts(Callback):
+class Shortcuts(NoisifyCB):
     "Noisy latents and steps of all lengths; what the network should answer comes from its teacher and from its average"
-    run_valid = True
-    def __init__(self, process, teacher, # a flow `Process`; (x, time, *cond) -> velocity, trained
-                 shares=SHARES, seed=0): # of a batch, as in `draw_steps`; of all noise
-        self.process, self.teacher, self.shares, self.seed = process, teacher, shares, seed
+    def __init__(self, process, teacher, seed=0): # a flow `Process`; (x, time, *cond) -> velocity; of all noise
+        super().__init__(process, seed)
+        self.teacher = teacher
 
     def before_fit(self): self.like = copy.deepcopy(self.model).eval().requires_grad_(False)
 
     def draw(self, n, generator, device):
         "What a batch of `n` rows is asked: (t, d), each (n,)"
-        return draw_steps(n, self.shares, generator, device)
+        return draw_steps(n, generator, device)
 
     def average(self, *args):
         "The answer of the averaged weights"
@@ -183,7 +181,7 @@ class Shortcuts(Callback):
     @torch.no_grad()
     def answers(self, x, t, d, cond):
         "Slopes (b, ...): of the teacher for the shortest steps, of two steps of half the length for the others"
-        shortest, y = min(o for o in self.shares if o > 0), torch.empty_like(x)
+        shortest, y = min(o for o in SHARES if o > 0), torch.empty_like(x)
         for rows in (d == 0, d == shortest, d > shortest):
             c = [o[rows] for o in cond]
             velocity = lambda x, t: self.teacher(x, self.process.time_input(t), *c)
@@ -195,25 +193,21 @@ class Shortcuts(Callback):
             else: y[rows] = two_in_one(slope, *at, d[rows])
         return y
 
-    def before_batch(self):
-        x0, *cond = (*self.xb, *self.yb)
-        if self.training: now = 'training', self.step_by_step.k if hasattr(self, 'step_by_step') else self.train_iter
-        else: now = 'validation', self.iter
-        g = torch.Generator(x0.device).manual_seed(stream(self.seed, 'noise', *now))
-        t, d = self.draw(len(x0), g, x0.device)
-        x = self.process.add_noise(x0, torch.randn(x0.shape, generator=g, device=x0.device), t)
-        self.learn.xb, self.learn.yb = (x, step_input(self.process, t, d), *cond), (self.answers(x, t, d, cond),)
+    def example(self, x0, cond, generator):
+        t, d = self.draw(len(x0), generator, x0.device)
+        x = self.process.add_noise(x0, torch.randn(x0.shape, generator=generator, device=x0.device), t)
+        return (x, step_input(self.process, t, d), *cond), (self.answers(x, t, d, cond),)
 
 # %% ../nbs/70_few_step.ipynb #f042
 def train_shortcut(net, process, teacher, # from `with_steps`; as `Shortcuts` takes them
-                   z_train, z_valid, steps, lr=1e-3, seed=0, shares=SHARES, # as for `train_denoiser`, but `shares`
-                   checkpoint=None, rounds=5, cbs=(), **kw): # as for `train_denoiser`
+                   z_train, z_valid, steps, lr=1e-3, seed=0, # the rest as for `train_denoiser`
+                   checkpoint=None, rounds=5, cbs=(), **kw):
     "-> Learner with the averaged weights; `UserError` for a process that is not flow matching"
     if (process.schedule, process.target) != ('flow', 'velocity'):
         raise UserError(f"shortcuts need the straight line: Process('flow', 'velocity'), not {process}")
     learn = denoiser_learner(net, process, z_train, z_valid, seed=seed, **kw)
     learn.remove_cbs([o for o in learn.cbs if isinstance(o, (NoisifyCB, Graphed))])
-    learn.add_cb(Shortcuts(process, teacher, shares, seed))
+    learn.add_cb(Shortcuts(process, teacher, seed))
     return fit_steps(learn, steps, lr=lr, seed=seed, checkpoint=checkpoint, rounds=rounds, cbs=cbs)
 
 # %% ../nbs/70_few_step.ipynb #f043

@@ -28,7 +28,7 @@ FLOW = Process()
 # name: the network, and the shape of one input
 NETS = {'U-Net': (partial(UNet, 4, **U), (4, 32, 32)), "diffusers' U-Net": (partial(Diffusers2D, 4, **U), (4, 32, 32)),
         'conditional U-Net': (partial(ConditionalUNet, 4, **U), (4, 32, 32)), 'ResNet': (partial(ResNetDenoiser, 4), (4, 8, 8)),
-        'SegNet': (partial(SegNet, 4), (4, 8, 8)), '1-D CNN': (partial(CNN1d, 4, length=64), (4, 8, 8)), '1-D U-Net': (partial(UNet1d, 1), (128,)),
+        'SegNet': (partial(SegNet, 4), (4, 8, 8)), '1-D CNN': (partial(CNN1d, 4), (4, 8, 8)), '1-D U-Net': (partial(UNet1d, 1), (128,)),
         'MLP': (MLPDenoiser, (128,)), 'DiT': (partial(DiT, 4), (4, 8, 8))}
 
 @contextmanager
