@@ -18,7 +18,7 @@ from .core import save_component, write_json
 from .training import Checkpoint, Graphed, fit_steps, zero_init
 from .noisify import NoisifyCB, bcast, weights_hash
 from .unet import TimeMLP, denoiser_learner
-from .sampling import levels, predict, time_steps
+from .sampling import levels, predict
 from .conditioning import guide
 
 # %% ../nbs/70_few_step.ipynb #f010

@@ -21,10 +21,9 @@ from fastai.metrics import accuracy
 from torcheval.metrics import Metric
 from torcheval.metrics.toolkit import get_synced_metric
 from torchvision.transforms.functional import gaussian_blur
-from .core import UserError, artefact, data_home, default_device, load_component, progress, save_component
-from .core import share, stream, world
+from .core import UserError, artefact, data_home, default_device, load_component, number, one_of, positions
+from .core import progress, save_component, share, stream, world
 from .data import check_images, from_uint8, kind_of, to_uint8
-from .core import number, one_of, positions
 from .training import DeviceLoader, Learner, fit_steps
 from .autoencoder import efficientnet_lite0
 

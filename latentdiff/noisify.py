@@ -17,10 +17,9 @@ from pathlib import Path
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from fastai.basics import Callback, patch
 from .autoencoder import fit_bs
-from .core import UserError, agreed, artefact, default_device, first_ahead, made, progress, rank, read_json
-from .core import share, stream, world, write_json
+from .core import UserError, agreed, artefact, default_device, first_ahead, made, number, one_of, progress
+from .core import rank, read_json, share, stream, world, write_json
 from .data import from_uint8, kind_of, like
-from .core import number, one_of
 from .disk import reserve
 
 # %% ../nbs/20_noisify.ipynb #c076

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAMPLERS', 'SAMPLER', 'levels', 'predict', 'optimal_denoiser', 'pairs', 'euler', 'time_steps', 'generators',
            'noise_like', 'start_noise', 'ddim', 'ddpm', 'heun', 'dpmpp_2m', 'dpmpp_2m_sde', 'evaluations', 'evaluating',
-           'sample', 'denoise_path', 'save_gif', 'slerp', 'interpolate', 'img2img', 'inpaint']
+           'sample', 'denoise_path', 'slerp', 'interpolate', 'img2img', 'inpaint']
 
 # %% ../nbs/40_sampling.ipynb #c003
 import math
@@ -238,14 +238,6 @@ def denoise_path(net, process, x, ts,              # x: start noise, at the stre
     keep = lambda i, t, x, x0: path.append((t, process.scale_input(x, x.new_full((len(x),), t)), x0))
     with evaluating(net): x = _sampler_of(sampler)(net, process, x, ts, callback=keep, generator=generator)
     return path + [(ts[-1], x, x)]
-
-# %% ../nbs/40_sampling.ipynb #c091
-def save_gif(frames, path,     # PIL images of one size; where to write it
-             ms=100, hold=12): # milliseconds a frame; how many times longer the last one stays
-    "Write an animated GIF that loops; returns its path"
-    frames = [f.convert('RGB').quantize(64, dither=0) for f in frames]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[ms]*(len(frames)-1) + [ms*hold], loop=0)
-    return path
 
 # %% ../nbs/40_sampling.ipynb #c113
 def slerp(a, b, w): # (b, ...) two batches of noise; 0 gives `a`, 1 gives `b`

@@ -13,6 +13,21 @@ ALL = [Process(s, t) for s in SCHEDULES for t in TARGETS]
 DDPM_LINEAR = dict(beta_start=1e-4, beta_end=.02, beta_schedule='linear')
 name = lambda p: f'{p.schedule}-{p.target}'
 
+def from_the_lesson(*names):
+    "Functions of lesson 40 that are not in the library, from its own cells"
+    import io, json, time
+    from pathlib import Path
+    from latentdiff import sampling
+    from latentdiff.core import number
+    from latentdiff.data import image_grid
+    there = dict(vars(sampling), io=io, time=time, number=number, image_grid=image_grid)
+    nb = json.loads((Path(__file__).parents[1]/'nbs/40_sampling.ipynb').read_text(encoding='utf-8'))
+    for s in (''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'code'):
+        if s.startswith(tuple(f'def {k}(' for k in ('controls_for', *names))): exec(s, there)
+    return [there[k] for k in names]
+
+draw_between, noise_and_guess, look, the_panel, save_gif = from_the_lesson('draw_between', 'noise_and_guess', 'look', 'panel', 'save_gif')
+
 def wavy(x, time): return torch.sin(2*x.roll(1, -1) + 4*(time.view(-1, 1, 1, 1) + 1)/1000) + .3*x
 def denoiser(process):
     "A toy network: exact for a mixture, which draws errors together, or a wave that lets them stand"
@@ -432,21 +447,6 @@ def test_inpaint_keeps_the_known_part_and_finds_the_rest(process):
     assert (out - POINTS).abs().max() < .4    # the known part says which point it is
 
 # --- the panel ---------------------------------------------------------------------------------------------------------
-
-def from_the_lesson(*names):
-    "Functions of lesson 40 that are not in the library, from its own cells"
-    import io, json, time
-    from pathlib import Path
-    from latentdiff import sampling
-    from latentdiff.core import number
-    from latentdiff.data import image_grid
-    there = dict(vars(sampling), io=io, time=time, number=number, image_grid=image_grid)
-    nb = json.loads((Path(__file__).parents[1]/'nbs/40_sampling.ipynb').read_text(encoding='utf-8'))
-    for s in (''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'code'):
-        if s.startswith(tuple(f'def {k}(' for k in ('controls_for', *names))): exec(s, there)
-    return [there[k] for k in names]
-
-draw_between, noise_and_guess, look, the_panel = from_the_lesson('draw_between', 'noise_and_guess', 'look', 'panel')
 
 SHOWN = dict(cond='bag', guidance=3.)
 
