@@ -236,11 +236,11 @@ def sincos_places(h, w, dim, device=None): # tokens down and across; length of e
 # %% ../nbs/35_denoisers.ipynb #c059
 class DiTBlock(nn.Module):
     "Transformer block with adaLN-Zero: time shifts, scales, gates both branches (DiT, Peebles & Xie 2023, s. 3.2)"
-    def __init__(self, width, heads, ratio=4): # length of a token, attention heads, hidden units per number of it
+    def __init__(self, width, heads): # length of a token, attention heads
         super().__init__()
         self.heads, self.norm = heads, nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.qkv, self.out = nn.Linear(width, 3*width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, ratio*width), nn.GELU('tanh'), nn.Linear(ratio*width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 4*width), nn.GELU('tanh'), nn.Linear(4*width, width))
         self.ada = zero_init(nn.Linear(width, 6*width))
 
     def attend(self, x): # (b, n, width) -> the same

@@ -20,11 +20,10 @@ from .training import mixed_precision, muon, zero_init
 from .noisify import NoisifyCB, Process, save_process
 
 # %% ../nbs/30_unet.ipynb #c020
-def timestep_embedding(time, dim, # (b,) `process.time_input(t)`; length of the embedding, even
-                       max_period=10000): # the slowest wave turns once in `2*pi*max_period`
+def timestep_embedding(time, dim): # (b,) `process.time_input(t)`; length of the embedding, even
     "Sinusoidal embedding (b, dim) of the noise level, cosines, then sines ('Attention is all you need', section 3.5)"
     if dim % 2: raise ValueError(f'the embedding length must be even, not {dim}')
-    freqs = torch.exp(-math.log(max_period)*torch.arange(dim//2, device=time.device, dtype=torch.float32)/(dim//2))
+    freqs = torch.exp(-math.log(10000)*torch.arange(dim//2, device=time.device, dtype=torch.float32)/(dim//2))
     angles = time.float()[:, None] * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
