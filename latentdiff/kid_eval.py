@@ -123,8 +123,6 @@ class Extractor:
         "What a subclass does to pixels (b,3,h,w) that already lie on the device"
         return self.net(pixels)
 
-    def __repr__(self): return f'{type(self).__name__}({self.name}, {self.device})'
-
 # %% ../nbs/50_kid_eval.ipynb #c070
 class EfficientNetFeatures(Extractor):
     "Channel means of EfficientNet-Lite0 at its end (1280) and, weighted, after its first block (16); float32 (b,1296)"
