@@ -31,7 +31,7 @@ from .files import there
 from .training import Checkpoint, DeviceLoader, Graphed, Learner, adamw, fit_steps, muon, randn_rows, zero_init
 
 # %% ../nbs/10_autoencoder.ipynb #c040
-def _conv(cin, cout, k=3, stride=1): return nn.Conv2d(cin, cout, k, stride, padding=k//2)
+def _conv(cin, cout, stride=1): return nn.Conv2d(cin, cout, 3, stride, padding=1)
 
 def _norm_act(c): return [nn.GroupNorm(8, c), nn.SiLU()]
 

@@ -99,10 +99,7 @@ class ClassConditioner(nn.Module, ConfigMixin):
     @register_to_config
     def __init__(self, classes, dim=128): # names of the classes, such as `images.classes`; length of a token
         super().__init__()
-        self.embedding = nn.Embedding(len(classes), dim)
-
-    @property
-    def dim(self): return self.embedding.embedding_dim
+        self.embedding, self.dim = nn.Embedding(len(classes), dim), dim
 
     def number(self, label): # a class's name or number
         classes = list(self.config.classes)

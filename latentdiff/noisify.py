@@ -17,10 +17,9 @@ from pathlib import Path
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from fastai.basics import Callback, patch
 from .autoencoder import fit_bs
-from .core import UserError, agreed, artefact, default_device, first_ahead, made, progress, rank, read_json
-from .core import share, stream, world, write_json
+from .core import UserError, agreed, artefact, default_device, first_ahead, made, number, one_of, progress
+from .core import rank, read_json, share, stream, world, write_json
 from .data import from_uint8, kind_of, like
-from .core import number, one_of
 from .disk import reserve
 
 # %% ../nbs/20_noisify.ipynb #c076
@@ -364,8 +363,12 @@ class NoisifyCB(Callback):
         if self.training: now = 'training', self.step_by_step.k if hasattr(self, 'step_by_step') else self.train_iter
         else: now = 'validation', self.iter # what the noise depends on besides the seed: the step, or which batch
         generator = torch.Generator(x0.device).manual_seed(stream(self.seed, 'noise', *now))
+        self.learn.xb,self.learn.yb = self.example(x0, cond, generator)
+
+    def example(self, x0, cond, generator):
+        "What the network is shown of clean latents, and what it should answer"
         x_t,t,target = self.process.noisify(x0, generator=generator)
-        self.learn.xb,self.learn.yb = (self.process.scale_input(x_t, t), self.process.time_input(t), *cond), (target,)
+        return (self.process.scale_input(x_t, t), self.process.time_input(t), *cond), (target,)
 
 # %% ../nbs/20_noisify.ipynb #c164
 PREDICTION_TYPES = dict(eps='epsilon', x0='sample', v='v_prediction')
