@@ -6,8 +6,8 @@
 __all__ = ['RELEASES', 'poly_kernel', 'kernel_sums', 'pair_variance', 'cross_moments', 'point_variance', 'kid_variance', 'finite',
            'pair', 'kid', 'Extractor', 'EfficientNetFeatures', 'as_pixels', 'side', 'features', 'covariance_factor',
            'frechet', 'gaussian_stats', 'fid', 'halves', 'evaluate', 'nearest_neighbours', 'subset_kids', 'kid_subsets',
-           'kid_blocks', 'FeatureMetric', 'KID', 'FID', 'inception_weights', 'InceptionFeatures', 'GreyClassifier',
-           'train_classifier', 'ClassifierFeatures', 'make_judge']
+           'kid_blocks', 'FeatureMetric', 'KID', 'merged', 'FID', 'inception_weights', 'InceptionFeatures',
+           'GreyClassifier', 'train_classifier', 'ClassifierFeatures', 'make_judge']
 
 # %% ../nbs/50_kid_eval.ipynb #c004
 import hashlib, math, pickle, time
@@ -19,9 +19,10 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from fastai.data.core import DataLoaders
 from fastai.metrics import accuracy
 from torcheval.metrics import Metric
+from torcheval.metrics.toolkit import get_synced_metric
 from torchvision.transforms.functional import gaussian_blur
-from .core import UserError, artefact, data_home, default_device, gathered, load_component, number, one_of
-from .core import positions, progress, save_component, share, spread, stream
+from .core import UserError, artefact, data_home, default_device, load_component, number, one_of, positions
+from .core import progress, save_component, share, spread, stream, world
 from .data import check_images, from_uint8, kind_of, to_uint8
 from .training import DeviceLoader, Learner, fit_steps
 from .autoencoder import efficientnet_lite0
@@ -163,9 +164,12 @@ def features(extractor, # pixels -> features
     idxs = torch.from_numpy(positions(n, idxs=range(n) if idxs is None else idxs))
     if flat: return images[idxs]
     get = (lambda i: images[i]) if torch.is_tensor(images) else images.pixels
-    rows = [*share(torch.arange(len(idxs)).split(number(1, bs=bs)))]   # of several processes each takes some batches
+    rows = torch.arange(len(idxs)).split(number(1, bs=bs))
+    split = 1 < world() <= len(rows)   # each of several processes takes its share of the batches
+    if split: rows = [*share(rows)]
     batches = progress(rows, what=f'features of {len(idxs):,} images')
-    return torch.cat(gathered([extractor(as_pixels(get(idxs[i]))).cpu() for i in batches]))
+    f = torch.cat([extractor(as_pixels(get(idxs[i]))).cpu() for i in batches])
+    return merged(f, torch.cat(rows)) if split else f
 
 # %% ../nbs/50_kid_eval.ipynb #c047
 def covariance_factor(s): # covariance (d,d)
@@ -308,6 +312,12 @@ class KID(FeatureMetric):
 
     def _prepare_for_merge_state(self):
         for side in self.sides: setattr(self, side, [torch.cat(f)] if (f := getattr(self, side)) else [])
+
+def merged(f, rows): # features (m,d) of the images that this process has seen; which these are of all (m,)
+    "The features of all processes in the order of the images, by torcheval's toolkit"
+    own = KID().update(torch.cat([rows[:, None].float(), f], 1), real=False)
+    x = torch.cat(get_synced_metric(own).fake)
+    return x[x[:, 0].argsort(), 1:]
 
 # %% ../nbs/50_kid_eval.ipynb #c062
 class FID(FeatureMetric):
