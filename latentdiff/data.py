@@ -19,8 +19,8 @@ from fastai.data.all import Categorize, Datasets, TensorImage, URLs, show_image
 from torchvision.datasets import FashionMNIST, MNIST
 from torchvision.utils import make_grid
 from .core import UserError, data_home, default_device, fingerprint, first_ahead, number, one_of, positions, progress
-from .files import (SUFFIXES, at_hand, captions_in, hub_folder, known_folder, npz_pixels, one_line,
-                              pixels_or_why, shard_names, shard_samples, unpacked)
+from .files import (SUFFIXES, at_hand, captions_in, files_below, hub_folder, known_folder, name_below, no_file,
+                              npz_pixels, one_line, pixels_or_why, shard_names, shard_samples, unpacked)
 from .rooms import ROOM_FACTORS, draw_rooms, room_caption, room_codes
 
 # %% ../nbs/00_data.ipynb #c023
@@ -154,6 +154,8 @@ class Images(torch.utils.data.Dataset):
         none, copies = 0 if self.labels is None else int((self.labels < 0).sum()), len(self) - len({*self.contents})
         classes = f', {len(self.classes)} classes' if self.classes else ''
         more = ''.join(f', {n:,} {what}' for n, what in ((none, 'without a class'), (copies, 'exact copies')) if n)
+        left = [f'{name} ({why})' for name, why in self.skipped if name.endswith('/')]
+        if left: more += f"; left out: {', '.join(left[:3])}{f' and {len(left) - 3:,} more'*(len(left) > 3)}"
         return (f'{self.kind}: {len(self):,} images, {self.channels}x{self.size}x{self.size}{classes}; '
                 f'{len(self.train_idxs):,} train, {len(self.valid_idxs):,} valid, {len(self.skipped):,} skipped{more}')
 
@@ -210,9 +212,9 @@ def _idx(data, k):
     "File `k` of the set as uint8 (n,28,28) or (n,): found or downloaded, and verified; raises `UserError`"
     about, file, home = _IDX[data], _IDX_FILES[k], data_home()
     places = [home/data, Path('/usr/share/datasets', data.replace('_', '-')), home/about['source'].__name__/'raw']
-    path = next((f for d in places for f in (d/file, d/f'{file}.gz') if f.exists()), places[-1]/file)
+    path = next((f for d in places for f in (d/file, d/f'{file}.gz') if os.path.exists(f)), places[-1]/file)
     try:
-        if not path.exists(): about['source'](home, download=True)
+        if not os.path.exists(path): about['source'](home, download=True)
         raw = gzip.decompress(path.read_bytes()) if path.suffix == '.gz' else path.read_bytes()
     except (OSError, RuntimeError, EOFError, zlib.error) as e:
         raise UserError(f'{path} is damaged or cannot be had ({one_line(e)}): delete it and run again') from None
@@ -254,21 +256,25 @@ class FileImages(Images):
     "The picture files under a folder; the unusable ones are in `skipped`. Raises `UserError` if there are none"
     def __init__(self, folder, size, n=None, channels=None, seed=0, kind=None):
         folder, shape = Path(folder), (channels or 3, size, size)
-        seen = lambda o: o.is_file() and not any(part[0] == '.' for part in o.relative_to(folder).parts)
-        found = sorted(o for o in folder.rglob('*') if o.suffix.lower() in SUFFIXES and seen(o))
-        if not found: raise UserError(f"no pictures in '{folder}': it should hold .jpg, .png or other picture files")
+        files, left = files_below(folder)
+        files = {o: no_file(o) for o in files if o.suffix.lower() in SUFFIXES}
+        found = [o for o, why in files.items() if not why]
+        left += [(name_below(folder, o), why) for o, why in files.items() if why]
+        where = f"'{folder}'" + ''.join(f' ({name}: {why})' for name, why in left[:1])
+        if not found: raise UserError(f'no pictures in {where}: it should hold .jpg, .png or other picture files')
         root = Path(os.path.commonpath([o.parent for o in found]))
-        names = [os.fsencode(o.relative_to(root).as_posix()).decode('utf-8', 'backslashreplace') for o in found]
+        names = [name_below(root, o) for o in found]
         chosen = pick(names, n, seed)
         keep = len(chosen)*math.prod(shape) <= FITS
         def decode(i):
-            raw = found[i].read_bytes()
+            try: raw = found[i].read_bytes()
+            except (OSError, MemoryError) as e: return names[i], getattr(e, 'strerror', None) or one_line(e)
             return names[i], pixels_or_why(raw, size, shape[0]), found[i], hashlib.md5(raw).hexdigest()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             self.raw, good, skipped = _usable(folder, pool.map(decode, chosen), len(chosen), shape, keep)
         good, self.paths, contents = good
         super().__init__(kind or folder.resolve().name, good, size, shape[0], contents)
-        self.skipped, classes = skipped, sorted({o.split('/')[0] for o in names if '/' in o})
+        self.skipped, classes = left + skipped, sorted({o.split('/')[0] for o in names if '/' in o})
         if len(classes) > 1:
             self.classes = classes
             self.labels = torch.tensor([classes.index(o.split('/')[0]) if '/' in o else -1 for o in self.names])
@@ -345,7 +351,9 @@ def open_images(
 def side_of(path):
     "Pixels a side of the pictures in an .npz, or in a folder the median of the shorter sides of some"
     some = open_images(path, 64, n=25)
-    if hasattr(some, 'paths'): return min(2048, int(np.median([min(Image.open(o).size) for o in some.paths])))
+    try: sides = [min(Image.open(o).size) for o in getattr(some, 'paths', ())]
+    except OSError as e: raise UserError(f'{path} has changed meanwhile ({one_line(e)}): try again') from None
+    if sides: return min(2048, int(np.median(sides)))
     h, w = some.pixels([0]).shape[-2:] if some.raw is None else some.raw.shape[-2:]
     if h != w: raise UserError(f'{path} holds pictures of {h}x{w}: cut them to squares first.')
     return min(2048, h)

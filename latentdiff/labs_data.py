@@ -6,7 +6,7 @@
 __all__ = ['CARS_DEVKIT', 'NORB_TYPES', 'NORB', 'body_type', 'car_names', 'CarImages', 'read_norb', 'NorbImages']
 
 # %% ../nbs/parts/labs_data.ipynb #l001
-import gzip, hashlib, math, numpy as np, pandas as pd, scipy.io, struct, torch, zlib
+import gzip, hashlib, math, os, numpy as np, pandas as pd, scipy.io, struct, torch, zlib
 from pathlib import Path
 from fastai.data.external import URLs
 from .core import UserError, data_home, file_md5, write_whole
@@ -27,7 +27,7 @@ CARS_DEVKIT = ('https://github.com/pytorch/vision/files/11644847/car_devkit.tgz'
 def _fetched(path, urls, md5):
     "The file at `path`, from the first of `urls` that has it with this md5; raises `UserError`"
     failed, part = [], path.with_name(f'.{path.name}')
-    for url in () if path.exists() else urls:
+    for url in () if os.path.exists(path) else urls:
         try:
             if file_md5(download(url, part)) == md5: return part.replace(path)
             part.unlink()
@@ -40,7 +40,8 @@ def _fetched(path, urls, md5):
 def car_names(folder): # where the photographs are
     "{file name: name of the car}, from a labels.csv or the devkit, found or downloaded; raises `UserError`"
     home, annos = data_home()/'stanford_cars', 'cars_train_annos.mat'
-    here = [o/p for p in ('labels.csv', f'devkit/{annos}') for o in (home, folder, folder.parent) if (o/p).exists()]
+    here = [o/p for p in ('labels.csv', f'devkit/{annos}') for o in (home, folder, folder.parent)]
+    here = [o for o in here if os.path.exists(o)]
     path, *_ = here or unpacked(_fetched(home/'car_devkit.tgz', CARS_DEVKIT[:1], CARS_DEVKIT[1])).rglob(annos)
     try:
         if path.suffix == '.csv': return dict(pd.read_csv(path, dtype=str)[['fname', 'class_name']].dropna().values)
@@ -97,7 +98,7 @@ NORB = dict(classes=['animal', 'human', 'plane', 'truck', 'car'], cameras=['left
 def _norb_array(path, md5):
     "A matrix on disk as a memory map: found, unzipped once, or downloaded if there is an md5; raises `UserError`"
     zipped = path.with_name(path.name + '.gz')
-    if not path.exists():
+    if not os.path.exists(path):
         if md5: _fetched(zipped, [o + zipped.name for o in NORB['sources']], md5)
         array = read_norb(zipped)                                 # says what is wrong before anything is written
         try: write_whole(path, gzip.decompress(zipped.read_bytes()))

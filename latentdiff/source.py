@@ -7,7 +7,7 @@ __all__ = ['NETWORK', 'ENOUGH', 'told_of', 'opened_once', 'opened', 'fitting', '
            'take_autoencoder', 'said_already', 'strangeness', 'going_on', 'choice', 'proposal', 'refusal']
 
 # %% ../nbs/parts/source.ipynb #c004
-import torch, warnings
+import os, torch, warnings
 from copy import deepcopy
 from dataclasses import asdict
 from functools import lru_cache
@@ -21,6 +21,7 @@ from .pipeline import LatentDiffusionPipeline, folder_of, layers_of, zoo
 
 # %% ../nbs/parts/source.ipynb #s002
 NETWORK = 'widths', 'depth', 'attn_levels'  # what a `Preset` says of a U-Net
+_PARTS = 'autoencoder', 'vae', 'vqvae', 'unet', 'denoiser', 'process', 'scheduler'   # folders of a pipeline
 
 def told_of(pipe):
     "What its denoiser was told of each image: 'class', 'text', None, or other words for what no run can tell"
@@ -35,8 +36,9 @@ def opened_once(name, files): # as for `from_pretrained`; what lies there: a fol
 
 def opened(name): # run folder, name in the zoo, or owner/name on the Hub
     "The pipeline `name`; the last one is kept, because a command asks for it several times"
-    files = folder_of(name).rglob('*.*')
-    stats = [(str(o), o.stat()) for o in sorted(files) if o.suffix in ('.json', '.safetensors')]
+    folder = folder_of(name)   # maybe a large one, of something else: nothing but the parts of a pipeline is looked for
+    files = [folder/'model_index.json', *(o for k in _PARTS for o in (folder/k).glob('*.*'))]
+    stats = [(str(o), os.stat(o)) for o in sorted(files) if o.suffix in ('.json', '.safetensors') and os.path.isfile(o)]
     return opened_once(name, tuple((o, s.st_mtime_ns, s.st_size) for o, s in stats))
 
 def fitting(name, images, condition): # as for `opened`; `Images`; 'class', 'text' or None

@@ -1,5 +1,5 @@
 "The data lesson's promises, on pictures, archives and servers made here: no network, no data set needed"
-import csv, gzip, hashlib, http.server, io, json, os, resource, subprocess, sys, tarfile, threading, unicodedata, zipfile, zlib
+import csv, errno, gzip, hashlib, http.server, io, json, os, resource, subprocess, sys, tarfile, threading, unicodedata, zipfile, zlib
 import numpy as np, pytest, torch
 from PIL import Image
 from fastai.data.external import URLs
@@ -749,3 +749,109 @@ def test_bedrooms_of_the_hub(tmp_path, home, monkeypatch):
     (home/'lsun_bedroom'/'mine.jpg').unlink()
     monkeypatch.setattr(D, 'LSUN_HUB', str(tmp_path/'nowhere'))
     assert 'LATENTDIFF_PRESET=tiny' in one_line(open_images, 'lsun_bedroom', 32, 7)
+
+# folders that are not what they seem
+
+def test_what_a_run_makes_is_no_data(tmp_path):
+    "A run, a pipeline, a part of a run, at any depth: the same data set as without them, and they are named. Asked for by name, they are data"
+    for o in ('a/x.png', 'a/in/y.png', 'b/z.png'): save(tmp_path/'s'/o)
+    put(tmp_path/'s'/'metadata.csv', b'file_name,text\na/x.png,a room\n')
+    before = open_images(tmp_path/'s', 16)
+    made = {'run': 'run.json', 'a/in/pipe': 'model_index.json', 'b/samples': 'made.json'}
+    for folder, mark in made.items():
+        put(tmp_path/'s'/folder/mark, b'{}')
+        for o in ('grid.png', 'in/deep/more.png'): save(tmp_path/'s'/folder/o)
+    put(tmp_path/'s'/'run'/'metadata.csv', b'no table')
+    images = open_images(tmp_path/'s', 16)
+    assert images.fingerprint == before.fingerprint and images.names == before.names and images.classes == ['a', 'b']
+    assert images.captions == before.captions and not before.skipped and 'left out' not in repr(before)
+    assert {n: why.split()[-1] for n, why in images.skipped} == {f'{k}/': v for k, v in made.items()}
+    assert 'left out: a/in/pipe/' in repr(images) and 'model_index.json' in repr(images)
+    assert len(open_images(tmp_path/'s'/'b'/'samples', 16)) == 2
+
+def refuse(monkeypatch, module, name, why):
+    "`module.name` of these paths fails as for somebody who may not: the tests may run as root, to whom nothing is closed"
+    real = getattr(module, name)
+    def shut(path, *args, **kw):
+        e = why.get(os.path.basename(path)) if isinstance(path, (str, os.PathLike)) else None
+        if e: raise OSError(e, os.strerror(e), str(path))
+        return real(path, *args, **kw)
+    monkeypatch.setattr(module, name, shut)
+
+def test_pictures_that_cannot_be_read_are_skipped(tmp_path, monkeypatch):
+    "Closed, gone since the folder was listed, on a broken disk, a link to nowhere, a pipe: each with its reason, in one that is read late, too"
+    for o in ('good', 'shut', 'gone', 'broken'): save(tmp_path/'s'/f'{o}.png')
+    before = open_images(tmp_path/'s', 16)
+    (tmp_path/'s'/'link.png').symlink_to(tmp_path/'nowhere.png')
+    os.mkfifo(tmp_path/'s'/'pipe.png')
+    assert open_images(tmp_path/'s', 16).fingerprint == before.fingerprint     # those two are no pictures
+    why = {'shut.png': errno.EACCES, 'gone.png': errno.ENOENT, 'broken.png': errno.EIO}
+    refuse(monkeypatch, D.Path, 'read_bytes', why)
+    images = open_images(tmp_path/'s', 16)
+    assert images.names == ['good.png']
+    assert {k: v for k, v in images.skipped if k in why} == {k: os.strerror(v) for k, v in why.items()}
+    assert dict(images.skipped)['link.png'] == os.strerror(errno.ENOENT) and 'pipe.png' in dict(images.skipped)
+    refuse(monkeypatch, D.Path, 'read_bytes', {'good.png': errno.EIO})
+    assert os.strerror(errno.EIO) in one_line(open_images, tmp_path/'s', 16)
+
+def test_folders_that_cannot_be_entered_are_named(tmp_path, monkeypatch):
+    "One that cannot be listed, one whose files cannot be looked at, and a link; if nothing else is there, they are the reason"
+    for o in ('cat/x.png', 'dog/x.png', 'owl/x.png'): save(tmp_path/'s'/o)
+    save(tmp_path/'t'/'x.png')
+    (tmp_path/'s'/'pig').symlink_to(tmp_path/'t')
+    refuse(monkeypatch, os, 'scandir', {'cat': errno.EACCES})
+    real = os.stat
+    def shut(path, *args, **kw):
+        if str(path).endswith('dog/x.png'): raise PermissionError(errno.EACCES, 'Permission denied', str(path))
+        return real(path, *args, **kw)
+    monkeypatch.setattr(os, 'stat', shut)
+    images = open_images(tmp_path/'s', 16)
+    assert images.names == ['x.png'] and images.paths[0].parent.name == 'owl'
+    why = dict(images.skipped)
+    assert {*why} == {'cat/', 'dog/x.png', 'pig/'} and 'Permission denied' in why['cat/'] and why['dog/x.png'] == 'Permission denied' and 'link' in why['pig/']
+    assert 'left out: cat/' in repr(images) and 'Permission denied' in repr(images) and 'pig/' in repr(images)
+    refuse(monkeypatch, os, 'scandir', {'s': errno.EACCES})
+    assert 'Permission denied' in one_line(open_images, tmp_path/'s', 16)
+
+def test_side_of_pictures_that_go_away(tmp_path, monkeypatch):
+    save(tmp_path/'s'/'x.png')
+    assert D.side_of(tmp_path/'s') == 32
+    refuse(monkeypatch, D.Image, 'open', {'x.png': errno.ENOENT})
+    assert 'has changed' in one_line(D.side_of, tmp_path/'s')
+
+# downloads that meet others
+
+def test_only_its_holder_removes_the_lock(server, tmp_path, monkeypatch):
+    "Somebody downloads, a second waits and is stopped: a third still has to wait"
+    class Stopped(W.FileLock):
+        def acquire(self, *args, **kw): raise KeyboardInterrupt
+    path, holder = tmp_path/'a.bin', W.FileLock(tmp_path/'a.bin.part.lock')
+    with holder:
+        monkeypatch.setattr(W, 'FileLock', Stopped)
+        with pytest.raises(KeyboardInterrupt): download(server.url + '/a.bin', path)
+        assert holder.is_locked and (tmp_path/'a.bin.part.lock').exists()
+    monkeypatch.undo()
+    server.files['/a.bin'] = PAYLOAD
+    assert download(server.url + '/a.bin', path).read_bytes() == PAYLOAD and left(tmp_path) == ['a.bin']
+
+def test_a_download_that_somebody_else_has_written_to_begins_afresh(server, tmp_path, monkeypatch):
+    server.files['/a.bin'] = PAYLOAD
+    (tmp_path/'a.bin.part').write_bytes(PAYLOAD[:1000])
+    (tmp_path/'a.bin.part.tag').write_text(f'"{hashlib.md5(PAYLOAD).hexdigest()}"')
+    once = [b'what another process has appended']
+    def enough(what, part, size):
+        if once: part.write_bytes(part.read_bytes() + once.pop())
+    monkeypatch.setattr(W, 'enough', enough)
+    assert download(server.url + '/a.bin', tmp_path/'a.bin').read_bytes() == PAYLOAD and not once
+
+def test_a_download_whose_place_is_taken(server, tmp_path):
+    "A folder is there; nothing is written through links that lie where its parts go; a name that no disk takes"
+    server.files['/a.bin'] = PAYLOAD
+    (tmp_path/'a.bin').mkdir()
+    assert 'a.bin is a folder' in one_line(download, server.url + '/a.bin', tmp_path/'a.bin')
+    for o in ('part', 'part.tag', 'part.lock'):
+        (tmp_path/f'mine.{o}').write_bytes(b'mine')
+        (tmp_path/f'b.bin.{o}').symlink_to(tmp_path/f'mine.{o}')
+    assert download(server.url + '/a.bin', tmp_path/'b.bin').read_bytes() == PAYLOAD
+    assert all((tmp_path/f'mine.{o}').read_bytes() == b'mine' for o in ('part', 'part.tag', 'part.lock'))
+    assert 'too long' in one_line(open_images, f'{server.url}/{"x"*300}.zip', 16)

@@ -1,5 +1,5 @@
 "Runs that go on from a pipeline, settings from a file, and what guidance does."
-import json, math, shutil, tomllib, warnings
+import json, math, os, shutil, tomllib, warnings
 from types import SimpleNamespace
 import matplotlib.pyplot as plt, numpy as np, pytest, torch, torch.nn.functional as F
 from errors import one_line
@@ -147,6 +147,18 @@ def test_a_source_is_opened_once(saved, rooms, monkeypatch):
     other.save_pretrained(folder)
     again = source.fitting(str(folder), rooms, None)
     assert len(opened) == 2 and same(again.denoiser, other.denoiser) and not same(again.denoiser, pipe.denoiser)
+
+def test_no_source_is_searched_for(saved, tmp_path, monkeypatch):
+    "A home, or a whole disk, is no pipeline: that is said at once, and of one that lies in it only its parts are looked at"
+    folder = shutil.copytree(saved, tmp_path/'large')
+    (folder/'photos'/'2020').mkdir(parents=True)
+    listed, real = [], os.scandir
+    monkeypatch.setattr(os, 'scandir', lambda *args: (listed.append(str(args[0])), real(*args))[1])
+    assert source.opened(str(folder)).size == 32 and not [o for o in listed if 'photos' in o]
+    (folder/'model_index.json').unlink()
+    listed.clear()
+    assert 'model_index.json is missing' in one_line(source.opened, str(folder))
+    assert not [o for o in listed if 'photos' in o]
 
 def test_two_sources_give_two_runs(went_on, saved, tmp_path):
     "Nothing is made from one source and called the other's, and one line says so"
