@@ -124,7 +124,7 @@ def told(folder):
         if f.name in ('made.json', 'metrics.json'):
             d = json.loads(raw)
             if 'unet' in f.parts or 'autoencoder' in f.parts: d.pop('facts')
-            for o in ('seconds', 'peak_gb', 'made_from'): d.pop(o, None), d.get('facts', {}).pop(o, None)   # `made_from` of scores that took so long
+            for o in ('seconds', 'peak_gb', 'made_from', 'seal'): d.pop(o, None), d.get('facts', {}).pop(o, None)   # `made_from` of scores that took so long
             raw = json.dumps(d, sort_keys=True).encode()
         if f.name in ('report.html', 'training.png'): raw = b''            # shows the seconds; the losses
         out[f.relative_to(folder).as_posix()] = hashlib.md5(raw).hexdigest()
