@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from fastcore.script import call_parse
 from .core import RATES, STEPS, UserError, above_zero, agreed, artefact, beside_file, check_settings, default_device
 from .core import fingerprint, first_ahead, locked, made, number, preset_of, progress, rank, read_json
-from .core import run_folder, settings_of, spread, to_toml, whole_folder, write_json, write_whole
+from .core import run_folder, sealed, settings_of, spread, to_toml, unsealed, whole_folder, write_json, write_whole
 
 # %% ../nbs/90_commands.ipynb #n201
 class _Lazy:
@@ -265,6 +265,7 @@ def by_guidance(self:Run, folder, f, idxs): # as for `evaluate`; features of som
 def evaluate(self:Run, folder):
     "Score the samples, and fill `folder` with the pictures that the report shows beside the scores"
     import torch
+    ae, net = (report.history_of(self.folder/k) for k in self.pipeline.parts())
     x = data.from_uint8(self.images.pixels(spread(self.images.valid_idxs, 24)))
     rows = spread(self.images.train_idxs, len(self.samples))
     with torch.no_grad(): y = self.autoencoder.decode(self.autoencoder.encode(x.to(self.device))).cpu()
@@ -273,9 +274,8 @@ def evaluate(self:Run, folder):
     fake, floor = kid_eval.features(self.judge, self.samples), kid_eval.features(self.judge, self.images, idxs=rows)
     d = kid_eval.evaluate(fake, self.real_features, self.judge, floor_from=floor, seed=self.seed)
     if self.condition: d['guidance'] = self.by_guidance(folder, floor, rows)
-    ae, net = (made(self.folder/k)['facts'] for k in self.pipeline.parts())
     net = net | {'kid': [o for o in net.get('kid', []) if o[0] < 1] + [(1., d['kid'], d['kid_se'])]}
-    report.save_png(report.training_curves(ae['history'], net, d), folder/'training.png')
+    report.save_png(report.training_curves(ae, net, d), folder/'training.png')
     return d
 
 # %% ../nbs/90_commands.ipynb #c029
@@ -297,10 +297,10 @@ def metrics(self:Run):
 def report(self:Run):
     "The path of report.html, with metrics.json beside it; written again only if the scores are new"
     page, f, of = self.folder/'report.html', self.folder/'metrics.json', fingerprint(scores=self.scores)
-    if page.exists() and f.exists() and read_json(f, f'delete {f}').get('made_from') == of: return page
+    if page.exists() and f.exists() and unsealed(f, f'delete {f}').get('made_from') == of: return page
     m = self.metrics()
     write_whole(page, report.report(self.folder, self.options(), m))
-    write_json(f, {**m, 'made_from': of}, indent=1)
+    write_json(f, sealed({**m, 'made_from': of}), indent=1)
     return page
 
 # %% ../nbs/90_commands.ipynb #c032
@@ -425,7 +425,8 @@ def train_cli(
     if more:
         done = made(r.folder/('denoiser' if r.condition else 'unet'))
         if not done: raise UserError(f'{run} has no finished denoiser: run latentdiff-train without --more first.')
-        r.settings['steps'] = done['settings']['steps'] + more
+        had = done['settings'].get('steps') if isinstance(done.get('settings'), dict) else None
+        r.settings['steps'] = number(1, 10**9, **{f'steps in the made.json of {run}': had}) + more
         r.p = preset_of(r.settings)
     r.go(('denoiser', 'pipeline'))
 

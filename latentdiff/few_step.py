@@ -70,6 +70,7 @@ def autoguide(net, weak, scale=2.): # two of net(x, time) -> prediction; 0: `wea
     "net(x, time) for samplers: away from what a weaker network would say (2406.02507, section 4)"
     if not math.isfinite(scale): raise UserError(f'the scale is {scale}: give a number, such as 2')
     def guided(x, time, cond=None):
+        if scale == 1: return net(x, time)
         w = weak(x, time)
         return w + scale*(net(x, time) - w)
     return guided

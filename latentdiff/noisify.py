@@ -18,7 +18,7 @@ from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscr
 from fastai.basics import Callback, patch
 from .autoencoder import fit_bs
 from .core import UserError, agreed, artefact, default_device, first_ahead, made, number, one_of, progress
-from .core import rank, read_json, share, stream, world, write_json
+from .core import rank, read_json, sealed, share, stream, unsealed, world, write_json
 from .data import from_uint8, kind_of, like
 from .disk import reserve
 
@@ -300,7 +300,7 @@ class Latents:
     "Encoded images on disk: float16 in memory maps, float32 when they come out"
     def __init__(self, folder): # the folder `latents` that `make_latents` wrote
         self.folder = Path(str(folder))
-        self.manifest = m = read_json(self.folder/'manifest.json', f'no latents in {folder}: delete and encode again')
+        self.manifest = m = unsealed(self.folder/'manifest.json', f'no latents in {folder}: delete and encode again')
         if not _sound(m): raise UserError(f'{self.folder}/manifest.json is not whole: delete and encode again')
         self.fingerprint = made(folder).get('fingerprint') # of what they were made of
         self.mean,self.mirrored = (*(self._map(f) for f in FILES[:1+m['mirrored']]), None)[:2]
@@ -347,7 +347,7 @@ def make_latents(folder, images, ae, p, # of the run; `Images`; an `Autoencoder`
     shape = (len(images), *ae.latent_shape(images.size))
     def make(work):
         _encode_rest(ae.eval(), images, work, shape, flip, fit_bs(images.size, p.bs))
-        write_json(work/'manifest.json', _manifest(images, shape, flip))
+        write_json(work/'manifest.json', sealed(_manifest(images, shape, flip)))
         (work/'done.json').unlink(missing_ok=True)
         return dict(n=len(images), shape=shape[1:])
     made_of = dict(images=images.fingerprint, autoencoder=weights_hash(ae))

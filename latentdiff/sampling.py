@@ -94,7 +94,7 @@ def time_steps(process, n,   # any `Process`; number of steps
 # %% ../nbs/40_sampling.ipynb #c022
 def generators(seed, n, first=0): # a whole number of 64 bits, of any sign; how many; index of the first
     "A stream of noise for each of the samples `first` to `first+n`, whatever batch they fall in"
-    if not -2**63 <= int(seed) < 2**63: raise UserError(f'a seed is a whole number of 64 bits, not {seed}')
+    seed, n, first = number(-2**63, 2**63 - 1, seed=seed), number(0, n=n), number(0, first=first)
     keys = (np.array([int(seed) % 2**64, i], np.uint64) for i in range(first, first+n))
     return [np.random.Generator(np.random.Philox(key=k)) for k in keys]
 

@@ -14,8 +14,8 @@ from torch import nn
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from fastai.basics import DataLoaders, Path, patch
 from fastai.callback.all import ActivationStats, GradientClip
-from .core import WEIGHTS, UserError, artefact, default_device, fingerprint, load_component, save_component
-from .core import spread, write_json
+from .core import UNFIT, WEIGHTS, UserError, artefact, default_device, fingerprint, load_component
+from .core import network_config, save_component, spread, write_json
 from .training import Checkpoint, DeviceLoader, EMA, Graphed, Learner, fit_steps, largest_divisor
 from .training import mixed_precision, muon, zero_init
 from .noisify import NoisifyCB, Process, save_process
@@ -239,12 +239,25 @@ def first_line(error): return (str(error).strip() or type(error).__name__).split
 def from_pretrained(cls:AnyUNet2D, folder): # of a `UNet2DModel`
     "The network in `folder`, in eval mode"
     kw = dict(use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True)
+    network_config(folder)
     try: model, info = diffusers.UNet2DModel.from_pretrained(folder, **kw)
-    except (OSError, ValueError, RuntimeError) as e:
+    except (OSError, *UNFIT) as e:
         raise UserError(f'{folder} cannot be loaded ({first_line(e)}): save or download it again') from e
     if model.class_embedding is not None: raise UserError(f'{folder} is told classes: only diffusers can do that')
-    if lost := info['missing_keys']: raise UserError(f'{folder} has no {lost[0]}: save or download it again')
-    return cls(model.eval().requires_grad_(False))
+    for k in ('missing_keys', 'unexpected_keys'):
+        if o := sorted(info[k]): raise UserError(f'{folder} has {k} {o[0]}: save or download it again')
+    return cls(model.eval().requires_grad_(False)).tried(folder)
+
+@patch
+@torch.no_grad()
+def tried(self:AnyUNet2D, folder):
+    "Itself, if it answers: its config may say what diffusers does not look at before"
+    side = 2**len(self.config.down_block_types)
+    try: y = self(torch.zeros(1, self.config.in_channels, side, side), torch.zeros(1))
+    except UNFIT as e:
+        raise UserError(f'{folder} cannot be asked ({first_line(e)}): save or download it again') from e
+    if y.isfinite().all(): return self
+    raise UserError(f'{folder} answers what is not finite: save or download it again')
 
 # %% ../nbs/30_unet.ipynb #c082
 def denoiser_learner(net, process, # denoiser: net(x_t, time) -> prediction; the Process that it shall undo
