@@ -1,8 +1,11 @@
 "The tests run at the tiny preset, without the network, from a fixed seed, and leave nothing behind: run and data folders are temporary."
-import os, random, sys, tempfile
+import json, os, random, sys, tempfile
 from pathlib import Path
 import numpy as np, pytest
-from processes import Server
+from fastcore.basics import AttrDict
+from filelock import FileLock
+from latentdiff.core import preset, run_folder
+from processes import Server, command
 
 home = tempfile.TemporaryDirectory(prefix='latentdiff-tests-')  # one a worker; deleted when it ends
 os.environ |= dict(LATENTDIFF_PRESET='tiny', LATENTDIFF_RUNS=f'{home.name}/runs', LATENTDIFF_DATA=f'{home.name}/data',
@@ -16,9 +19,9 @@ def seeds():
     if 'torch' in sys.modules: sys.modules['torch'].manual_seed(0)
 
 @pytest.fixture(scope='session')
-def server(tmp_path_factory):
-    "Runs programs in processes of their own that need not import torch again: see processes.py"
-    server = Server(tmp_path_factory.mktemp('server'))
+def server(tmp_path_factory, shared):
+    "Runs programs in processes of their own that need not import torch again: see processes.py. With LATENTDIFF_LONG=1 each finds out all by itself."
+    server = Server(tmp_path_factory.mktemp('server'), memory=None if 'LATENTDIFF_LONG' in os.environ else shared/'memory')
     yield server
     server.close()
 
@@ -27,6 +30,17 @@ def shared(tmp_path_factory):
     "A folder that all workers have"
     own = tmp_path_factory.getbasetemp()
     return own.parent if 'PYTEST_XDIST_WORKER' in os.environ else own
+
+@pytest.fixture(scope='session')
+def finished_run(server, shared, tmp_path_factory):
+    "A run of the tiny preset as lessons and commands share it, made by one worker: AttrDict(made_at, args, and what the command said)"
+    folder, said, args = shared/'runs'/run_folder(preset()).name, shared/'finished run.json', ['--data', 'rooms', '--preset', 'tiny']
+    with FileLock(shared/'finished run.lock'):
+        if not said.exists():
+            r = server.run(command(tmp_path_factory.mktemp('command'), 'run'), *args, '--out', folder)
+            assert r.rc == 0, r.err
+            said.write_text(json.dumps(dict(r, made_at=str(folder), args=args)))
+    return AttrDict(json.loads(said.read_text()))
 
 LONG = 'test_nbs.py', 'test_cli.py', 'test_several.py', 'test_zoo.py', 'test_zoo256.py'
 

@@ -3,21 +3,15 @@ import io, json, os, random, re, shlex, shutil, signal, subprocess, sys, tarfile
 from html import unescape
 import numpy as np, pytest, torch
 from fastcore.basics import AttrDict
-from filelock import FileLock
 from PIL import Image
 from pathlib import Path
 import latentdiff
 from latentdiff.commands import Run, settings_of
-from latentdiff.core import UserError, locked
+from latentdiff.core import UserError, locked, preset
 from latentdiff.data import open_images
 from latentdiff.files import npz_pixels
 from latentdiff.report import report
-
-def command(folder, verb, before=''):
-    "A console script, as the installed ones look; it does `before` first"
-    script = folder/f'latentdiff-{verb}'
-    script.write_text(f'import sys\n{before}\nfrom latentdiff.commands import {verb}_cli\nif __name__ == "__main__": sys.exit({verb}_cli())\n')
-    return script
+from processes import command
 
 @pytest.fixture(scope='session')
 def cli(server, tmp_path_factory):
@@ -26,16 +20,9 @@ def cli(server, tmp_path_factory):
     return lambda verb, *args: server.run(command(tmp, verb), *args)
 
 @pytest.fixture(scope='session')
-def run(cli, shared, tmp_path_factory):
-    "A finished run on rooms, and what the command said: made by one worker, copied by each."
-    folder, args, said = shared/'rooms run', ('--data', 'rooms', '--preset', 'tiny', '--n', 200), shared/'rooms run.json'
-    with FileLock(shared/'rooms run.lock'):
-        if not said.exists():
-            r = cli('run', *args, '--out', folder)
-            assert r.rc == 0, r.err
-            said.write_text(json.dumps(dict(r, made_at=str(folder))))
-    own = shutil.copytree(folder, tmp_path_factory.mktemp('runs')/'run')
-    return AttrDict(folder=own, args=args, **json.loads(said.read_text()))
+def run(finished_run, tmp_path_factory):
+    "A finished run on rooms, and what the command said: a copy of its own for each worker"
+    return AttrDict(finished_run, folder=shutil.copytree(finished_run.made_at, tmp_path_factory.mktemp('runs')/'run'))
 
 def one_line(r, *words):
     "Exit code 1 and one line on stderr that has all `words`, and no traceback."
@@ -62,7 +49,7 @@ def test_run_says_first_what_it_will_do(run):
 def test_metrics(run):
     m = json.loads((run.folder/'metrics.json').read_text())
     for k in ('kid', 'kid_se', 'kid_floor', 'kid_floor_se', 'fid', 'fid_floor', 'psnr', 'ssim'): assert np.isfinite(m[k]), k
-    assert m['n_fake'] == 64 and m['n_real'] == len(open_images('rooms', 32, 200).valid_idxs)
+    assert m['n_fake'] == 64 and m['n_real'] == len(open_images('rooms', 32, preset('tiny').n).valid_idxs)
     assert m['seed'] == 0 and m['device'] in ('cpu', 'cuda') and set(m['seconds']) >= {'autoencoder', 'latents', 'unet', 'samples', 'scores'}
 
 def stands_alone(page):
