@@ -1,5 +1,6 @@
 "The tests run at the tiny preset, without the network, from a fixed seed, and leave nothing behind: run and data folders are temporary."
 import json, os, random, sys, tempfile
+from itertools import filterfalse, zip_longest
 from pathlib import Path
 import numpy as np, pytest
 from fastcore.basics import AttrDict
@@ -44,14 +45,21 @@ def finished_run(server, shared, tmp_path_factory):
 
 LONG = 'test_nbs.py', 'test_cli.py', 'test_several.py', 'test_zoo.py', 'test_zoo256.py'
 
+def lesson(item):
+    "Whether a notebook is one that finds a finished run: a lesson, but not a lab or a part"
+    return item.callspec.params['nb'].parent == Path('.')
+
 def pytest_collection_modifyitems(items):
-    """What takes long comes first, dealt to the workers in turn: a notebook, then the other files of `LONG`, each as a whole.
-    xdist gives each worker one stretch of the list; short tests at its end are what a worker that is done takes from another."""
+    """What takes long comes first, dealt to the workers in turn: a lesson, a lab or a part, so that nobody waits while another makes the run that
+    lessons find; then the other files of `LONG`, each as a whole. xdist gives each worker one stretch of the list; short tests at its end are what
+    a worker that is done takes from another."""
     workers, rest = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1)), list(items)
     sizes = [(len(items) + i)//workers for i in range(workers)]            # as xdist cuts the list
     hands, short = [[] for _ in sizes], [o for o in rest if o.path.name not in LONG]
     files = {name: [o for o in rest if o.path.name == name] for name in LONG}
-    turns = [[o] for o in files.pop(LONG[0])] + [o for o in files.values() if o]
+    notebooks = files.pop(LONG[0])
+    pairs = zip_longest(filter(lesson, notebooks), filterfalse(lesson, notebooks))
+    turns = [[o] for pair in pairs for o in pair if o] + [o for o in files.values() if o]
     for i, turn in enumerate(turns): hands[i % workers] += turn
     for hand, size in zip(hands, sizes):
         take = max(0, size - len(hand))
