@@ -142,8 +142,8 @@ QUICK = 10  # sampler steps behind the samples of the KID curve
 @patch
 def score(self:Run, net, process):
     "KID and its standard error of a few samples of `net` against the held-out images"
-    pipe = pipeline.LatentDiffusionPipeline(self.autoencoder, net, process, self.p.size)
-    fake = pipe.pixels(min(128, max(16, self.p.n_eval//4)), QUICK, seed=self.seed, bs=self.p.bs, **self.asked)
+    n, parts = min(128, max(16, self.p.n_eval//4)), (self.autoencoder, net, process, self.p.size)
+    fake = pipeline.LatentDiffusionPipeline(*parts).pixels(n, QUICK, seed=self.seed, bs=min(n, self.p.bs), **self.asked)
     return kid_eval.kid(kid_eval.features(self.judge, fake), self.real_features)
 
 @patch(as_prop=True)
@@ -253,9 +253,10 @@ def scores(self:Run):
 
 @patch
 def by_guidance(self:Run, folder, f, idxs): # as for `evaluate`; features of some training images, and which these are
-    "KID against guidance, and for classes how often a judge sees the one asked for; few samples, drawn for this"
+    "KID against guidance, and for classes how often a judge sees the one asked for; few samples, drawn unless there"
     n, labels, held = min(128, len(self.samples)), self.images.labels, spread(self.images.valid_idxs, 2000)
-    draw = lambda g: self.pipeline.pixels(n, **self.how, **self.asked | dict(guidance=g))
+    how = self.how | self.asked
+    draw = lambda g: self.samples[:n] if g == how['guidance'] else self.pipeline.pixels(n, **how | {'guidance': g})
     seen = (labels[held], (f, labels[idxs]), self.told(n)) if self.condition == 'class' else ()
     d = report.by_guidance(draw, self.judge, self.real_features, *seen)
     report.save_png(report.guidance_curves(d), folder/'guidance.png')
@@ -366,7 +367,7 @@ def go(self:Run, goals=GOALS):
         if fresh and self.images.skipped: write_json(self.folder/'skipped.json', self.images.skipped, indent=1)
         if fresh or read_json(self.folder/'run.json', 'delete it').get('settings') != self.settings: self.write()
         for k in goals: getattr(self, k)
-    if not (self.folder/'run.json').exists(): raise UserError(f'{self.folder} was moved or deleted meanwhile: repeat it.')
+    if not (self.folder/'run.json').exists(): raise UserError(f'{self.folder} is gone: repeat the command.')
     done = 'is finished: nothing to do' if before == stamp() else f'{training.peak_gb(self.device):.1f} GB at most'
     print(f'{self.folder} {done}')
 

@@ -3,21 +3,15 @@ import io, json, os, random, re, shlex, shutil, signal, subprocess, sys, tarfile
 from html import unescape
 import numpy as np, pytest, torch
 from fastcore.basics import AttrDict
-from filelock import FileLock
 from PIL import Image
 from pathlib import Path
 import latentdiff
 from latentdiff.commands import Run, settings_of
-from latentdiff.core import UserError, locked
+from latentdiff.core import UserError, locked, preset
 from latentdiff.data import open_images
 from latentdiff.files import npz_pixels
 from latentdiff.report import report
-
-def command(folder, verb, before=''):
-    "A console script, as the installed ones look; it does `before` first"
-    script = folder/f'latentdiff-{verb}'
-    script.write_text(f'import sys\n{before}\nfrom latentdiff.commands import {verb}_cli\nif __name__ == "__main__": sys.exit({verb}_cli())\n')
-    return script
+from processes import command
 
 @pytest.fixture(scope='session')
 def cli(server, tmp_path_factory):
@@ -26,16 +20,9 @@ def cli(server, tmp_path_factory):
     return lambda verb, *args: server.run(command(tmp, verb), *args)
 
 @pytest.fixture(scope='session')
-def run(cli, shared, tmp_path_factory):
-    "A finished run on rooms, and what the command said: made by one worker, copied by each."
-    folder, args, said = shared/'rooms run', ('--data', 'rooms', '--preset', 'tiny', '--n', 200), shared/'rooms run.json'
-    with FileLock(shared/'rooms run.lock'):
-        if not said.exists():
-            r = cli('run', *args, '--out', folder)
-            assert r.rc == 0, r.err
-            said.write_text(json.dumps(dict(r, made_at=str(folder))))
-    own = shutil.copytree(folder, tmp_path_factory.mktemp('runs')/'run')
-    return AttrDict(folder=own, args=args, **json.loads(said.read_text()))
+def run(finished_run, tmp_path_factory):
+    "A finished run on rooms, and what the command said: a copy of its own for each worker"
+    return AttrDict(finished_run, folder=shutil.copytree(finished_run.made_at, tmp_path_factory.mktemp('runs')/'run'))
 
 def one_line(r, *words):
     "Exit code 1 and one line on stderr that has all `words`, and no traceback."
@@ -62,7 +49,7 @@ def test_run_says_first_what_it_will_do(run):
 def test_metrics(run):
     m = json.loads((run.folder/'metrics.json').read_text())
     for k in ('kid', 'kid_se', 'kid_floor', 'kid_floor_se', 'fid', 'fid_floor', 'psnr', 'ssim'): assert np.isfinite(m[k]), k
-    assert m['n_fake'] == 64 and m['n_real'] == len(open_images('rooms', 32, 200).valid_idxs)
+    assert m['n_fake'] == 64 and m['n_real'] == len(open_images('rooms', 32, preset('tiny').n).valid_idxs)
     assert m['seed'] == 0 and m['device'] in ('cpu', 'cuda') and set(m['seconds']) >= {'autoencoder', 'latents', 'unet', 'samples', 'scores'}
 
 def stands_alone(page):
@@ -140,7 +127,7 @@ def test_changed_pictures_are_never_mixed_with_old_results(cli, bad, tmp_path):
     pics.mkdir()
     rng = np.random.default_rng(1)
     for i in range(120): Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(pics/f'{i}.png')
-    assert cli('encode', '--data', pics, '--preset', 'tiny', '--out', tmp_path/'run').rc == 0
+    assert cli('encode', '--data', pics, '--preset', 'tiny', '--ae_steps', 4, '--out', tmp_path/'run').rc == 0
     weights = (tmp_path/'run/autoencoder/autoencoder.safetensors').read_bytes()
     for i in range(120): Image.fromarray(np.full((32, 32, 3), (200, i, 0), np.uint8)).save(pics/f'{i}.png')
     one_line(cli('run', '--data', pics, '--preset', 'tiny', '--out', tmp_path/'run'), 'other images')
@@ -265,10 +252,11 @@ def test_eval_of_one_set_against_itself(cli, drawn, tmp_path):
 
 def test_encode_then_train_then_sample(cli, tmp_path):
     folder = tmp_path/'run'
-    r = cli('encode', '--data', 'rooms', '--preset', 'tiny', '--n', 120, '--out', folder)
+    r = cli('encode', '--data', 'rooms', '--preset', 'tiny', '--n', 120, '--ae_steps', 6, '--steps', 6, '--out', folder)   # how well is not asked
     assert r.rc == 0 and (folder/'latents/manifest.json').exists() and not (folder/'unet').exists(), r.err
     one_line(cli('sample', folder, '--npz', tmp_path/'a.npz'), 'model_index.json', 'latentdiff-train')
     assert cli('train', folder).rc == 0
+    assert [json.loads((folder/o/'made.json').read_text())['settings']['steps'] for o in ('autoencoder', 'unet')] == [6, 6]
     assert cli('sample', folder, '--n', 2, '--steps', 2, '--npz', tmp_path/'a.npz').rc == 0
 
 # Bad input: one line, exit code 1, nothing half-written.

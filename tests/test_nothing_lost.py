@@ -627,4 +627,4 @@ def test_a_run_whose_folder_goes_away_says_so(tmp_path):
         @property
         def moved(self): self.folder.rename(tmp_path/'elsewhere')
     r.__class__ = Moving
-    assert 'moved or deleted' in one_line(lambda: r.go(('moved',)))
+    assert 'is gone' in one_line(lambda: r.go(('moved',)))
