@@ -34,8 +34,10 @@ def environment(kind, python): # 'oldest' or 'newest'; a command, a path or a ve
     if made.exists() and made.read_text() == wanted: return own
     uv = tool()
     shutil.rmtree(home, ignore_errors=True)
-    subprocess.run([uv, 'venv', '-q', '--seed', '--python', python, home], check=True)
-    subprocess.run([uv, 'pip', 'install', '-q', '--python', own, '--resolution', CHOICE[kind], '-e', f'{ROOT}[eval,dev]'], check=True)
+    subprocess.run([uv, 'venv', '-q', '--python', python, home], check=True)
+    install = uv, 'pip', 'install', '-q', '--python', own
+    subprocess.run([*install, '--resolution', CHOICE[kind], '-e', f'{ROOT}[eval,dev]'], check=True)
+    subprocess.run([*install, 'pip'], check=True) # the tests ask it what an install would bring
     made.write_text(wanted)
     return own
 
