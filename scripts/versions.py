@@ -7,7 +7,7 @@ Python, each in an environment of its own.
 
 It prints the versions, and how many tests passed. uv makes the environments, since pip searches for more than ten minutes for a
 set of old versions that fit each other. A Python that is not on this machine is downloaded from GitHub. An environment takes about
-8 GB of .versions/, and is used again until settings.ini changes."""
+8 GB of .versions/, and is used again until the requirements change."""
 import argparse, os, re, shutil, subprocess, sys
 from pathlib import Path
 from notebooks import ROOT, settings
@@ -27,10 +27,10 @@ def tool():
     return uv
 
 def environment(kind, python): # 'oldest' or 'newest'; a command, a path or a version like 3.11 -> the environment's Python
-    "The folder .versions/`kind`, made unless it is there and of the same settings"
+    "The folder .versions/`kind`, made unless it is there, for the same requirements"
     home = HOME/kind
     own, made = home/'bin'/'python', home/'made'
-    wanted = f'{python}\n{(ROOT/"settings.ini").read_text()}'
+    wanted = '\n'.join([python, *(v for k, v in settings().items() if k.endswith('requirements'))])
     if made.exists() and made.read_text() == wanted: return own
     uv = tool()
     shutil.rmtree(home, ignore_errors=True)
