@@ -62,7 +62,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('kinds', nargs='+', choices=list(CHOICE))
     parser.add_argument('--python', help='the Python of the environments; unless given, min_python and max_python of settings.ini')
-    parser.add_argument('--only', nargs='+', default=[], help='for pytest: files, options')
+    parser.add_argument('--only', nargs=argparse.REMAINDER, default=[], help='for pytest: files and options, to the end of the line')
     args = parser.parse_args()
     found = []
     for kind in args.kinds:
