@@ -53,7 +53,7 @@ def stop_politely():
 stop_politely()
 
 # %% ../nbs/parts/disk.ipynb #d006
-import errno, glob, hashlib, io, json, math, platform, shutil, tempfile, zlib
+import errno, glob, hashlib, io, json, math, platform, re, shutil, tempfile, zlib
 from contextlib import contextmanager, suppress
 from functools import wraps
 
@@ -221,8 +221,12 @@ def new_places(**places): # the options without their dashes; None: not asked fo
     for k in given: new_place(places[k[2:]], k)
 
 # %% ../nbs/parts/disk.ipynb #k811
-def refused(e): # an `OSError`
-    "What the system has refused, and where, as a `UserError`"
+def refused(e): # an exception
+    "What the system has refused, and where, as a `UserError`; None if it is something else"
+    if isinstance(e, UserError): return e
+    if isinstance(e, MemoryError) or isinstance(e, RuntimeError) and re.search('allocate|out of memory', str(e)):
+        return UserError('the memory does not suffice: ask for fewer or smaller images, or for fewer at a time')
+    if not isinstance(e, OSError): return
     where = e.filename if e.filename is not None else 'the current folder, or what is printed'
     return UserError(f'{where}: {e.strerror or e}: choose another place, or see to it that it can be read and written')
 
@@ -252,8 +256,8 @@ def one_line_errors(f):
             writable(kwargs)
             return f(*args, **kwargs)
         except BrokenPipeError: os._exit(141)   # the reader of a pipe has gone, as `| head` does
-        except (UserError, OSError) as e:
-            why = e if isinstance(e, UserError) else refused(e)
+        except Exception as e:
+            if not (why := refused(e)): raise
             raise SystemExit(f"latentdiff-{f.__name__.removesuffix('_cli')}: {' '.join(str(why).split())}") from None
         except KeyboardInterrupt as e: raise SystemExit(last_words(*e.args)) from None
     return _f

@@ -543,8 +543,14 @@ def homeless():
     os.rmdir('../gone')
     new_places(out='a')
 
+def too_much():
+    import torch
+    torch.empty(1 << 60)
+
+def ours(): raise RuntimeError('a mistake of ours')
+
 @posix
-@pytest.mark.parametrize('do,code,says', [(unread, 141, ''), (closed, 0, ''), (ascii_only, 0, ''), (homeless, 1, 'No such file'), (lambda: os.stat('x'*300), 1, 'File name too long'),
+@pytest.mark.parametrize('do,code,says', [(unread, 141, ''), (closed, 0, ''), (ascii_only, 0, ''), (homeless, 1, 'No such file'), (lambda: os.stat('x'*300), 1, 'File name too long'), (too_much, 1, 'memory does not suffice'), (ours, 99, ''),
                                           (lambda: print('x', file=open('/dev/full', 'w', buffering=1)), 1, 'No space left')])
 def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch, do, code, says):
     monkeypatch.chdir(tmp_path)
