@@ -7,8 +7,9 @@ Forward, loss, backward; no optimizer. Prints the best and the median of the rou
 """
 import argparse, time
 import torch, torch.nn.functional as F
+from diffusers import UNet2DModel
 from latentdiff.core import default_device
-from latentdiff.unet import Diffusers2D, UNet
+from latentdiff.unet import AnyUNet2D, UNet, unet2d_args
 
 def seconds(net, z, t):
     "One step"
@@ -28,8 +29,8 @@ def main():
     p.add_argument('--rounds', type=int, default=8)
     a = p.parse_args()
     args, device = dict(in_channels=a.channels, widths=tuple(a.widths), depth=a.depth), default_device()
-    theirs, ours = Diffusers2D(**args).to(device), UNet(**args)
-    ours.load_state_dict(theirs.net.state_dict())
+    theirs, ours = AnyUNet2D(UNet2DModel(**unet2d_args(**args))).to(device), UNet(**args)
+    ours.load_state_dict(theirs.state_dict())
     nets = {'diffusers': theirs, 'ours': ours.to(device, memory_format=torch.channels_last)}   # as `denoiser_learner` does
     z, t = torch.randn(a.bs, a.channels, a.size, a.size, device=device), torch.randint(1000, (a.bs,), device=device).float()
     times = {k: [] for k in nets}

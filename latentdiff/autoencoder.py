@@ -23,15 +23,15 @@ from torchvision.transforms.functional import gaussian_blur
 # %% ../nbs/10_autoencoder.ipynb #c005
 from fastai.basics import Callback, DataLoaders, Metric, patch
 from fastai.callback.training import GradientClip
-from .core import WEIGHTS, UserError, agreed, artefact, data_home, default_device, file_md5, find_class
-from .core import fingerprint, first_ahead, load_component, load_weights, number, numbers, read_json
-from .core import save_component, stream, write_whole
+from .core import UNFIT, WEIGHTS, UserError, agreed, artefact, data_home, default_device, file_md5
+from .core import find_class, fingerprint, first_ahead, load_component, load_weights, network_config
+from .core import number, numbers, save_component, stream, write_whole
 from .data import FEW, FITS, as_images, check_images, like
 from .files import there
 from .training import Checkpoint, DeviceLoader, Graphed, Learner, adamw, fit_steps, muon, randn_rows, zero_init
 
 # %% ../nbs/10_autoencoder.ipynb #c040
-def _conv(cin, cout, k=3, stride=1): return nn.Conv2d(cin, cout, k, stride, padding=k//2)
+def _conv(cin, cout, stride=1): return nn.Conv2d(cin, cout, 3, stride, padding=1)
 
 def _norm_act(c): return [nn.GroupNorm(8, c), nn.SiLU()]
 
@@ -345,9 +345,10 @@ class PretrainedKL(Autoencoder):
 # %% ../nbs/10_autoencoder.ipynb #c160
 def _hub(load, spec, **kw):
     try: return load(spec, **kw)
-    except (OSError, ValueError) as e:
-        raise UserError(f'cannot load the autoencoder {spec}: check the name and the network, or give a folder '
-                        f'({str(e).strip().splitlines()[0]})') from e
+    except (OSError, *UNFIT) as e:
+        why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        hint = 'check the name and the network, or give a folder'
+        raise UserError(f'cannot load the autoencoder {spec}: {hint} ({why})') from e
 
 @patch(cls_method=True)
 def from_pretrained(cls:PretrainedKL, spec): # Hub id, or a folder in diffusers' layout
@@ -439,7 +440,7 @@ def open_autoencoder(spec): # a saved folder, one of TAEF2 weights, 'taef2', or 
     folder = there(spec)
     if str(spec) == 'taef2': return TAEF2.from_pretrained()
     if folder and (folder/'encoder.safetensors').is_file(): return TAEF2.from_pretrained(folder)
-    if folder and folder.is_dir(): config = read_json(folder/'config.json', 'give the folder of a saved autoencoder')
+    if folder and folder.is_dir(): config = network_config(folder)
     elif re.fullmatch(r'\w[\w.-]*/[\w.-]+', str(spec)): config = _hub(AutoencoderKL.load_config, spec)
     else: raise UserError(f'{spec!r:.200} is neither a folder nor a Hub id like owner/name')
     cls = find_class(config.get('_class_name'))
@@ -460,13 +461,13 @@ def make_autoencoder(folder, images, p, seed=0, device=None): # of the run; `Ima
     found = agreed(next((o for o in ('autoencoder', 'vae') if (folder/o).exists()), None))
     with first_ahead(): ready = open_autoencoder(p.ae_pretrained) if p.ae_pretrained and not found else None
     path = folder/(found or ('vae' if isinstance(ready, PretrainedKL) else 'autoencoder'))
-    settings, kw = dict(seed=seed, pretrained=p.ae_pretrained), dict(bs=p.bs, lr=p.ae_lr, kl_weight=p.ae_kl)
+    settings, kw = dict(seed=seed, pretrained=p.ae_pretrained), dict(bs=p.bs, kl_weight=p.ae_kl)
     if not p.ae_pretrained:
         kw |= dict(flip=images.channels == 3) | ({'crop': max(1, images.size//16)} if len(images) < FEW else {})
         settings |= dict(kw, widths=p.ae_widths, patch=p.ae_patch, latent_channels=p.latent_channels, optimizer='Muon')
-        kw |= dict(checkpoint=Checkpoint(folder/'checkpoints'/'autoencoder', fingerprint(**settings, **parents)))
-        settings |= dict(steps=p.ae_steps)
-
+        begun = Checkpoint(folder/'checkpoints'/'autoencoder', fingerprint(**settings, **parents))
+        kw |= dict(lr=p.ae_lr, checkpoint=begun)
+        settings |= dict(lr=p.ae_lr, steps=p.ae_steps)
     def make(work):
         x_valid, history = some_pixels(images, 'valid', seed, 1000), None
         if ready: ae = ready.to(device).fit_scale(some_pixels(images, 'train', seed, 4000))

@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['data', 'training', 'autoencoder', 'noisify', 'unet', 'sampling', 'kid_eval', 'conditioning', 'pipeline', 'report',
-           'source', 'QUICK', 'SCORES', 'GOALS', 'run_cli', 'encode_cli', 'Run', 'to_hwc', 'write_npz', 'plain_output',
-           'one_line_errors', 'train_cli', 'told_by', 'check_kind', 'write_pngs', 'sample_cli', 'eval_cli']
+           'source', 'QUICK', 'SCORES', 'GOALS', 'run_cli', 'encode_cli', 'Run', 'to_hwc', 'write_npz', 'train_cli',
+           'told_by', 'check_kind', 'write_pngs', 'sample_cli', 'eval_cli']
 
 # %% ../nbs/90_commands.ipynb #c004
-from .disk import enough, last_words, new_place, new_places, stop_politely   # first: it minds Ctrl-C
+from .disk import enough, new_place, new_places, one_line_errors   # first: it minds Ctrl-C
 import importlib, io, json, math, os, platform, sys
 from functools import wraps
 from pathlib import Path
-import fastprogress.fastprogress, numpy as np
+import numpy as np
 from fastcore.basics import patch
 from fastcore.script import call_parse
-from .core import STEPS, UserError, above_zero, agreed, artefact, beside_file, check_settings, default_device
+from .core import RATES, STEPS, UserError, above_zero, agreed, artefact, beside_file, check_settings, default_device
 from .core import fingerprint, first_ahead, locked, made, number, preset_of, progress, rank, read_json
-from .core import run_folder, settings_of, to_toml, whole_folder, write_json, write_whole
+from .core import run_folder, sealed, settings_of, spread, to_toml, unsealed, whole_folder, write_json, write_whole
 
 # %% ../nbs/90_commands.ipynb #n201
 class _Lazy:
@@ -43,18 +43,23 @@ class Run:
         if not f.exists():
             begun = {'config.toml', 'skipped.json'} | {o.name for o in self.folder.glob('.*')}   # and killed at once
             foreign = {o.name for o in self.folder.glob('*')} - begun and not [*self.folder.glob('*/made.json')]
-            if not self.folder.is_file() and not foreign: return settings
+            if not foreign and (self.folder.is_dir() or not os.path.lexists(self.folder)): return settings
             raise UserError(f'{self.folder} exists and is not a run folder: {other}')
         d = read_json(f, f'delete the folder, or {other}')
         old = d.get('settings')
         if not isinstance(old, dict) or 'stages' in d:
             raise UserError(f'{self.folder} is a run of version 0.1, which this version cannot go on with: {other}')
         before = {'from': 'none', **old}
-        for k in settings.keys() - {'minutes', *(o for o in (*STEPS, 'from') if settings.get(o) is None)}:
+        for k in settings.keys() - {'minutes', *RATES, *(o for o in (*STEPS, 'from') if settings.get(o) is None)}:
             if before.get(k) == settings[k]: continue
             was = f'{self.folder} was made with {k} {before.get(k)}, not {settings[k]}'
             raise UserError(f'{was}: repeat that, or {other}')
-        return check_settings(f, {**settings, **old})
+        rates = {k: settings[k] for k in RATES if k in settings}
+        for k, v in rates.items():
+            was = [made(self.folder/o) for o in (('autoencoder',) if k == 'ae_lr' else ('unet', 'denoiser'))]
+            if any(o and o['settings'].get('lr') != v for o in was):
+                raise UserError(f'{self.folder} has finished the training that --{k} is for: leave the option away.')
+        return check_settings(f, {**settings, **old, **rates})
 
     def once(self, name, make):
         "What `make()` returns, made at the first call and kept"
@@ -137,14 +142,15 @@ QUICK = 10  # sampler steps behind the samples of the KID curve
 @patch
 def score(self:Run, net, process):
     "KID and its standard error of a few samples of `net` against the held-out images"
-    pipe = pipeline.LatentDiffusionPipeline(self.autoencoder, net, process, self.p.size)
-    fake = pipe.pixels(min(128, max(16, self.p.n_eval//4)), QUICK, seed=self.seed, bs=self.p.bs, **self.asked)
+    n, parts = min(128, max(16, self.p.n_eval//4)), (self.autoencoder, net, process, self.p.size)
+    fake = pipeline.LatentDiffusionPipeline(*parts).pixels(n, QUICK, seed=self.seed, bs=min(n, self.p.bs), **self.asked)
     return kid_eval.kid(kid_eval.features(self.judge, fake), self.real_features)
 
 @patch(as_prop=True)
 def real_features(self:Run):
     "Features (n,d) of up to 2,000 held-out images, computed once"
-    return self.once('real', lambda: kid_eval.features(self.judge, self.images, idxs=self.images.valid_idxs[:2000]))
+    held = spread(self.images.valid_idxs, 2000)
+    return self.once('real', lambda: kid_eval.features(self.judge, self.images, idxs=held))
 
 # %% ../nbs/90_commands.ipynb #c020
 @patch(as_prop=True)
@@ -154,7 +160,7 @@ def asked(self:Run):
     said = self.images.labels.tolist() if self.condition == 'class' else self.images.captions
     of = lambda idxs: [said[i] for i in idxs if said[i] not in ('', -1)]
     conds = of(self.images.valid_idxs) or of(self.images.train_idxs)
-    return dict(cond=[conds[i] for i in np.random.default_rng(self.seed).permutation(len(conds))], guidance=2.)
+    return dict(cond=[conds[i] for i in np.random.default_rng(self.seed % 2**64).permutation(len(conds))], guidance=2.)
 
 @patch
 def told(self:Run, n): # of the first `n` samples, what each was asked to show, a list
@@ -190,6 +196,7 @@ def write_npz(path, px):
     "The uint8 array (n,h,w,c) in one .npz, complete or not at all"
     f = io.BytesIO()
     np.savez_compressed(f, px)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)   # it may have gone while images were drawn
     write_whole(path, f.getvalue())
 
 @patch(as_prop=True)
@@ -246,10 +253,11 @@ def scores(self:Run):
 
 @patch
 def by_guidance(self:Run, folder, f, idxs): # as for `evaluate`; features of some training images, and which these are
-    "KID against guidance, and for classes how often a judge sees the one asked for; few samples, drawn for this"
-    n, labels = min(128, len(self.samples)), self.images.labels
-    draw = lambda g: self.pipeline.pixels(n, **self.how, **self.asked | dict(guidance=g))
-    seen = (labels[self.images.valid_idxs[:2000]], (f, labels[idxs]), self.told(n)) if self.condition == 'class' else ()
+    "KID against guidance, and for classes how often a judge sees the one asked for; few samples, drawn unless there"
+    n, labels, held = min(128, len(self.samples)), self.images.labels, spread(self.images.valid_idxs, 2000)
+    how = self.how | self.asked
+    draw = lambda g: self.samples[:n] if g == how['guidance'] else self.pipeline.pixels(n, **how | {'guidance': g})
+    seen = (labels[held], (f, labels[idxs]), self.told(n)) if self.condition == 'class' else ()
     d = report.by_guidance(draw, self.judge, self.real_features, *seen)
     report.save_png(report.guidance_curves(d), folder/'guidance.png')
     return d
@@ -258,17 +266,17 @@ def by_guidance(self:Run, folder, f, idxs): # as for `evaluate`; features of som
 def evaluate(self:Run, folder):
     "Score the samples, and fill `folder` with the pictures that the report shows beside the scores"
     import torch
-    x = data.from_uint8(self.images.pixels(self.images.valid_idxs[:24]))
-    rows = self.images.train_idxs[-len(self.samples):]   # the last: a classifier has seen the first
+    ae, net = (report.history_of(self.folder/k) for k in self.pipeline.parts())
+    x = data.from_uint8(self.images.pixels(spread(self.images.valid_idxs, 24)))
+    rows = spread(self.images.train_idxs, len(self.samples))
     with torch.no_grad(): y = self.autoencoder.decode(self.autoencoder.encode(x.to(self.device))).cpu()
     report.save_png(data.image_grid(torch.stack([x, y], 1).flatten(0, 1), nrow=8), folder/'pairs.png')
     report.save_png(self.neighbours(), folder/'neighbours.png')
     fake, floor = kid_eval.features(self.judge, self.samples), kid_eval.features(self.judge, self.images, idxs=rows)
     d = kid_eval.evaluate(fake, self.real_features, self.judge, floor_from=floor, seed=self.seed)
     if self.condition: d['guidance'] = self.by_guidance(folder, floor, rows)
-    ae, net = (made(self.folder/k)['facts'] for k in self.pipeline.parts())
     net = net | {'kid': [o for o in net.get('kid', []) if o[0] < 1] + [(1., d['kid'], d['kid_se'])]}
-    report.save_png(report.training_curves(ae['history'], net, d), folder/'training.png')
+    report.save_png(report.training_curves(ae, net, d), folder/'training.png')
     return d
 
 # %% ../nbs/90_commands.ipynb #c029
@@ -290,10 +298,10 @@ def metrics(self:Run):
 def report(self:Run):
     "The path of report.html, with metrics.json beside it; written again only if the scores are new"
     page, f, of = self.folder/'report.html', self.folder/'metrics.json', fingerprint(scores=self.scores)
-    if page.exists() and f.exists() and read_json(f, f'delete {f}').get('made_from') == of: return page
+    if page.exists() and f.exists() and unsealed(f, f'delete {f}').get('made_from') == of: return page
     m = self.metrics()
     write_whole(page, report.report(self.folder, self.options(), m))
-    write_json(f, {**m, 'made_from': of}, indent=1)
+    write_json(f, sealed({**m, 'made_from': of}), indent=1)
     return page
 
 # %% ../nbs/90_commands.ipynb #c032
@@ -354,32 +362,14 @@ def go(self:Run, goals=GOALS):
     self.folder.mkdir(parents=True, exist_ok=True)
     stamp = lambda: {o: o.stat().st_mtime_ns for o in self.folder.glob('**/*.json')}   # each part has its made.json
     with locked(self.folder):
+        self.settings = agreed(self.read(self.settings))   # somebody may have been at it just now
         before = stamp()
         if fresh and self.images.skipped: write_json(self.folder/'skipped.json', self.images.skipped, indent=1)
         if fresh or read_json(self.folder/'run.json', 'delete it').get('settings') != self.settings: self.write()
         for k in goals: getattr(self, k)
+    if not (self.folder/'run.json').exists(): raise UserError(f'{self.folder} is gone: repeat the command.')
     done = 'is finished: nothing to do' if before == stamp() else f'{training.peak_gb(self.device):.1f} GB at most'
     print(f'{self.folder} {done}')
-
-# %% ../nbs/90_commands.ipynb #c036
-def plain_output():
-    "In a file or a pipe: whole lines at once, and no progress bars"
-    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
-        sys.stdout.reconfigure(line_buffering=True)
-        fastprogress.fastprogress.NO_BAR, fastprogress.fastprogress.ConsoleProgressBar.fill = True, ''
-    if rank(): sys.stdout = sys.stderr = open(os.devnull, 'w')   # the first of several processes speaks
-
-def one_line_errors(f):
-    "A `UserError` becomes one line on stderr and exit code 1; Ctrl-C and its kin one line and exit code 128+n"
-    @wraps(f)
-    def _f(*args, **kwargs):
-        plain_output()
-        stop_politely()
-        try: return f(*args, **kwargs)
-        except UserError as e:
-            raise SystemExit(f"latentdiff-{f.__name__.removesuffix('_cli')}: {' '.join(str(e).split())}") from None
-        except KeyboardInterrupt as e: raise SystemExit(last_words(*e.args)) from None
-    return _f
 
 # %% ../nbs/90_commands.ipynb #c038
 def _options(
@@ -389,6 +379,8 @@ def _options(
     minutes:float=None,   # of training, turned into steps once, at the start; default: the preset's steps
     steps:int=None,       # of the denoiser's training, instead of minutes
     ae_steps:int=None,    # of the autoencoder's
+    lr:float=None,        # highest learning rate of the denoiser; lower, one that diverged goes on
+    ae_lr:float=None,     # of the autoencoder
     seed:int=None,        # of everything random; default: 0
     n:int=None,           # use so many images; default: the preset's
     autoencoder:str=None, # take this one (a folder or a Hub id) instead of training one
@@ -434,7 +426,8 @@ def train_cli(
     if more:
         done = made(r.folder/('denoiser' if r.condition else 'unet'))
         if not done: raise UserError(f'{run} has no finished denoiser: run latentdiff-train without --more first.')
-        r.settings['steps'] = done['settings']['steps'] + more
+        had = done['settings'].get('steps') if isinstance(done.get('settings'), dict) else None
+        r.settings['steps'] = number(1, 10**9, **{f'steps in the made.json of {run}': had}) + more
         r.p = preset_of(r.settings)
     r.go(('denoiser', 'pipeline'))
 
@@ -493,6 +486,7 @@ def sample_cli(
         for o in filter(None, (out, npz)): enough(f'Drawing {n:,} images', o, size, memory)
     print(f'{n:,} images into {out or npz}: {pipeline.expectation(pipe, n, steps, sampler, bs, **told)}', flush=True)
     px = to_hwc(pipe.pixels(n, steps, sampler, seed, bs, **told))
+    with first_ahead(): new_places(out=out, npz=npz)   # nobody else has put something there meanwhile
     if npz: write_npz(npz, px)
     if out and not rank(): write_pngs(out, px)
 
@@ -516,4 +510,6 @@ def eval_cli(
     print(f'{len(a):,} images against {len(b):,}, at {size} px, by {judge.name}', file=sys.stderr, flush=True)
     d = json.dumps(kid_eval.evaluate(a, b, judge, seed=seed), indent=1)
     print(d)
-    if out: write_whole(out, d)
+    if out:
+        new_place(out, '--out')
+        write_whole(out, d)

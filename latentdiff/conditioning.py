@@ -14,10 +14,10 @@ from importlib.util import find_spec
 from torch import nn
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from fastai.basics import DataLoaders, Path
-from .core import UserError, find_class, fingerprint, stream, write_json
+from .core import UNFIT, UserError, find_class, fingerprint, number, stream, write_json
 from .training import DeviceLoader, Learner, adamw, fit_steps, largest_divisor, rows_of, zero_init
 from .data import as_images
-from .unet import UNet, make_denoiser, unet_for
+from .unet import UNet, first_line, make_denoiser, unet_for
 
 # %% ../nbs/60_conditioning.ipynb #c018
 class CrossAttention(nn.Module):
@@ -99,10 +99,7 @@ class ClassConditioner(nn.Module, ConfigMixin):
     @register_to_config
     def __init__(self, classes, dim=128): # names of the classes, such as `images.classes`; length of a token
         super().__init__()
-        self.embedding = nn.Embedding(len(classes), dim)
-
-    @property
-    def dim(self): return self.embedding.embedding_dim
+        self.embedding, self.dim = nn.Embedding(len(classes), dim), dim
 
     def number(self, label): # a class's name or number
         classes = list(self.config.classes)
@@ -184,16 +181,19 @@ def guide(net, # Conditioned, or a bare net(x, time, tokens, mask)
     cond,      # labels, captions, images; a tuple for several conditioners; for a bare net tokens or (tokens, mask)
     scale=2.,  # 0: unconditional, 1: conditional, above: further away from unconditional. Ho & Salimans call it 1 + w
     negative=None): # what to move away from, like `cond` or one row of it; None: the unconditional answer
-    "net(x, time) for samplers, b rows of x: classifier-free guidance (Ho & Salimans 2022, eq. 6) from one batch of 2b"
+    "net(x, time) for b rows of x: classifier-free guidance (Ho & Salimans 2022, eq. 6) from one batch of 2b, at 1 of b"
+    if not torch.is_tensor(scale): number(-1e6, 1e6, False, scale=scale)
     tokens, mask = context_of(net, cond)
     against = (tokens, torch.zeros_like(mask)) if negative is None else context_of(net, negative)
     b, n = len(tokens), max(tokens.shape[1], against[0].shape[1])
-    both = [torch.cat(o) for o in zip(fitted(*against, b, n), fitted(tokens, mask, b, n))]
+    sides = [fitted(*against, b, n), fitted(tokens, mask, b, n)]
+    if not torch.is_tensor(scale) and scale == 1: sides = [fitted(tokens, mask, b, tokens.shape[1])]   # no guidance
+    told, k = [torch.cat(o) for o in zip(*sides)], len(sides)
     bare = net.net if hasattr(net, 'conditioners') else net
     def guided(x, time, cond=None):
         if len(x) != b: raise UserError(f'{b} conditions for {len(x)} images: give one for each, and `sample` bs={b}')
-        without, with_ = bare(torch.cat([x, x]), torch.cat([time, time]), *both).chunk(2)
-        return without + scale*(with_ - without)
+        answers = bare(torch.cat([x]*k), torch.cat([time]*k), *told).chunk(k)
+        return answers[0] if k == 1 else answers[0] + scale*(answers[1] - answers[0])
     return guided
 
 # %% ../nbs/60_conditioning.ipynb #c051
@@ -239,14 +239,15 @@ def text_encoder(model): # 'minilm', a folder, or a Hub id such as 'laion/CLIP-V
     if not find_spec('transformers'): raise UserError("text needs transformers: pip install 'latentdiff[text]'")
     from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel, logging
     logging.disable_progress_bar()
-    where = minilm_folder() if model == 'minilm' else model
+    where, ours = minilm_folder() if model == 'minilm' else model, dict(trust_remote_code=False)   # nobody is asked
     try:
-        cls = CLIPTextModel if AutoConfig.from_pretrained(where).model_type.startswith('clip') else AutoModel
-        encoder = cls.from_pretrained(where, use_safetensors=True).eval().requires_grad_(False)
-        return AutoTokenizer.from_pretrained(where), encoder
-    except (OSError, ValueError) as e:
-        why = str(e).strip().splitlines()[0]
-        raise UserError(f"cannot load the text encoder {model}: check name and network, or use 'minilm' ({why})") from e
+        kind = AutoConfig.from_pretrained(where, **ours).model_type
+        cls = CLIPTextModel if kind.startswith('clip') else AutoModel
+        encoder = cls.from_pretrained(where, use_safetensors=True, **ours).eval().requires_grad_(False)
+        return AutoTokenizer.from_pretrained(where, **ours), encoder
+    except (OSError, *UNFIT) as e:
+        hint = "check name and network, or use 'minilm'"
+        raise UserError(f'cannot load the text encoder {model}: {hint} ({first_line(e)})') from e
 
 # %% ../nbs/60_conditioning.ipynb #c069
 class TextConditioner(nn.Module, ConfigMixin):
@@ -255,6 +256,8 @@ class TextConditioner(nn.Module, ConfigMixin):
     @register_to_config
     def __init__(self, model='minilm', max_tokens=48): # as `text_encoder` takes it; longer captions are cut
         super().__init__()
+        number(1, max_tokens=max_tokens)
+        if not isinstance(model, (str, Path)): raise UserError(f'model is {model!r:.80}: give a name, such as minilm')
         self.places = {}
         self.register_buffer('table', torch.zeros(0, 1, 1, dtype=torch.float16), persistent=False)
         self.register_buffer('used', torch.zeros(0, 1, dtype=torch.bool), persistent=False)

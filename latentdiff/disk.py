@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FULL', 'world', 'rank', 'Stopped', 'last_words', 'stop_politely', 'UserError', 'data_home', 'runs_home', 'DiskError',
-           'size_of', 'room_at', 'on_disk', 'enough', 'free_memory', 'reserve', 'clear_away', 'write_whole',
-           'write_json', 'read_json', 'file_md5', 'replace_folder', 'whole_folder', 'new_place', 'new_places']
+           'size_of', 'room_at', 'on_disk', 'enough', 'free_memory', 'reserve', 'remove', 'clear_away', 'write_whole',
+           'write_json', 'read_json', 'file_md5', 'replace_folder', 'whole_folder', 'new_place', 'new_places',
+           'refused', 'writable', 'plain_output', 'one_line_errors']
 
 # %% ../nbs/parts/disk.ipynb #k001
 import os, signal, sys
@@ -14,11 +15,13 @@ from pathlib import Path
 # %% ../nbs/parts/disk.ipynb #d005
 def world():
     "How many processes share the work, as `accelerate launch` started them; 1: this one alone"
-    return int(os.environ.get('WORLD_SIZE', 1))
+    told = os.environ.get('WORLD_SIZE', '')
+    return max(1, int(told)) if told.isdecimal() else 1
 
 def rank():
     "Which of them this is, from 0; only the first one writes and prints"
-    return int(os.environ.get('RANK', 0))
+    told = os.environ.get('RANK', '')
+    return int(told) if world() > 1 and told.isdecimal() else 0
 
 # %% ../nbs/parts/disk.ipynb #k003
 _SIGNALS = [getattr(signal, o) for o in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, o)]
@@ -50,8 +53,9 @@ def stop_politely():
 stop_politely()
 
 # %% ../nbs/parts/disk.ipynb #d006
-import errno, glob, hashlib, json, math, platform, shutil, tempfile, zlib
+import errno, glob, hashlib, io, json, math, platform, re, shutil, tempfile, zlib
 from contextlib import contextmanager, suppress
+from functools import wraps
 
 # %% ../nbs/parts/disk.ipynb #d009
 class UserError(ValueError):
@@ -60,13 +64,18 @@ class UserError(ValueError):
         words = super().__str__().split()
         return ' '.join(o if len(o) < 400 else f'{o[:200]}...{o[-60:]}' for o in words)
 
+def _home(name, usual):
+    told = os.environ.get(name) or usual
+    try: return Path(told).expanduser()
+    except RuntimeError: raise UserError(f'nobody knows which folder {told} is: set {name} to another') from None
+
 def data_home():
     "Where data sets are kept: `$LATENTDIFF_DATA`, or `~/.cache/latentdiff`"
-    return Path(os.environ.get('LATENTDIFF_DATA') or '~/.cache/latentdiff').expanduser()
+    return _home('LATENTDIFF_DATA', '~/.cache/latentdiff')
 
 def runs_home():
     "Where runs are written: `$LATENTDIFF_RUNS`, or `runs` in the current folder"
-    return Path(os.environ.get('LATENTDIFF_RUNS') or 'runs').expanduser()
+    return _home('LATENTDIFF_RUNS', 'runs')
 
 # %% ../nbs/parts/disk.ipynb #k004
 class DiskError(UserError, OSError):
@@ -127,12 +136,17 @@ def _gone(writer): # as `_beside` names it
     except (ProcessLookupError, OverflowError): return True
     except (OSError, ValueError): return False
 
+def remove(path):
+    "Delete a file, a folder, or a link, but not what a link leads to; nothing happens where nothing is"
+    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError): path.unlink()
+
 def clear_away(path, *kinds): # 'part', 'new', 'old'
     "Delete what killed processes have left half made beside `path`, and what any has moved out of the way"
     for o in path.parent.glob(f'.{glob.escape(path.name)}.*') if not rank() else ():
         writer, _, kind = o.name.removeprefix(f'.{path.name}.').partition('.')
-        if kind in kinds and (kind == 'old' or _gone(writer)):
-            with suppress(OSError): (shutil.rmtree if o.is_dir() else os.unlink)(o)
+        if kind in kinds and (kind == 'old' or _gone(writer)): remove(o)
 
 def write_whole(path, data): # of the file, whose folder exists; str or bytes
     "Write a file in one step, with the permissions that any new file gets"
@@ -143,8 +157,7 @@ def write_whole(path, data): # of the file, whose folder exists; str or bytes
         try:
             tmp.write_bytes(data)
             os.replace(tmp, path)
-        finally:
-            with suppress(OSError): tmp.unlink()
+        finally: remove(tmp)
     clear_away(path, 'part')
 
 def write_json(path, d, indent=None): # of the file; a dict or list; spaces a level, None: one line
@@ -170,7 +183,7 @@ def replace_folder(new, path): # a finished folder, and the place it takes, besi
     old = _beside(path, 'old')
     if path.exists(): path.rename(old)
     new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
     clear_away(path, 'old', 'new')
 
 @contextmanager
@@ -180,11 +193,11 @@ def whole_folder(path, first=False): # True: what another process has put there 
     new = _beside(Path(tempfile.gettempdir())/path.name if rank() else path, 'new')   # that of the others nobody keeps
     with on_disk(path):
         try:
-            shutil.rmtree(new, ignore_errors=True)
+            remove(new)
             new.mkdir(parents=True)
             yield new
             if not (first and path.exists()): replace_folder(new, path)
-        finally: shutil.rmtree(new, ignore_errors=True)
+        finally: remove(new)
 
 # %% ../nbs/parts/disk.ipynb #d018
 def new_place(path, option):
@@ -192,7 +205,7 @@ def new_place(path, option):
     if rank(): return
     path = Path(path)
     try:
-        if path.exists(): raise UserError(f'{path} exists: choose another place with {option}, or delete it.')
+        if os.path.lexists(path): raise UserError(f'{path} exists: choose another place with {option}, or delete it.')
         path.parent.mkdir(parents=True, exist_ok=True)
         _beside(path, 'part').touch()
         _beside(path, 'part').unlink()
@@ -205,4 +218,46 @@ def new_places(**places): # the options without their dashes; None: not asked fo
     for k, v in given.items():
         if inside := [o for o, w in given.items() if o != k and w in (v, *v.parents)]:
             raise UserError(f'{k} {v} is the place of {inside[0]}, or in it: give each a place of its own.')
-    for k, v in given.items(): new_place(v, k)
+    for k in given: new_place(places[k[2:]], k)
+
+# %% ../nbs/parts/disk.ipynb #k811
+def refused(e): # an exception
+    "What the system has refused, and where, as a `UserError`; None if it is something else"
+    if isinstance(e, UserError): return e
+    if isinstance(e, MemoryError) or isinstance(e, RuntimeError) and re.search('allocate|out of memory', str(e)):
+        return UserError('the memory does not suffice: ask for fewer or smaller images, or for fewer at a time')
+    if not isinstance(e, OSError): return
+    where = e.filename if e.filename is not None else 'the current folder, or what is printed'
+    return UserError(f'{where}: {e.strerror or e}: choose another place, or see to it that it can be read and written')
+
+def writable(options): # dict
+    "`UserError` for an empty place, and for a name that no other program could write down"
+    for k, v in options.items():
+        if k in ('out', 'npz') and v == '': raise UserError(f'--{k} is empty: name a place, or leave it away.')
+        if isinstance(v, str) and v.encode(errors='replace') != v.encode(errors='surrogateescape'):
+            raise UserError(f'{k} is {v!r}, which is not UTF-8: rename it.')
+
+def plain_output():
+    "In a file or a pipe: whole lines at once, and no progress bars"
+    from fastprogress import fastprogress as bars
+    sys.stdout = sys.stdout or open(os.devnull, 'w')   # it is closed, as by >&-
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace', line_buffering=True)   # not everybody's letters have a ±
+        if not sys.stdout.isatty(): bars.NO_BAR, bars.ConsoleProgressBar.fill = True, ''
+    if rank(): sys.stdout = sys.stderr = open(os.devnull, 'w')   # the first of several processes speaks
+
+def one_line_errors(f):
+    "A `UserError`, and what the system refuses, become one line on stderr and exit code 1; a signal, code 128+n"
+    @wraps(f)
+    def _f(*args, **kwargs):
+        plain_output()
+        stop_politely()
+        try:
+            writable(kwargs)
+            return f(*args, **kwargs)
+        except BrokenPipeError: os._exit(141)   # the reader of a pipe has gone, as `| head` does
+        except Exception as e:
+            if not (why := refused(e)): raise
+            raise SystemExit(f"latentdiff-{f.__name__.removesuffix('_cli')}: {' '.join(str(why).split())}") from None
+        except KeyboardInterrupt as e: raise SystemExit(last_words(*e.args)) from None
+    return _f

@@ -21,10 +21,9 @@ from fastai.metrics import accuracy
 from torcheval.metrics import Metric
 from torcheval.metrics.toolkit import get_synced_metric
 from torchvision.transforms.functional import gaussian_blur
-from .core import UserError, artefact, data_home, default_device, load_component, progress, save_component
-from .core import share, stream, world
+from .core import UserError, artefact, data_home, default_device, load_component, number, one_of, positions
+from .core import progress, save_component, share, spread, stream, world
 from .data import check_images, from_uint8, kind_of, to_uint8
-from .core import number, one_of, positions
 from .training import DeviceLoader, Learner, fit_steps
 from .autoencoder import efficientnet_lite0
 
@@ -123,8 +122,6 @@ class Extractor:
     def embed(self, pixels):
         "What a subclass does to pixels (b,3,h,w) that already lie on the device"
         return self.net(pixels)
-
-    def __repr__(self): return f'{type(self).__name__}({self.name}, {self.device})'
 
 # %% ../nbs/50_kid_eval.ipynb #c070
 class EfficientNetFeatures(Extractor):
@@ -419,7 +416,8 @@ def make_judge(folder,  # of the run; a classifier is kept in its subfolder `jud
     known = images.channels == 1 and images.labels is not None and (images.labels >= 0).any()
     if not known: return EfficientNetFeatures(device=device)
     def train(new):
-        (x, y), valid = ((images.pixels(i), images.labels[i]) for i in (images.train_idxs, images.valid_idxs[:1000]))
+        sides = images.train_idxs, spread(images.valid_idxs, 1000)
+        (x, y), valid = ((images.pixels(i), images.labels[i]) for i in sides)
         save_component(train_classifier(x, y, valid, seed=seed).model, new)
     path = artefact(Path(folder)/'judge', train, dict(images=images.fingerprint), dict(seed=seed))
     return ClassifierFeatures(load_component(path), device)

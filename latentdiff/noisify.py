@@ -17,10 +17,9 @@ from pathlib import Path
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from fastai.basics import Callback, patch
 from .autoencoder import fit_bs
-from .core import UserError, agreed, artefact, default_device, first_ahead, made, progress, rank, read_json
-from .core import share, stream, world, write_json
+from .core import UserError, agreed, artefact, default_device, first_ahead, made, number, one_of, progress
+from .core import rank, read_json, sealed, share, stream, unsealed, world, write_json
 from .data import from_uint8, kind_of, like
-from .core import number, one_of
 from .disk import reserve
 
 # %% ../nbs/20_noisify.ipynb #c076
@@ -301,7 +300,7 @@ class Latents:
     "Encoded images on disk: float16 in memory maps, float32 when they come out"
     def __init__(self, folder): # the folder `latents` that `make_latents` wrote
         self.folder = Path(str(folder))
-        self.manifest = m = read_json(self.folder/'manifest.json', f'no latents in {folder}: delete and encode again')
+        self.manifest = m = unsealed(self.folder/'manifest.json', f'no latents in {folder}: delete and encode again')
         if not _sound(m): raise UserError(f'{self.folder}/manifest.json is not whole: delete and encode again')
         self.fingerprint = made(folder).get('fingerprint') # of what they were made of
         self.mean,self.mirrored = (*(self._map(f) for f in FILES[:1+m['mirrored']]), None)[:2]
@@ -348,7 +347,7 @@ def make_latents(folder, images, ae, p, # of the run; `Images`; an `Autoencoder`
     shape = (len(images), *ae.latent_shape(images.size))
     def make(work):
         _encode_rest(ae.eval(), images, work, shape, flip, fit_bs(images.size, p.bs))
-        write_json(work/'manifest.json', _manifest(images, shape, flip))
+        write_json(work/'manifest.json', sealed(_manifest(images, shape, flip)))
         (work/'done.json').unlink(missing_ok=True)
         return dict(n=len(images), shape=shape[1:])
     made_of = dict(images=images.fingerprint, autoencoder=weights_hash(ae))
@@ -364,8 +363,12 @@ class NoisifyCB(Callback):
         if self.training: now = 'training', self.step_by_step.k if hasattr(self, 'step_by_step') else self.train_iter
         else: now = 'validation', self.iter # what the noise depends on besides the seed: the step, or which batch
         generator = torch.Generator(x0.device).manual_seed(stream(self.seed, 'noise', *now))
+        self.learn.xb,self.learn.yb = self.example(x0, cond, generator)
+
+    def example(self, x0, cond, generator):
+        "What the network is shown of clean latents, and what it should answer"
         x_t,t,target = self.process.noisify(x0, generator=generator)
-        self.learn.xb,self.learn.yb = (self.process.scale_input(x_t, t), self.process.time_input(t), *cond), (target,)
+        return (self.process.scale_input(x_t, t), self.process.time_input(t), *cond), (target,)
 
 # %% ../nbs/20_noisify.ipynb #c164
 PREDICTION_TYPES = dict(eps='epsilon', x0='sample', v='v_prediction')

@@ -8,7 +8,6 @@ __all__ = ['ROOM_FACTORS', 'PALETTE', 'room_codes', 'room_factors', 'room_captio
 # %% ../nbs/parts/rooms.ipynb #r001
 import copy
 import numpy as np, torch, torch.nn.functional as F
-from fastcore.basics import patch
 from .core import UserError, number, one_of, positions
 
 # %% ../nbs/parts/rooms.ipynb #c033
@@ -77,53 +76,47 @@ class _Canvas:
         self.img, self.light = torch.zeros(len(self.u), 3, size, size), torch.ones(1, 1, size, 1)
         self._arrange()
 
-# %% ../nbs/parts/rooms.ipynb #c051
-@patch
-def _arrange(self:_Canvas):
-    "Where the furniture stands: `bed`, `table` and `window`, in picture widths right of the eye"
-    side = self.code['side'] - 1.
-    self.middle = (side == 0).float()
-    turn = torch.where(self.j['turn'] < 0, -1., 1.)
-    self.bed, self.bed_half = .205*side + .012*self.j['bed_x'], .145 + .01*self.j['bed_width']
-    self.table = self.bed + (self.middle*turn - side)*.235
-    self.window = -(side + self.middle*turn)*(.255 + .015*self.j['window_x'])
+    def _arrange(self):
+        "Where the furniture stands: `bed`, `table` and `window`, in picture widths right of the eye"
+        side = self.code['side'] - 1.
+        self.middle = (side == 0).float()
+        turn = torch.where(self.j['turn'] < 0, -1., 1.)
+        self.bed, self.bed_half = .205*side + .012*self.j['bed_x'], .145 + .01*self.j['bed_width']
+        self.table = self.bed + (self.middle*turn - side)*.235
+        self.window = -(side + self.middle*turn)*(.255 + .015*self.j['window_x'])
 
-# %% ../nbs/parts/rooms.ipynb #c053
-@patch
-def edge(self:_Canvas, d):
-    "Coverage of a half plane from the distance inside it: a ramp of one pixel"
-    return (d*self.px + .5).clamp(0, 1)
+    def edge(self, d):
+        "Coverage of a half plane from the distance inside it: a ramp of one pixel"
+        return (d*self.px + .5).clamp(0, 1)
 
-@patch
-def box(self:_Canvas, x0, x1, y0, y1, x=None, y=None, sx=1, sy=1):
-    "Coverage of a box in the coordinates x, y, where one unit is `sx`, `sy` picture sizes long"
-    x, y = self.u if x is None else x, self.v if y is None else y
-    return self.edge((x - x0)*sx)*self.edge((x1 - x)*sx)*(self.edge((y - y0)*sy)*self.edge((y1 - y)*sy))
+    def box(self, x0, x1, y0, y1, x=None, y=None, sx=1, sy=1):
+        "Coverage of a box in the coordinates x, y, where one unit is `sx`, `sy` picture sizes long"
+        x, y = self.u if x is None else x, self.v if y is None else y
+        return self.edge((x - x0)*sx)*self.edge((x1 - x)*sx)*(self.edge((y - y0)*sy)*self.edge((y1 - y)*sy))
 
-@patch
-def plane(self:_Canvas, y):
-    "On a level surface `y` below the eye: each pixel's place to the right, and its scale"
-    s = (self.v/y).clamp(min=.5)
-    return self.u/s, s
+    def plane(self, y):
+        "On a level surface `y` below the eye: each pixel's place to the right, and its scale"
+        s = (self.v/y).clamp(min=.5)
+        return self.u/s, s
 
-@patch
-def paint(self:_Canvas, mask, colour, shines=False):
-    "Lay a colour (0..1) over what is there; things that shine ignore the room's light"
-    self.img += mask*((colour if shines else colour*self.light) - self.img)
+    def paint(self, mask, colour, shines=False):
+        "Lay a colour (0..1) over what is there; things that shine ignore the room's light"
+        self.img += mask*((colour if shines else colour*self.light) - self.img)
 
-# %% ../nbs/parts/rooms.ipynb #c055
-@patch
-def rows(self:_Canvas, top, bottom):
-    "The same canvas cut to the rows between two heights from the eye"
-    c = copy.copy(self)
-    cut = slice(max(0, int((top + _HORIZON - .03)*self.px) - 1), int((bottom + _HORIZON + .03)*self.px) + 2)
-    c.v, c.img, c.light = self.v[:,:,cut], self.img[:,:,cut], self.light[:,:,cut]
-    return c
+    def rows(self, top, bottom):
+        "The same canvas cut to the rows between two heights from the eye"
+        c = copy.copy(self)
+        cut = slice(max(0, int((top + _HORIZON - .03)*self.px) - 1), int((bottom + _HORIZON + .03)*self.px) + 2)
+        c.v, c.img, c.light = self.v[:,:,cut], self.img[:,:,cut], self.light[:,:,cut]
+        return c
 
-@patch
-def has(self:_Canvas, factor, value):
-    "1. for the pictures whose factor has this value, 0. for the others"
-    return (self.code[factor] == ROOM_FACTORS[factor].index(value)).float()
+    def has(self, factor, value):
+        "1. for the pictures whose factor has this value, 0. for the others"
+        return (self.code[factor] == ROOM_FACTORS[factor].index(value)).float()
+
+    def colour(self, factor):
+        "The paint of a factor, picture by picture"
+        return torch.tensor(PALETTE[factor])[self.code[factor].flatten()][:,:,None,None]
 
 # %% ../nbs/parts/rooms.ipynb #c057
 PALETTE = dict(
@@ -134,11 +127,6 @@ PALETTE = dict(
 
 def _rgb(*colour): return torch.tensor(colour).view(1, 3, 1, 1)
 def _mix(a, b, weight): return a + (b - a)*weight
-
-@patch
-def colour(self:_Canvas, factor):
-    "The paint of a factor, picture by picture"
-    return torch.tensor(PALETTE[factor])[self.code[factor].flatten()][:,:,None,None]
 
 # %% ../nbs/parts/rooms.ipynb #c059
 def _draw_walls(c):

@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['SAMPLERS', 'SAMPLER', 'levels', 'predict', 'optimal_denoiser', 'pairs', 'euler', 'time_steps', 'generators',
            'noise_like', 'start_noise', 'ddim', 'ddpm', 'heun', 'dpmpp_2m', 'dpmpp_2m_sde', 'evaluations', 'evaluating',
-           'sample', 'denoise_path', 'save_gif', 'slerp', 'interpolate', 'img2img', 'inpaint', 'draw_between',
-           'noise_and_guess', 'look']
+           'sample', 'denoise_path', 'slerp', 'interpolate', 'img2img', 'inpaint']
 
 # %% ../nbs/40_sampling.ipynb #c003
 import math
 from contextlib import contextmanager
 from itertools import pairwise
 import numpy as np, torch
-from .core import Bar, UserError, default_device, gathered, number, share, world
+from .core import Bar, UserError, default_device, gathered, share, world
 
 # %% ../nbs/40_sampling.ipynb #c011
 def levels(process, t): # any `Process`; one time, 0 (clean) to 1 (pure noise)
@@ -95,7 +94,7 @@ def time_steps(process, n,   # any `Process`; number of steps
 # %% ../nbs/40_sampling.ipynb #c022
 def generators(seed, n, first=0): # a whole number of 64 bits, of any sign; how many; index of the first
     "A stream of noise for each of the samples `first` to `first+n`, whatever batch they fall in"
-    if not -2**63 <= int(seed) < 2**63: raise UserError(f'a seed is a whole number of 64 bits, not {seed}')
+    seed, n, first = number(-2**63, 2**63 - 1, seed=seed), number(0, n=n), number(0, first=first)
     keys = (np.array([int(seed) % 2**64, i], np.uint64) for i in range(first, first+n))
     return [np.random.Generator(np.random.Philox(key=k)) for k in keys]
 
@@ -240,14 +239,6 @@ def denoise_path(net, process, x, ts,              # x: start noise, at the stre
     with evaluating(net): x = _sampler_of(sampler)(net, process, x, ts, callback=keep, generator=generator)
     return path + [(ts[-1], x, x)]
 
-# %% ../nbs/40_sampling.ipynb #c091
-def save_gif(frames, path,     # PIL images of one size; where to write it
-             ms=100, hold=12): # milliseconds a frame; how many times longer the last one stays
-    "Write an animated GIF that loops; returns its path"
-    frames = [f.convert('RGB').quantize(64, dither=0) for f in frames]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[ms]*(len(frames)-1) + [ms*hold], loop=0)
-    return path
-
 # %% ../nbs/40_sampling.ipynb #c113
 def slerp(a, b, w): # (b, ...) two batches of noise; 0 gives `a`, 1 gives `b`
     "Spherical interpolation, sample by sample: between two noises lies a noise of the same length"
@@ -286,32 +277,3 @@ def inpaint(net, process, z, # z: (b, ...) standardised latents, known where `ma
             x = ddpm(net, process, x, [t, u], generator=gens)
             x = torch.where(mask, x, a1*z + s1*noise_like(z, gens))                         # eq. 8: the known part
     return x
-
-# %% ../nbs/40_sampling.ipynb #P002
-def draw_between(pipe, a, b, ws,            # a `LatentDiffusionPipeline`; two seeds; where between them, 0 (a) to 1 (b)
-                 steps=20, sampler=SAMPLER, # as `sample` takes them
-                 **told):                   # what to draw, as `pipe.listening` takes it
-    "(len(ws), c, h, w) latents, drawn from start noises between those of two seeds"
-    n, ts, w = len(ws), time_steps(pipe.process, steps), torch.tensor([[float(number(0, 1, False, ws=w))] for w in ws])
-    gens = [generators(a, 1)[0] for _ in ws]   # one stream, from its beginning for each
-    like = torch.empty(n, *pipe.latent_shape)
-    start = slerp(noise_like(like, gens), noise_like(like, [generators(b, 1)[0] for _ in ws]), w)
-    x, (net,) = levels(pipe.process, ts[0])[1]*start.to(pipe.device), pipe.listening(n, n, **told)
-    with evaluating(pipe.denoiser): return _sampler_of(sampler)(net, pipe.process, x, ts, generator=gens)
-
-# %% ../nbs/40_sampling.ipynb #P005
-def noise_and_guess(pipe, z, t, # (b, c, h, w) clean latents; noise level, 0..1
-                    **told):    # what to see in it, as `pipe.listening` takes it
-    "`z` with the noise of time `t` on it, as the network sees that, and the clean latents that it guesses from it"
-    a, s = levels(pipe.process, t)
-    x = a*z + s*noise_like(z, generators(-1, len(z)))   # not the noise that `z` was drawn from, which tells too much
-    net, = pipe.listening(len(z), len(z), **told)
-    with evaluating(pipe.denoiser): guess = predict(net, pipe.process, x, t)[0]
-    return pipe.process.scale_input(x, x.new_full((len(x),), t)), guess
-
-# %% ../nbs/40_sampling.ipynb #P008
-def look(pipe, t, w, a, b, # a `LatentDiffusionPipeline`; noise level, 0..1; where between the seeds `a` and `b`, 0..1
-         steps=10, sampler=SAMPLER, **told): # as `draw_between` takes them
-    "Three images in [-1, 1]: one that is drawn, that one with noise on it, and the guess from the noisy one"
-    z = draw_between(pipe, a, b, [w], steps, sampler, **told)
-    return pipe.decode(torch.cat([z, *noise_and_guess(pipe, z, t, **told)]), bs=3)

@@ -16,8 +16,8 @@ from pathlib import Path
 from torch import nn
 from fastai.basics import AvgSmoothLoss, Callback, CancelFitException, DataLoader, OptimWrapper, join_path_file, listify
 from fastai.callback.fp16 import AMPMode, MixedPrecision
-from .core import UserError, agreed, default_device, first_ahead, not_finite, number, rank, read_weights
-from .core import stream, world, write_whole
+from .core import UNFIT, UserError, agreed, default_device, first_ahead, not_finite, number, rank
+from .core import read_weights, stream, world, write_whole
 from .data import as_images, shifted, show_images
 from .disk import enough
 from .muon import Muon, muon, orthogonalise   # other modules ask for them here
@@ -51,8 +51,9 @@ class DeviceLoader(DataLoader):
                  flip=False, crop=0,    # mirror half of the pictures; move each by up to so many pixels, see `shifted`
                  seed=None, device=None, transform=None): # None: torch's; None: the GPU if any; called with x on it
         self.flip, self.crop, self.transform, self.epoch, self._order = flip, crop, transform, 0, (None, None)
-        self.seed = int(torch.randint(2**31, (1,))) if seed is None else int(seed)
-        super().__init__(torch.utils.data.TensorDataset(x, *ys), bs=min(bs, len(x)), shuffle=shuffle, drop_last=shuffle)
+        self.seed = int(torch.randint(2**31, (1,)) if seed is None else number(seed=seed))
+        bs = min(number(1, bs=bs), len(x))
+        super().__init__(torch.utils.data.TensorDataset(x, *ys), bs=bs, shuffle=shuffle, drop_last=shuffle)
         self.to(device or default_device())
 
     def to(self, device):
@@ -196,9 +197,15 @@ class Learner(fastai.learner.Learner):
         if self.opt is None: self.create_opt()
         if _kind(self.opt) != note['opt']: raise UserError(f'{f} is of {note["opt"]}: load it with with_opt=False')
         self.opt.clear_state()
-        _remind(self.opt, part('opt.'))
-        self.opt.set_hypers(**json.loads(note['hypers']))
+        try:
+            _remind(self.opt, part('opt.'))
+            self.opt.set_hypers(**json.loads(note['hypers']))
+        except UNFIT as e: raise UserError(f'{f} does not fit this optimizer: load it with with_opt=False') from e
         return self
+
+    def export(self, *args, **kwargs): # as fastai's
+        "There is none"
+        raise UserError("export writes a pickle, which can run code: learn.save('name') writes the weights without one")
 
     def lr_find(self, *args, **kwargs): # as fastai's
         "Try rising rates; the weights stay as they are"
@@ -327,9 +334,11 @@ class Checkpoint:
         if not f.is_file(): return None
         try:
             with safetensors.safe_open(f, 'pt') as o: note = json.loads(o.metadata()['note'])
-        except (safetensors.SafetensorError, TypeError, KeyError):
+            if note['made_from'] != self.made_from: return None
+            number(0, k=note['k'], steps=note['steps'])
+            return note
+        except (safetensors.SafetensorError, RecursionError, *UNFIT):
             raise UserError(f'{f} is not a whole checkpoint: delete it, and this training starts again') from None
-        return note if note['made_from'] == self.made_from else None
 
     def load(self, steps, exact=False): # of the whole training; `exact`: not one of another length, validated elsewhere
         "(tensors, note) of the most advanced checkpoint that such a training passes through, or None"
@@ -397,7 +406,10 @@ class Keeper(Callback):
 
     def before_fit(self):
         self.history, self.best, self.saved = dict(step=[], loss=[], rows=[], best=None), None, time.monotonic()
-        if self.found: self.restore(*self.found)
+        try: self.found and self.restore(*self.found)
+        except UNFIT as e:
+            why = f'{self.checkpoint.folder} holds a checkpoint of another version ({e!r:.80})'
+            raise UserError(f'{why}: delete it, and this training starts again') from e
         if self.checkpoint:
             with first_ahead(): enough('The training', self.checkpoint.path('last'), self.bytes())
 
@@ -470,7 +482,8 @@ class Keeper(Callback):
             self.ema.n = note['ema']
         if note['scaler']: self.learn.mixed_precision.scaler.load_state_dict(note['scaler'])
         self.best = {k: v.to(self.dls.device) for k, v in part('best.').items()} or None
-        self.history, smooth = note['history'], self.recorder.smooth_loss
+        self.history = {k: note['history'][k] for k in self.history} | note['history']
+        smooth = self.recorder.smooth_loss
         smooth.count, smooth.val = note['k'], torch.tensor(note['smooth'], device=self.dls.device)
 
 # %% ../nbs/parts/training.ipynb #c029
@@ -497,7 +510,7 @@ def fit_steps(learn,                                 # a fastai Learner whose tr
         each = StepByStep(steps, lr, seed, rounds, k)
         more = [Keeper(checkpoint, found, keep_best), *together(learn.model), *listify(cbs)]
         try: learn.fit(len(each.left()), lr, cbs=[each, *more])
-        except UserError as e: raise UserError(str(e).split('\t')[-1]) from None  # without fastai's line above it
+        except UserError as e: raise type(e)(e.args[0].split('\t')[-1]) from None  # without fastai's line above it
     return learn
 
 # %% ../nbs/parts/training.ipynb #n904

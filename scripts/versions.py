@@ -1,41 +1,51 @@
-"""The tests with the oldest versions that settings.ini promises, or with the newest there are, each in an environment of its own.
+"""The tests with the oldest versions that settings.ini promises on the oldest Python, or with the newest there are on the newest
+Python, each in an environment of its own.
 
     python scripts/versions.py oldest newest                     # what `make test` runs, in both
     python scripts/versions.py oldest --only tests/test_unet.py  # some of it
+    python scripts/versions.py newest --python python3.13        # on another Python
 
-It prints the versions, and how many tests passed. An environment takes about 8 GB of .versions/, and is used again the next time."""
+It prints the versions, and how many tests passed. uv makes the environments, since pip searches for more than ten minutes for a
+set of old versions that fit each other. A Python that is not on this machine is downloaded from GitHub. An environment takes about
+8 GB of .versions/, and is used again until the requirements change."""
 import argparse, os, re, shutil, subprocess, sys
 from pathlib import Path
 from notebooks import ROOT, settings
 
-EXTRAS = '', 'eval_', 'text_', 'dev_', 'docs_', 'track_'
+HOME = ROOT/'.versions'
 SHOWN = 'torch', 'torchvision', 'fastai', 'fastcore', 'diffusers', 'numpy', 'datasets', 'huggingface_hub', 'transformers'
+# the bounds of settings.ini themselves, and of what these need in turn the newest that fits
+CHOICE = dict(oldest='lowest-direct', newest='highest')
+PYTHON = dict(oldest='min_python', newest='max_python')
 
-def oldest():
-    "Every lower bound of settings.ini, as the one version that is allowed"
-    bounds = ' '.join(settings()[f'{k}requirements'] for k in EXTRAS).split()
-    return [r.replace('>=', '==') for r in bounds if '>=' in r and not r.startswith('setuptools')]
+def tool():
+    "The command uv, installed in .versions/uv unless it is there"
+    uv = HOME/'uv'/'bin'/'uv'
+    if not uv.exists():
+        subprocess.run([sys.executable, '-m', 'venv', HOME/'uv'], check=True)
+        subprocess.run([HOME/'uv'/'bin'/'python', '-m', 'pip', 'install', '-q', 'uv'], check=True)
+    return uv
 
-def environment(kind, python): # 'oldest' or 'newest'; a command -> the environment's Python
-    "The folder .versions/`kind`, made unless it is there"
-    home = ROOT/'.versions'/kind
-    own = home/'bin'/'python'
-    if (home/'ready').exists(): return own
+def environment(kind, python): # 'oldest' or 'newest'; a command, a path or a version like 3.11 -> the environment's Python
+    "The folder .versions/`kind`, made unless it is there, for the same requirements"
+    home = HOME/kind
+    own, made = home/'bin'/'python', home/'made'
+    wanted = '\n'.join([python, *(v for k, v in settings().items() if k.endswith('requirements'))])
+    if made.exists() and made.read_text() == wanted: return own
+    uv = tool()
     shutil.rmtree(home, ignore_errors=True)
-    subprocess.run([python, '-m', 'venv', home], check=True)
-    pins = home/'pins.txt'
-    pins.write_text('\n'.join(oldest()) if kind == 'oldest' else '')
-    subprocess.run([own, '-m', 'pip', 'install', '-q', '-c', pins, '-e', f'{ROOT}[eval,dev]'], check=True)
-    subprocess.run([own, '-m', 'pip', 'check'])
-    (home/'ready').touch()
+    subprocess.run([uv, 'venv', '-q', '--python', python, home], check=True)
+    install = uv, 'pip', 'install', '-q', '--python', own
+    subprocess.run([*install, '--resolution', CHOICE[kind], '-e', f'{ROOT}[eval,dev]'], check=True)
+    subprocess.run([*install, 'pip'], check=True) # the tests ask it what an install would bring
+    made.write_text(wanted)
     return own
 
 def versions(python): # -> 'Python 3.11.7, torch 2.6.0, ...'
     code = """import platform, sys
 from importlib.metadata import version
-print('Python', platform.python_version(), *[f', {o} {version(o)}' for o in sys.argv[1:]])"""
-    said = subprocess.run([python, '-c', code, *SHOWN], check=True, capture_output=True, text=True).stdout
-    return said.strip().replace(' ,', ',')
+print(', '.join([f'Python {platform.python_version()}', *[f'{o} {version(o)}' for o in sys.argv[1:]]]))"""
+    return subprocess.run([python, '-c', code, *SHOWN], check=True, capture_output=True, text=True).stdout.strip()
 
 def test(python, args): # -> exit code, the last line of pytest
     "The tests, as `make test` runs them"
@@ -50,13 +60,13 @@ def test(python, args): # -> exit code, the last line of pytest
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('kinds', nargs='+', choices=['oldest', 'newest'])
-    parser.add_argument('--python', default=sys.executable, help='the Python of the environments')
-    parser.add_argument('--only', nargs='+', default=[], help='for pytest: files, options')
+    parser.add_argument('kinds', nargs='+', choices=list(CHOICE))
+    parser.add_argument('--python', help='the Python of the environments; unless given, min_python and max_python of settings.ini')
+    parser.add_argument('--only', nargs=argparse.REMAINDER, default=[], help='for pytest: files and options, to the end of the line')
     args = parser.parse_args()
     found = []
     for kind in args.kinds:
-        python = environment(kind, args.python)
+        python = environment(kind, args.python or settings()[PYTHON[kind]])
         found.append((kind, versions(python), *test(python, args.only)))
     for kind, names, code, last in found: print(f'{kind}: {names}: {last}')
     return any(code for _, _, code, _ in found)

@@ -123,7 +123,7 @@ def told(folder):
         raw = f.read_bytes()
         if f.name in ('made.json', 'metrics.json'):
             d = json.loads(raw)
-            for o in ('seconds', 'peak_gb', 'made_from'): d.pop(o, None), d.get('facts', {}).pop(o, None)   # `made_from` of scores that took so long
+            for o in ('seconds', 'peak_gb', 'made_from', 'seal'): d.pop(o, None), d.get('facts', {}).pop(o, None)   # `made_from` of scores that took so long
             raw = json.dumps(d, sort_keys=True).encode()
         if f.name == 'report.html': raw = b''            # shows the seconds
         out[f.relative_to(folder).as_posix()] = hashlib.md5(raw).hexdigest()

@@ -9,6 +9,11 @@ ROOT = Path(__file__).parents[1]
 SERVER = '''
 import atexit, gc, json, os, runpy, sys
 import latentdiff.commands, latentdiff.denoisers, latentdiff.labs_data, latentdiff.report
+if sys.argv[1:]:
+    sys.path.insert(0, sys.argv[1])
+    import memory
+    sys.path.pop(0)
+    memory.remember(sys.argv[2])
 gc.freeze()
 for line in sys.stdin:
     job = json.loads(line)
@@ -35,11 +40,17 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 '''
 
+def command(folder, verb, before=''):
+    "A console script, as the installed ones look; it does `before` first"
+    script = folder/f'latentdiff-{verb}'
+    script.write_text(f'import sys\n{before}\nfrom latentdiff.commands import {verb}_cli\nif __name__ == "__main__": sys.exit({verb}_cli())\n')
+    return script
+
 class Server:
     "Runs programs one at a time, each in a child of a process that has imported the library"
-    def __init__(self, tmp):
-        self.tmp = tmp
-        self.process = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+    def __init__(self, tmp, memory=None): # folders: of its own; where programs find what others have found out, see memory.py
+        self.tmp, remember = tmp, [Path(__file__).parent, memory] if memory else []
+        self.process = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', SERVER, *remember], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
                                         cwd=tmp, env=os.environ | dict(PYTHONPATH=str(ROOT)))
 
     def start(self, script, *args, cwd=None, **env):

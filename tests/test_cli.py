@@ -3,21 +3,15 @@ import io, json, os, random, re, shlex, shutil, signal, subprocess, sys, tarfile
 from html import unescape
 import numpy as np, pytest, torch
 from fastcore.basics import AttrDict
-from filelock import FileLock
 from PIL import Image
 from pathlib import Path
 import latentdiff
 from latentdiff.commands import Run, settings_of
-from latentdiff.core import UserError, locked
+from latentdiff.core import UserError, locked, preset
 from latentdiff.data import open_images
 from latentdiff.files import npz_pixels
 from latentdiff.report import report
-
-def command(folder, verb, before=''):
-    "A console script, as the installed ones look; it does `before` first"
-    script = folder/f'latentdiff-{verb}'
-    script.write_text(f'import sys\n{before}\nfrom latentdiff.commands import {verb}_cli\nif __name__ == "__main__": sys.exit({verb}_cli())\n')
-    return script
+from processes import command
 
 @pytest.fixture(scope='session')
 def cli(server, tmp_path_factory):
@@ -26,16 +20,9 @@ def cli(server, tmp_path_factory):
     return lambda verb, *args: server.run(command(tmp, verb), *args)
 
 @pytest.fixture(scope='session')
-def run(cli, shared, tmp_path_factory):
-    "A finished run on rooms, and what the command said: made by one worker, copied by each."
-    folder, args, said = shared/'rooms run', ('--data', 'rooms', '--preset', 'tiny', '--n', 200), shared/'rooms run.json'
-    with FileLock(shared/'rooms run.lock'):
-        if not said.exists():
-            r = cli('run', *args, '--out', folder)
-            assert r.rc == 0, r.err
-            said.write_text(json.dumps(dict(r, made_at=str(folder))))
-    own = shutil.copytree(folder, tmp_path_factory.mktemp('runs')/'run')
-    return AttrDict(folder=own, args=args, **json.loads(said.read_text()))
+def run(finished_run, tmp_path_factory):
+    "A finished run on rooms, and what the command said: a copy of its own for each worker"
+    return AttrDict(finished_run, folder=shutil.copytree(finished_run.made_at, tmp_path_factory.mktemp('runs')/'run'))
 
 def one_line(r, *words):
     "Exit code 1 and one line on stderr that has all `words`, and no traceback."
@@ -62,7 +49,7 @@ def test_run_says_first_what_it_will_do(run):
 def test_metrics(run):
     m = json.loads((run.folder/'metrics.json').read_text())
     for k in ('kid', 'kid_se', 'kid_floor', 'kid_floor_se', 'fid', 'fid_floor', 'psnr', 'ssim'): assert np.isfinite(m[k]), k
-    assert m['n_fake'] == 64 and m['n_real'] == len(open_images('rooms', 32, 200).valid_idxs)
+    assert m['n_fake'] == 64 and m['n_real'] == len(open_images('rooms', 32, preset('tiny').n).valid_idxs)
     assert m['seed'] == 0 and m['device'] in ('cpu', 'cuda') and set(m['seconds']) >= {'autoencoder', 'latents', 'unet', 'samples', 'scores'}
 
 def stands_alone(page):
@@ -128,7 +115,7 @@ def test_a_run_goes_on_with_what_a_lesson_has_trained(cli, run, tmp_path):
     folder = shutil.copytree(run.folder, tmp_path/'run')
     for k in ('scores', 'metrics.json', 'report.html', 'run.json'): shutil.rmtree(folder/k) if (folder/k).is_dir() else (folder/k).unlink()
     note = json.loads((folder/'unet'/'made.json').read_text())
-    del note['facts']['kid']
+    del note['facts']['kid'], note['seal']
     (folder/'unet'/'made.json').write_text(json.dumps(note))
     r = cli('run', *run.args, '--out', folder)
     assert r.rc == 0 and (folder/'scores'/'training.png').exists(), r
@@ -140,7 +127,7 @@ def test_changed_pictures_are_never_mixed_with_old_results(cli, bad, tmp_path):
     pics.mkdir()
     rng = np.random.default_rng(1)
     for i in range(120): Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(pics/f'{i}.png')
-    assert cli('encode', '--data', pics, '--preset', 'tiny', '--out', tmp_path/'run').rc == 0
+    assert cli('encode', '--data', pics, '--preset', 'tiny', '--ae_steps', 4, '--out', tmp_path/'run').rc == 0
     weights = (tmp_path/'run/autoencoder/autoencoder.safetensors').read_bytes()
     for i in range(120): Image.fromarray(np.full((32, 32, 3), (200, i, 0), np.uint8)).save(pics/f'{i}.png')
     one_line(cli('run', '--data', pics, '--preset', 'tiny', '--out', tmp_path/'run'), 'other images')
@@ -265,10 +252,11 @@ def test_eval_of_one_set_against_itself(cli, drawn, tmp_path):
 
 def test_encode_then_train_then_sample(cli, tmp_path):
     folder = tmp_path/'run'
-    r = cli('encode', '--data', 'rooms', '--preset', 'tiny', '--n', 120, '--out', folder)
+    r = cli('encode', '--data', 'rooms', '--preset', 'tiny', '--n', 120, '--ae_steps', 6, '--steps', 6, '--out', folder)   # how well is not asked
     assert r.rc == 0 and (folder/'latents/manifest.json').exists() and not (folder/'unet').exists(), r.err
     one_line(cli('sample', folder, '--npz', tmp_path/'a.npz'), 'model_index.json', 'latentdiff-train')
     assert cli('train', folder).rc == 0
+    assert [json.loads((folder/o/'made.json').read_text())['settings']['steps'] for o in ('autoencoder', 'unet')] == [6, 6]
     assert cli('sample', folder, '--n', 2, '--steps', 2, '--npz', tmp_path/'a.npz').rc == 0
 
 # Bad input: one line, exit code 1, nothing half-written.
@@ -449,6 +437,40 @@ def test_samples_are_told_what_held_out_images_are(tmp_path):
     images = Told([0, 1, 1, 1, -1, 3]*8, ['', '', 'a', '', '', '']*8, [*range(0, 48, 6), *range(1, 48, 6), *range(4, 48, 6)])
     assert sorted(told_run(tmp_path, 'class', images).asked['cond']) == [0]*8 + [1]*8
     assert set(told_run(tmp_path, 'text', images).asked['cond']) == {'a'}
+
+class Sorted(Told):
+    "A black class, then a white one, as folders by class are read"
+    def __init__(self):
+        super().__init__([0]*3000 + [1]*3000, None, [*range(2500), *range(3500, 6000)])
+        self.channels, self.size = 3, 8
+    def __len__(self): return len(self.labels)
+    def pixels(self, idxs): return (255*self.labels[idxs]).byte()[:, None, None, None].expand(-1, 3, 8, 8)
+    read = pixels
+
+def test_scores_look_at_every_class_of_sorted_folders(tmp_path, monkeypatch):
+    "More pictures a class than are looked at: held-out ones, the floor's and the classes a judge learns from are of both, half and half"
+    from latentdiff import commands, kid_eval, report
+    class Judge(kid_eval.Extractor):
+        def __init__(self): super().__init__(torch.nn.Identity(), 'grey', 'cpu')
+        def embed(self, pixels): return pixels.float().mean((1, 2, 3))[:, None]/255
+    r = told_run(tmp_path, 'class', Sorted())
+    r.kept |= dict(judge=Judge(), autoencoder=AttrDict(encode=lambda x: x, decode=lambda x: x))
+    monkeypatch.setattr(commands.Run, 'samples', torch.zeros(200, 3, 8, 8, dtype=torch.uint8))
+    monkeypatch.setattr(commands.Run, 'neighbours', lambda self: None)
+    shown, seen = [], {}
+    monkeypatch.setattr(report, 'save_png', lambda im, path: shown.append(path.name))
+    monkeypatch.setattr(kid_eval, 'evaluate', lambda fake, real, judge, floor_from, seed: seen.update(real=real, floor=floor_from) or {})
+    monkeypatch.setattr(report, 'by_guidance', lambda draw, judge, real, labels, known, asked: seen.update(labels=labels, known=known[1]) or seen['stop'])
+    with pytest.raises(KeyError): r.evaluate(tmp_path)
+    assert shown == ['pairs.png', 'neighbours.png'] and len(seen['real']) == len(seen['labels']) == 2000 and len(seen['floor']) == len(seen['known']) == 200
+    for o in (seen['real'].mean(1), seen['floor'].mean(1), seen['labels'], seen['known']): assert o.float().mean() == .5
+
+def test_a_judge_of_one_class_has_no_choice(monkeypatch):
+    from latentdiff import report
+    monkeypatch.setattr(report, 'features', lambda judge, x: x)
+    f, y = torch.randn(120, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(120, dtype=torch.int64)
+    d = report.by_guidance(lambda g: f[:60], None, f, y, (f, y), [0]*60)
+    assert d['right'] is None and report.guidance_curves(d).width < 400
 
 def test_a_grid_of_many_classes(tmp_path):
     "Sixteen rows at most, though there are a hundred classes and fewer samples."

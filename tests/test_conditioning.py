@@ -330,11 +330,11 @@ WHICH = torch.tensor([0., 1., 1., 0.]).view(4, 1, 1)
 
 @pytest.mark.parametrize('scale', [0., 1., 2.5, -1.])
 def test_guidance_is_a_line(scale):
-    "Through the unconditional answer at 0 and the conditional at 1, in one call of twice the batch."
+    "Through the unconditional answer at 0 and the conditional at 1, in one call of twice the batch, and at 1 of the batch."
     x,t = noise(4, 2), 1000*torch.tensor([.1, .4, .7, .99])
     cond,without = toy(x, t, WHICH, torch.ones(4, 1, dtype=torch.bool)), both_net(x, t)
     toy.calls.clear()
-    assert gap(guide(toy, WHICH, scale)(x, t), without + scale*(cond - without)) < 1e-5 and toy.calls == [8]
+    assert gap(guide(toy, WHICH, scale)(x, t), without + scale*(cond - without)) < 1e-5 and toy.calls == [4 if scale == 1 else 8]
     assert gap(cond, without) > .1
 
 @pytest.mark.parametrize('scale', [0., 1., 3.])
@@ -364,6 +364,20 @@ def test_negative_with_more_tokens_than_the_condition():
     a,b = net(x, t, pos), net(x, t, neg.expand(2, -1, -1))
     for p,n,want in ((pos, neg, b + 2.*(a - b)), (neg.expand(2, -1, -1), pos, a + 2.*(b - a))):
         assert gap(guide(net, p, 2., negative=n)(x, t), want) < 1e-5
+
+def test_scale_one_is_the_conditional_answer_to_the_bit():
+    "Whatever is moved away from, even if it has more tokens: they are not even shown to the network; but it has to be sound"
+    net,x,t = randomise(ConditionalUNet(**SHAPE, dim=12)), noise(2, 2, 8, 8), 1000*torch.rand(2)
+    pos,neg,shown = noise(2, 3, 12, seed=3), noise(1, 7, 12, seed=4), []
+    want = net(x, t, pos)
+    net.register_forward_pre_hook(lambda m, args: shown.append((len(args[0]), args[2].shape[1])))
+    for negative in (None, neg): assert torch.equal(guide(net, pos, 1., negative)(x, t), want) and torch.equal(guide(net, pos, 1, negative)(x, t), want)
+    guide(net, pos, 1.01, neg)(x, t)
+    assert shown == [(2, 3)]*4 + [(4, 7)]
+    with pytest.raises(UserError, match='give one'): guide(net, noise(3, 3, 12), 1., negative=noise(2, 3, 12))
+    for bad in (float('nan'), float('inf'), 'a', None, True):
+        with pytest.raises(UserError, match='scale') as e: guide(net, pos, bad)
+        one_line(e)
 
 def test_guide_wants_one_condition_an_image():
     for call in (lambda: guide(toy, WHICH)(noise(3, 2), 1000*torch.rand(3)), lambda: guide(toy, WHICH, negative=WHICH[:2])):

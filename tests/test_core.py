@@ -338,3 +338,11 @@ def test_core_is_quick_and_alone(name, ours):
     code = f"import sys, latentdiff.{name}; print(*[m for m in sys.modules if m in ('torch', 'numpy') or m.startswith('latentdiff.')])"
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
     assert sorted(out.split()) == [f'latentdiff.{o}' for o in ours] + ['numpy']*(name == 'core')
+
+def test_some_of_each_where_classes_follow_one_another():
+    import torch
+    from latentdiff.core import spread
+    x = torch.arange(10)
+    assert spread(x, 10) is x and spread(x, 99) is x
+    assert spread(x, 4).tolist() == [0, 3, 6, 9] and spread(x[:, None], 2).tolist() == [[0], [9]] and spread(x, 1).tolist() == [0]
+    for n in (7, 500, 999): assert len({*spread(np.arange(1000), n).tolist()}) == n

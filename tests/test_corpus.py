@@ -4,6 +4,7 @@ import contextlib, gzip, io, json, os, pickle, shutil, struct, sys, tempfile, wa
 from functools import cache, partial
 from pathlib import Path
 import numpy as np, pytest, torch
+from diffusers import UNet2DModel
 from fastcore.script import anno_parser
 from safetensors.torch import load_file, save, save_file
 from latentdiff import autoencoder as A, commands as M, core as C, data as D, files as F, noisify as N, pipeline as P, report, sampling, training, unet
@@ -60,18 +61,32 @@ def by_config(folder):
     rc, said = command('run', '--config', folder/'config.toml', '--out', folder)
     if rc: raise UserError(said)
 
+def more(folder):
+    rc, said = command('train', folder, '--more', 5)
+    if rc: raise UserError(said)
+
+def evaluated(folder):
+    "What latentdiff-run says if the scores have to be made"
+    (folder/'scores').rename(folder/'.scores')
+    try: report_of(folder)
+    finally: (folder/'.scores').rename(folder/'scores')
+
+def card(folder): P.model_card('us/rooms', 'drawn by a program', folder)
+
 load = lambda folder: P.LatentDiffusionPipeline.from_pretrained(folder, 'cpu')
 TEXTS = '', '[]', 'null', '3', '{', DEEP, '{"a":' + DEEP + '}', '\0', '{"_class_name": "' + 'x'*10**6 + '"}', '{"_class_name": [[]]}', b'\xff\xfe{}', None
 VALUES = None, -1, 'x', [], nan, 2**63, [[[[]]]], 'gone'
 # who reads it, which of its names are looked at, what else than one line is right: it is cheap, and made again
 HOLDS = {'run.json': (train, ('settings', 'settings.data', 'settings.preset', 'settings.size', 'settings.seed', 'settings.start'), [('settings.start', None), ('settings.start', 'gone'), ('settings.seed', -1), ('settings.seed', 2**63)]),
-    'latents/manifest.json': (train, ('shape', 'names', 'labels', 'valid', 'mirrored'), [('labels', None), ('valid', [])]),
-    'latents/made.json': (train, ('fingerprint', 'facts', 'parents', 'seconds'), [('seconds', -1), ('seconds', nan), ('seconds', 2**63)]),
-    'unet/made.json': (train, (), ()), 'scores/made.json': (report_of, ('facts', 'facts.kid', 'facts.n_fake', 'parents', 'settings'), [(k, v) for k in ('facts.kid', 'facts.n_fake') for v in (-1, 2**63)]),
-    'autoencoder/made.json': (report_of, ('facts', 'facts.psnr', 'facts.n', 'settings', 'fingerprint'), [(k, v) for k in ('facts.psnr', 'facts.n') for v in (-1, 2**63)]),
-    'model_index.json': (load, ('_class_name', 'size', 'autoencoder', 'unet'), [('size', 2**63)]),
-    'autoencoder/config.json': (load, ('_class_name', 'widths', 'latent_std', 'patch'), ()), 'unet/config.json': (load, ('_class_name', 'block_out_channels'), ()),
-    'process/config.json': (load, ('schedule', 'steps', 'rho'), ()),
+    'latents/manifest.json': (train, ('shape', 'names', 'labels', 'valid', 'mirrored', 'captions', 'classes'), ()),
+    'latents/made.json': (train, ('fingerprint', 'facts', 'parents', 'seconds'), ()),
+    'unet/made.json': (evaluated, ('facts.rows', 'facts.kid'), ()), 'scores/made.json': (report_of, ('facts', 'facts.kid', 'facts.n_fake', 'parents', 'settings'), ()),
+    'autoencoder/made.json': (report_of, ('facts', 'facts.psnr', 'facts.n', 'settings', 'fingerprint', 'facts.history.rows'), ()),
+    'samples/made.json': (report_of, ('settings.steps', 'seconds'), ()), 'metrics.json': (card, ('psnr', 'kid', 'n_real', 'sampler'), ()),
+    'model_index.json': (load, ('_class_name', 'size', 'autoencoder', 'unet', 'scheduler'), [('scheduler', 'gone')]), 'unet/config.json': (load, ('_class_name', 'block_out_channels', 'in_channels', 'layers_per_block', 'norm_num_groups'), [('norm_num_groups', 'gone')]),
+    'autoencoder/config.json': (load, ('_class_name', 'widths', 'latent_std', 'patch', 'depth', 'latent_channels'), [('depth', 'gone'), ('latent_channels', 'gone')]),
+    'process/config.json': (load, ('schedule', 'target', 'steps', 'rho'), ()),
+    'scheduler/scheduler_config.json': (load, ('_class_name', 'num_train_timesteps', 'shift'), [(k, 'gone') for k in ('num_train_timesteps', 'shift')]),
     '.latents.making/done.json': (encode_again, ('done',), ()), 'config.toml': (by_config, (), ())}
 
 def changed(text, path, value):
@@ -87,7 +102,7 @@ def stands(file, path, value):
     "Is the value one that the file may have, so that nothing has to be said?"
     return any((path, repr(value)) == (k, repr(v)) for k, v in HOLDS[file][2])
 
-JSONS = [(file, None, text) for file in HOLDS for text in TEXTS if not (text is None and file in ('run.json', '.latents.making/done.json', 'latents/made.json', 'unet/made.json'))]
+JSONS = [(file, None, text) for file in HOLDS for text in TEXTS if not (text is None and file in ('run.json', '.latents.making/done.json', 'latents/made.json', 'unet/made.json', 'autoencoder/made.json', 'metrics.json'))]
 JSONS += [(file, path, v) for file, (_, paths, _) in HOLDS.items() for path in paths for v in VALUES if not stands(file, path, v)]
 
 def spoil(folder, file, path, value):
@@ -107,7 +122,7 @@ def answer_to(folder, file, path, value):
 
 def nothing_long(patch):
     "What would take long begins, and no more"
-    for o, k in ((A, 'fit_steps'), (unet, 'fit_steps'), (M.Run, 'draw'), (M.Run, 'evaluate'), (M.Run, 'write'), (P.LatentDiffusionPipeline, 'pixels')): patch.setattr(o, k, begin)
+    for o, k in ((A, 'fit_steps'), (unet, 'fit_steps'), (M.Run, 'draw'), (report, 'save_png'), (M.Run, 'write'), (P.LatentDiffusionPipeline, 'pixels')): patch.setattr(o, k, begin)
     patch.setattr(training, 'step_time', lambda learn: .1)
     patch.setattr(report, 'report', lambda folder, settings, m: str(report.headline(m)) + begin())
     patch.setattr(P, 'expectation', lambda pipe, n, steps, sampler, bs, **told: begin(sampling._sampler_of(sampler), pipe.listening(bs, bs, **told)))
@@ -127,6 +142,89 @@ def test_what_a_run_folder_holds(file, folder, short):
     "Wrong type, missing, nested 10,000 deep, huge: one line each"
     said = {(path, repr(v)[:30]): answer_to(folder, *o) for o in JSONS for f, path, v in [o] if f == file}
     assert {k: v for k, v in said.items() if v != 'one line' and not (v == 'started' and file in AGAIN)} == {}
+
+def unsealed(folder, file, path, value):
+    "The same of a note as earlier versions wrote it, which nothing protects"
+    f = folder/file
+    good = f.read_bytes()
+    d = json.loads(changed(good, path, value))
+    del d['seal']
+    f.write_text(json.dumps(d))
+    try: return answer(report.history_of, f.parent)
+    finally: f.write_bytes(good)
+
+HISTORY = [('autoencoder/made.json', f'facts.history{o}') for o in ('', '.loss', '.rows', '.step')] + [('unet/made.json', f'facts{o}') for o in ('', '.loss', '.rows', '.step', '.kid')]
+
+def test_a_history_without_a_seal(folder):
+    "What cannot be drawn is one line; an autoencoder that was not trained here has none, and there may be no curve of KID"
+    fine = ('facts.history', 'None'), ('facts.kid', '[]'), ('facts.kid', "'gone'")
+    odd = VALUES + ([[1, 2]], [['a', 'b', 'c']], [[1, nan, nan]])
+    said = {(file, path, repr(v)[:30]): unsealed(folder, file, path, v) for file, path in HISTORY for v in odd}
+    assert {k: v for k, v in said.items() if v != ('no word' if k[1:] in fine else 'one line')} == {}
+
+def test_one_wrong_digit_is_noticed(folder, short):
+    "A note that is sound in every way, but not what was written"
+    for file, path, by in (('autoencoder/made.json', 'facts.psnr', 1e-9), ('scores/made.json', 'facts.kid', 1e-9), ('metrics.json', 'kid', 1e-9), ('latents/manifest.json', 'shape', [0]), ('samples/made.json', 'seconds', .1)):
+        value = json.loads((folder/file).read_text())
+        for k in path.split('.'): value = value[k]
+        undo = spoil(folder, file, path, value + by)
+        said = answer(HOLDS[file][0], folder)
+        undo()
+        assert said == 'one line', file
+    assert answer(evaluated, folder) == answer(report_of, folder) == 'started' and answer(card, folder) == answer(load, folder) == 'no word'
+
+@pytest.mark.parametrize('value', VALUES[:-1] + ([],), ids=lambda o: repr(o)[:20])
+def test_how_long_a_denoiser_was_trained(value, folder, short):
+    "--more adds to what made.json says, which may come from elsewhere"
+    f = folder/'unet'/'made.json'
+    good = f.read_bytes()
+    for path in ('settings', 'settings.steps'):
+        d = json.loads(changed(good, path, value))
+        del d['seal']
+        f.write_text(json.dumps(d))
+        try: assert answer(more, folder) == 'one line'
+        finally: f.write_bytes(good)
+
+# --- what a pipeline's index names
+
+NAMED = [('unet', ['os', 'system']), ('unet', ['transformers', 'X']), ('unet', ['diffusers', 'UNet2DConditionModel']), ('unet', ['diffusers', 'AutoencoderKL']), ('unet', ['latentdiff.commands', 'Run']), ('unet', ['latentdiff', 'UNet2DModel']),
+    ('unet', ['diffusers']), ('unet', 'diffusers.UNet2DModel'), ('unet', [['os'], 'system']), ('scheduler', ['subprocess', 'Popen']), ('scheduler', ['diffusers', 'VQDiffusionScheduler']), ('scheduler', ['diffusers', 'DiffusionPipeline']),
+    ('text_encoder', ['transformers', 'CLIPTextModel']), ('safety', ['diffusers', 'UNet2DModel']), ('extra', ['latentdiff.autoencoder', 'KLAutoencoder']), ('extra', [['a']]), ('extra', {'os': 'system'}),
+    ('_class_name', 'StableDiffusionPipeline'), ('_class_name', 'os.system'), ('_class_name', ['mine', 'Pipeline'])]
+OURS = [('autoencoder', ['latentdiff.autoencoder', 'Adversary']), ('autoencoder', ['mine', 'KLAutoencoder']), ('denoiser', ['latentdiff.conditioning', 'CrossAttention']), ('denoiser', ['__main__', 'Conditioned'])]
+
+@pytest.mark.parametrize('ours', [True, False])
+def test_an_index_names_what_is_listed_and_nothing_else(ours, folder, tmp_path, monkeypatch):
+    "One line that has the name in it, before anything is imported or opened; of ours, and of diffusers'"
+    good = json.loads((folder/'model_index.json').read_text()) if ours else dict(_class_name='DDPMPipeline', unet=['diffusers', 'UNet2DModel'], scheduler=['diffusers', 'DDPMScheduler'])
+    for o in ('load_part', 'load_scheduler', 'open_autoencoder', 'load_component', 'our_parts', 'their_parts'): monkeypatch.setattr(P, o, begin)
+    before, index = {*sys.modules}, tmp_path/'model_index.json'
+    for k, v in NAMED + OURS*ours:
+        index.write_text(json.dumps({**good, k: v}))
+        with pytest.raises(UserError) as e: load(tmp_path)
+        name = v[1] if P.names_class(v) else v[0] if isinstance(v, list) else str(v)
+        assert str(name) in str(e.value) and '\n' not in str(e.value) and len(str(e.value)) < 500, (k, v, str(e.value))
+    assert {*sys.modules} == before
+    for d in [good, {**good, 'safety_checker': [None, None]}, *(json.loads((o/'model_index.json').read_text()) for o in P.zoo().values())]:
+        index.write_text(json.dumps(d))
+        assert answer(load, tmp_path) == 'started'
+
+THEIRS = dict(in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4, sample_size=8, down_block_types=('DownBlock2D', 'AttnDownBlock2D'), up_block_types=('AttnUpBlock2D', 'UpBlock2D'))
+SPOILT = [(k, v) for k, values in dict(in_channels=(None, 'x', [], 0, -1, 1.5, 10**9), out_channels=(None, 'x', [], -1), block_out_channels=(None, [], 5, 'ab', [8], [0, 16], [8, 'x'], [8, None]), layers_per_block=(None, 'x', [], -1, [1]), norm_num_groups=(None, 'x', 0, 7, []),
+    down_block_types=(None, 5, 'ab', [], ['X', 'Y'], [None, None], ['os.system', 'DownBlock2D']), up_block_types=(None, [], ['X', 'Y']), act_fn=(None, 5, 'evil', []), attention_head_dim=('x', [], {}, -1), time_embedding_type=('x', [], 5), num_class_embeds=('x', [], 2), mid_block_scale_factor=('x', [], 0)).items() for v in values]
+
+def test_a_config_that_diffusers_cannot_build_is_one_line(tmp_path):
+    "Its constructors raise what they like: TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError"
+    torch.manual_seed(0)
+    UNet2DModel(**THEIRS).save_pretrained(tmp_path)
+    f = tmp_path/'config.json'
+    good = json.loads(f.read_text())
+    assert unet.AnyUNet2D.from_pretrained(tmp_path).config.in_channels == 4
+    said = {}
+    for k, v in SPOILT:
+        f.write_text(json.dumps({**good, k: v}))
+        said[k, repr(v)] = answer(unet.AnyUNet2D.from_pretrained, tmp_path), answer(C.load_component, tmp_path)
+    assert {k: v for k, v in said.items() if v != ('one line', 'one line')} == {}
 
 # --- weights
 

@@ -5,7 +5,7 @@ from torch import nn
 from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from latentdiff.core import UserError, load_component, save_component
-from latentdiff.denoisers import (CNN1d, DiT, DiTBlock, MLPDenoiser, Places, ResNetDenoiser, SegNet, TimedBlock, TimedNorm, UNet1d,
+from latentdiff.denoisers import (CNN1d, DiT, DiTBlock, MLPDenoiser, ResNetDenoiser, SegNet, TimedBlock, TimedNorm, UNet1d,
                                   as_sequence, count, sincos_places, step_seconds)
 from latentdiff.noisify import Process
 from latentdiff.sampling import sample
@@ -27,11 +27,10 @@ SMALL = dict(
     resnet3=(ResNetDenoiser, dict(in_channels=3, widths=(16,16,32), depth=2), (3,8,8)),
     segnet=(SegNet, dict(in_channels=3, widths=(16,32), depth=2), (3,8,12)),
     cnn_flat=(CNN1d, dict(width=16, depth=2), (23,)),
-    cnn_places=(CNN1d, dict(width=16, depth=2, length=23), (23,)),
     cnn_image=(CNN1d, dict(in_channels=3, width=16, depth=2), (3,5,7)),
     cnn_sequence=(CNN1d, dict(in_channels=3, width=16, depth=2), (3,35)),
     unet1d_flat=(UNet1d, dict(widths=(16,32)), (24,)),
-    unet1d_places=(UNet1d, dict(widths=(16,32,32), depth=2, length=24), (24,)),
+    unet1d_deep=(UNet1d, dict(widths=(16,32,32), depth=2), (24,)),
     unet1d_image=(UNet1d, dict(in_channels=3, widths=(16,32)), (3,4,6)),
     mlp=(MLPDenoiser, dict(in_channels=23, width=32, depth=2), (23,)),
     dit=(DiT, dict(in_channels=3, width=32, depth=2), (3,8,12)),
@@ -106,7 +105,7 @@ def test_refuses_a_condition(cls, kw, shape):
     ('resnet', (3,6,8), 'multiples of 4'), ('resnet', (3,8,7), 'multiples of 4'), ('resnet', (4,8,8), 'in_channels=4'),
     ('segnet', (3,8,6), 'multiples of 4'), ('segnet', (1,8,8), 'in_channels=1'), ('dit', (3,7,8), 'multiples of 2'), ('dit', (4,8,8), 'in_channels=4'),
     ('unet1d_flat', (23,), 'multiples of 2'), ('unet1d_flat', (3,24), 'in_channels=3'), ('unet1d_image', (3,3,5), 'multiples of 2'),
-    ('mlp', (3,8,8), 'flat'), ('mlp', (24,), 'in_channels=24'), ('cnn_flat', (3,8,8), 'in_channels=3'), ('cnn_image', (23,), 'in_channels=1'), ('cnn_places', (24,), 'length=24'), ('unet1d_places', (32,), 'length=32')])
+    ('mlp', (3,8,8), 'flat'), ('mlp', (24,), 'in_channels=24'), ('cnn_flat', (3,8,8), 'in_channels=3'), ('cnn_image', (23,), 'in_channels=1')])
 def test_refusals_are_one_line(kind, shape, words):
     cls,kw,_ = SMALL[kind]
     with pytest.raises(UserError, match=words) as e: cls(**kw)(noise(1, *shape), 1000*torch.rand(1))
@@ -195,14 +194,13 @@ def test_image_and_its_sequence_are_the_same():
         net,x,t = randomise(cls(3, **kw)), noise(2, 3, 4, 6), 1000*torch.rand(2)
         assert torch.equal(net(x, t).flatten(2), net(x.flatten(2), t))
 
-def test_cnn1d_moves_with_the_sequence_unless_it_knows_the_places():
-    "A plain CNN answers a shifted question with a shifted answer, away from the ends (but for the norm, which sees all)."
+def test_cnn1d_moves_with_the_sequence():
+    "A CNN answers a shifted question with a shifted answer, away from the ends (but for the norm, which sees all)."
     t = torch.tensor([500.])
     x = torch.cat([torch.zeros(1, 30), noise(1, 20), torch.zeros(1, 30)], dim=1)
-    for length,alike in ((None, True), (80, False)):
-        net = randomise(CNN1d(width=16, depth=2, kernel=3, length=length))
-        a,b = net(x, t), net(x.roll(3, 1), t).roll(-3, 1)
-        assert (gap(a[:, 15:-15], b[:, 15:-15]) < 1e-3*a.abs().max().item()) == alike
+    net = randomise(CNN1d(width=16, depth=2, kernel=3))
+    a,b = net(x, t), net(x.roll(3, 1), t).roll(-3, 1)
+    assert gap(a[:, 15:-15], b[:, 15:-15]) < 1e-3*a.abs().max().item()
 
 def reach(net, shape, at):
     "Which inputs the output `at` (last axes) of the first channel depends on."
@@ -227,10 +225,6 @@ def test_unet1d_uses_its_skips():
     net,t = randomise(UNet1d(widths=(16,32))), torch.full((1,), 500.)
     net.ups[0].weight.data.zero_(); net.ups[0].bias.data.zero_()
     assert gap(net(noise(1, 24), t), net(noise(1, 24, seed=3), t)) > 1e-2
-
-def test_places_start_small_and_refuse():
-    assert Places(4).where is None and torch.equal(Places(4)(noise(1, 4, 9)), noise(1, 4, 9))
-    with pytest.raises(UserError, match='length=9'): Places(4, 8)(noise(1, 4, 9))
 
 # --- DiT ------------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 import pytest, torch, torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DModel
 from flat import Flat
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -19,16 +19,16 @@ from latentdiff.kid_eval import EfficientNetFeatures, GreyClassifier, kernel_sum
 from latentdiff.noisify import SCHEDULES, TARGETS, NoisifyCB, Process
 from latentdiff.sampling import SAMPLERS, inpaint, optimal_denoiser, time_steps
 from latentdiff.training import EMA, DeviceLoader
-from latentdiff.unet import ActStats, Diffusers2D, UNet
+from latentdiff.unet import ActStats, AnyUNet2D, UNet, unet2d_args
 
 GPU = PRESETS['gpu']
 U = dict(widths=GPU.widths, depth=GPU.depth, attn_levels=GPU.attn_levels)
 FLOW = Process()
 
 # name: the network, and the shape of one input
-NETS = {'U-Net': (partial(UNet, 4, **U), (4, 32, 32)), "diffusers' U-Net": (partial(Diffusers2D, 4, **U), (4, 32, 32)),
+NETS = {'U-Net': (partial(UNet, 4, **U), (4, 32, 32)), "diffusers' U-Net": (lambda: AnyUNet2D(UNet2DModel(**unet2d_args(4, **U))), (4, 32, 32)),
         'conditional U-Net': (partial(ConditionalUNet, 4, **U), (4, 32, 32)), 'ResNet': (partial(ResNetDenoiser, 4), (4, 8, 8)),
-        'SegNet': (partial(SegNet, 4), (4, 8, 8)), '1-D CNN': (partial(CNN1d, 4, length=64), (4, 8, 8)), '1-D U-Net': (partial(UNet1d, 1), (128,)),
+        'SegNet': (partial(SegNet, 4), (4, 8, 8)), '1-D CNN': (partial(CNN1d, 4), (4, 8, 8)), '1-D U-Net': (partial(UNet1d, 1), (128,)),
         'MLP': (MLPDenoiser, (128,)), 'DiT': (partial(DiT, 4), (4, 8, 8))}
 
 @contextmanager

@@ -81,6 +81,7 @@ def test_autoguidance_moves_away_from_the_weak_network():
     x, time = torch.randn(2, 4), torch.ones(2)
     for scale, factor in ((0, 1.), (1, 3.), (2, 5.)): close(autoguide(good, weak, scale)(x, time), factor*x)
     with pytest.raises(UserError, match='scale'): autoguide(good, weak, math.nan)
+    assert autoguide(good, None, 1.)(x, time).equal(3*x)   # at 1 nobody asks the weak one
 
 # --- shortcuts: Gaussian data ------------------------------------------------------------------------------------------
 

@@ -471,3 +471,166 @@ def test_a_training_that_overfits_says_whose_weights_are_kept(capsys):
     at = learn.history['best'][0]
     assert at < 100 and f'the weights of step {at} of 100 are kept' in capsys.readouterr().out
     assert learn.history['best'][1] == min(r[2] for r in learn.history['rows'])
+
+def test_a_denoiser_that_diverged_goes_on_at_a_lower_rate_in_its_run(tmp_path, monkeypatch, capsys):
+    "The same command stops where it stopped; with --lr it goes on from its last good checkpoint, and a finished training is left alone"
+    from dataclasses import replace
+    from latentdiff import commands, training
+    monkeypatch.setattr(training.Checkpoint.__init__, '__defaults__', (0.,))
+    monkeypatch.setitem(core.PRESETS, 'tiny', replace(core.PRESETS['tiny'], ae_widths=(16,), widths=(16, 32), bs=16))
+    usual = training.StepByStep.before_backward
+    def poisoned(self):
+        if type(self.model).__name__ == 'UNet' and self.k == 8 and self.peak > 5e-4: self.learn.loss_grad = self.learn.loss_grad*float('nan')
+        usual(self)
+    monkeypatch.setattr(training.StepByStep, 'before_backward', poisoned)
+    def go(**kw):
+        r = commands.Run(tmp_path/'run', settings_of('rooms', 'tiny', size=16, n=120, steps=16, ae_steps=4, **kw))
+        r.announce = lambda: None
+        r.go(('denoiser',))
+    for _ in range(2):
+        with pytest.raises(UserError, match='^training UNet stopped at step 8: .*lower rate than 0.001'): go()
+    capsys.readouterr()
+    go(lr=1e-4)
+    assert 'from step 8 on' in capsys.readouterr().out and made(tmp_path/'run'/'unet')['settings']['lr'] == 1e-4
+    for how in (dict(), dict(lr=1e-4)):
+        go(**how)
+        assert 'nothing to do' in capsys.readouterr().out
+    with pytest.raises(UserError, match='finished the training that --lr is for'): go(lr=1e-5)
+    go()
+
+# --- an odd world around a command
+
+def ended(do, tmp_path):
+    "(exit code, stderr) of a command that does it, in a child"
+    pid = os.fork()
+    if pid: return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), (tmp_path/'err').read_text()
+    code = 99
+    try:
+        os.dup2(os.open(tmp_path/'err', os.O_WRONLY|os.O_CREAT|os.O_TRUNC), 2)
+        def look_cli(): do()
+        one_line_errors(look_cli)()
+        code = 0
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else 1
+        if code == 1: os.write(2, e.code.encode())
+    except BaseException as e: os.write(2, repr(e).encode())
+    finally: os._exit(code)
+
+def unread():
+    "Print into a pipe that nobody reads"
+    r, w = os.pipe()
+    os.close(r)
+    sys.stdout = os.fdopen(w, 'w', buffering=1)
+    print('a line')
+
+def closed():
+    "A bar that is to be shown, where there is no output"
+    sys.stdout = None
+    plain_output()
+    bar = core.Bar(9)
+    bar.start -= 9
+    bar.step()
+
+def ascii_only():
+    sys.stdout = open(os.devnull, 'w', encoding='ascii')
+    plain_output()
+    print('±')
+
+def homeless():
+    "The current folder is gone"
+    os.mkdir('gone')
+    os.chdir('gone')
+    os.rmdir('../gone')
+    new_places(out='a')
+
+def too_much():
+    import torch
+    torch.empty(1 << 60)
+
+def ours(): raise RuntimeError('a mistake of ours')
+
+@posix
+@pytest.mark.parametrize('do,code,says', [(unread, 141, ''), (closed, 0, ''), (ascii_only, 0, ''), (homeless, 1, 'No such file'), (lambda: os.stat('x'*300), 1, 'File name too long'), (too_much, 1, 'memory does not suffice'), (ours, 99, ''),
+                                          (lambda: print('x', file=open('/dev/full', 'w', buffering=1)), 1, 'No space left')])
+def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch, do, code, says):
+    monkeypatch.chdir(tmp_path)
+    rc, err = ended(do, tmp_path)
+    assert rc == code and says in err and '\n' not in err and (not says or err.startswith('latentdiff-look: ')), err
+
+@pytest.mark.parametrize('told,is_one', [('abc', True), ('', True), ('0', True), ('-3', True), ('2', False)])
+def test_only_numbers_are_numbers_of_processes(monkeypatch, told, is_one):
+    monkeypatch.setenv('WORLD_SIZE', told)
+    monkeypatch.setenv('RANK', '1' if told == '2' else 'x')
+    assert (world(), rank()) == ((1, 0) if is_one else (2, 1))
+    monkeypatch.delenv('WORLD_SIZE')
+    assert (world(), rank()) == (1, 0)
+
+def test_homes_that_nobody_knows(monkeypatch):
+    for name, home in (('LATENTDIFF_DATA', data_home), ('LATENTDIFF_RUNS', runs_home)):
+        monkeypatch.setenv(name, '~nobody-here/x')
+        assert name in one_line(home)
+
+def test_a_link_to_nowhere_is_no_new_place(tmp_path):
+    "Nor is it a run folder, nor is a device"
+    from latentdiff.commands import Run
+    (tmp_path/'out').symlink_to(tmp_path/'no'/'where')
+    (tmp_path/'loop').symlink_to(tmp_path/'loop')
+    for o in ('out', 'loop'):
+        assert 'exists' in one_line(lambda: new_place(tmp_path/o, '--out')) and 'exists' in one_line(lambda: new_places(out=tmp_path/o))
+        assert 'is not a run folder' in one_line(lambda: Run(tmp_path/o, settings_of('rooms', 'tiny')))
+    assert 'is not a run folder' in one_line(lambda: Run('/dev/null', settings_of('rooms', 'tiny')))
+    assert {o.name for o in tmp_path.iterdir()} == {'out', 'loop'}
+
+def test_names_and_seeds_are_looked_at_first(tmp_path):
+    from latentdiff.core import read_toml, to_toml
+    assert '--out is empty' in one_line(lambda: writable(dict(out=''))) and '--npz' in one_line(lambda: writable(dict(n=3, npz='')))
+    assert 'UTF-8' in one_line(lambda: writable(dict(data=os.fsdecode(b'caf\xe9'))))
+    writable(dict(data='café', out='x', n=3, prompt=''))
+    for seed in (2**63, -2**63 - 1, .5): assert 'seed' in one_line(lambda: settings_of('rooms', 'tiny', seed=seed))
+    assert settings_of('rooms', 'tiny', seed=-2**63)['seed'] == -2**63
+    (tmp_path/'a.toml').write_text(to_toml(dict(data='a\x7fb')), encoding='utf-8')
+    assert read_toml(tmp_path/'a.toml', dict(data=str)) == dict(data='a\x7fb')
+
+def test_who_comes_second_to_a_folder_changes_nothing(tmp_path):
+    "Both have seen that it is new; only one of them begins"
+    from latentdiff.commands import Run
+    a, b = (Run(tmp_path/'run', settings_of('rooms', 'tiny', n=120, steps=4, ae_steps=4, seed=i)) for i in (0, 1))
+    for o in (a, b): o.announce = lambda: None
+    def begin():
+        if not (tmp_path/'run').exists(): a.go(())
+    b.begin = begin                                                 # while `b` measures
+    assert 'seed 0, not 1' in one_line(lambda: b.go(()))
+    assert json.loads((tmp_path/'run'/'run.json').read_text())['settings']['seed'] == 0
+
+def test_a_place_that_was_taken_meanwhile_is_left_alone(tmp_path, monkeypatch):
+    import torch
+    from latentdiff.commands import sample_cli
+    from latentdiff.pipeline import LatentDiffusionPipeline
+    def pixels(self, n, *args, **kw):
+        (tmp_path/'out').mkdir()
+        (tmp_path/'out'/'theirs').write_text('x')
+        return torch.zeros(n, 1, 32, 32, dtype=torch.uint8)
+    monkeypatch.setattr(LatentDiffusionPipeline, 'pixels', pixels)
+    assert 'exists' in one_line(lambda: sample_cli.__wrapped__('fashion_mnist32', n=1, steps=1, out=str(tmp_path/'out')))
+    assert [o.name for o in (tmp_path/'out').iterdir()] == ['theirs']
+
+def test_a_part_that_is_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):
+    "Also where it stands in the way of a training that begins"
+    from latentdiff.core import artefact
+    (tmp_path/'big').mkdir()
+    (tmp_path/'big'/'theirs').write_text('x')
+    for o in ('a', '.b.making'): (tmp_path/o).symlink_to(tmp_path/'big')
+    with whole_folder(tmp_path/'a') as new: (new/'mine').write_text('y')
+    artefact(tmp_path/'b', lambda o: {}, {}, {})
+    assert {o.name for o in tmp_path.iterdir()} == {'a', 'b', 'big', '.lock'} and (tmp_path/'big'/'theirs').exists()
+    assert [o.name for o in (tmp_path/'a').iterdir()] == ['mine'] and not (tmp_path/'a').is_symlink()
+
+def test_a_run_whose_folder_goes_away_says_so(tmp_path):
+    from latentdiff.commands import Run
+    r = Run(tmp_path/'run', settings_of('rooms', 'tiny', n=120, steps=4, ae_steps=4))
+    r.announce, r.kept['report'] = lambda: None, 0
+    class Moving(Run):
+        @property
+        def moved(self): self.folder.rename(tmp_path/'elsewhere')
+    r.__class__ = Moving
+    assert 'is gone' in one_line(lambda: r.go(('moved',)))

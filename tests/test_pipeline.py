@@ -189,6 +189,18 @@ def test_without_guidance_the_condition_does_not_count():
     torch.testing.assert_close(p.latents(2, 3, cond='cat', guidance=0.), p.latents(2, 3), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(p.latents(2, 3, cond='cat', negative='cat', guidance=5.), p.latents(2, 3, cond='cat', guidance=1.), atol=1e-3, rtol=1e-3)
 
+@pytest.mark.parametrize('make', [listening, lambda: quick(told=True)])
+def test_without_guidance_half_the_rows_are_asked(make):
+    "At scale 1 as many rows reach the network as without a condition, which is what a few-step pipeline does by itself"
+    p, rows = make(), []
+    p.denoiser.net.register_forward_pre_hook(lambda m, args: rows.append(len(args[0])))
+    for told in (dict(), dict(cond='cat', guidance=1.), dict(cond='cat', negative='dog', guidance=1.), dict(cond='cat', guidance=1.5)): p.latents(3, 2, bs=2, **told)
+    assert rows == [2]*4*3 + [4]*4 if make is listening else rows == [2]*4*3 + [4]*4
+    if make is not listening:
+        rows.clear()
+        p.draw(2, bs=2, cond='cat')
+        assert rows == [2, 2]
+
 @pytest.mark.parametrize('cond', [torch.tensor([0, 1]), np.array([0, 1]), ['cat', 'dog'], ['0', '1'], range(2)], ids=str)
 def test_conditions_of_every_kind(cond):
     p = listening()
@@ -482,7 +494,7 @@ def long_scheduler(f): (f/'scheduler/scheduler_config.json').write_text(json.dum
 def long_class(f): (f/'autoencoder/config.json').write_text(json.dumps(dict(_class_name='X'*5000)))
 
 @pytest.mark.parametrize('spoil,words', [(target, 'target velocity, the network for flow noise and target eps: take both from one run'), (noise, 'ddpm_linear noise and target eps'),
-    (long_name, 'expects a XXX'), (long_library, 'not ours'), (long_scheduler, 'newest'), (long_class, 'holds a XXX')])
+    (long_name, 'unet XXX'), (long_library, 'not ours'), (long_scheduler, 'newest'), (long_class, 'holds a XXX')])
 def test_parts_that_contradict_each_other_are_a_short_line(tmp_path, spoil, words):
     small().save_pretrained(tmp_path)
     spoil(tmp_path)

@@ -13,6 +13,21 @@ ALL = [Process(s, t) for s in SCHEDULES for t in TARGETS]
 DDPM_LINEAR = dict(beta_start=1e-4, beta_end=.02, beta_schedule='linear')
 name = lambda p: f'{p.schedule}-{p.target}'
 
+def from_the_lesson(*names):
+    "Functions of lesson 40 that are not in the library, from its own cells"
+    import io, json, time
+    from pathlib import Path
+    from latentdiff import sampling
+    from latentdiff.core import number
+    from latentdiff.data import image_grid
+    there = dict(vars(sampling), io=io, time=time, number=number, image_grid=image_grid)
+    nb = json.loads((Path(__file__).parents[1]/'nbs/40_sampling.ipynb').read_text(encoding='utf-8'))
+    for s in (''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'code'):
+        if s.startswith(tuple(f'def {k}(' for k in ('controls_for', *names))): exec(s, there)
+    return [there[k] for k in names]
+
+draw_between, noise_and_guess, look, the_panel, save_gif = from_the_lesson('draw_between', 'noise_and_guess', 'look', 'panel', 'save_gif')
+
 def wavy(x, time): return torch.sin(2*x.roll(1, -1) + 4*(time.view(-1, 1, 1, 1) + 1)/1000) + .3*x
 def denoiser(process):
     "A toy network: exact for a mixture, which draws errors together, or a wave that lets them stand"
@@ -492,18 +507,8 @@ def test_the_guess_is_made_with_new_noise():
     starts = [start_noise(Process(), (1, 3, 8, 8), seed=s) for s in (0, 1, 9999)]
     assert torch.pdist(torch.cat([noise, *starts]).flatten(1)).min() > 15          # about sqrt(2*192)
 
-@pytest.fixture(scope='module')
-def panel():
-    "The function of the lesson, from its own cells"
-    import io, json, time
-    from pathlib import Path
-    from latentdiff.data import image_grid
-    names = globals() | dict(io=io, time=time, image_grid=image_grid)
-    nb = json.loads((Path(__file__).parents[1]/'nbs/40_sampling.ipynb').read_text(encoding='utf-8'))
-    sources = [''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'code']
-    for s in sources:
-        if s.startswith(('def controls_for(', 'def panel(')): exec(s, names)
-    return names['panel']
+@pytest.fixture
+def panel(): return the_panel
 
 @pytest.fixture
 def controls(panel):

@@ -1,7 +1,8 @@
 "Training: batches by number, averages, rates; a training that was killed, or continued, ends with the weights of one that was not."
-import copy, os, random
+import copy, json, os, random
 import pytest, torch
 from fastai.basics import SGD, Callback, DataLoaders, Learner
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -476,6 +477,30 @@ def test_a_damaged_checkpoint_is_one_line(how, tmp_path):
     else: f.write_bytes(f.read_bytes()[:-50] if how == 'cut off' else b'')
     with pytest.raises(UserError, match='delete it') as e: keep.load(2)
     assert '\n' not in str(e.value)
+
+def test_a_checkpoint_of_another_version_is_one_line(tmp_path):
+    "Whatever it lacks, in its note or among its tensors; without it, the training starts again"
+    keep, f, says = Checkpoint(tmp_path, 'this', every=0), tmp_path/'last.safetensors', 'delete it, and this training starts again'
+    with pytest.raises(KeyboardInterrupt): trained('average', keep, cbs=[Plug('before_batch', 20)])
+    with safe_open(f, 'pt') as o: note, tensors = json.loads(o.metadata()['note']), {k: o.get_tensor(k) for k in o.keys()}
+    for lost in ('made_from', 'k', 'steps', 'smooth', 'ema', 'scaler', 'history', 'history.rows', 'ema.0', 'model.0.bias'):
+        less = json.loads(json.dumps(note))
+        *way, last = lost.split('.')
+        if lost not in tensors: del (less[way[0]] if way else less)[last]
+        save_file({k: v for k, v in tensors.items() if k != lost}, f, dict(note=json.dumps(less)))
+        with pytest.raises(UserError, match=says) as e: keep.load(40) if lost in ('made_from', 'k', 'steps') else trained('average', keep)
+        assert '\n' not in str(e.value), lost
+    for bad in (dict(k='x'), dict(k=-1), dict(steps=float('nan')), dict(k=True)):
+        save_file(tensors, f, dict(note=json.dumps({**note, **bad})))
+        with pytest.raises(UserError, match=says): keep.load(40)
+    save_file(tensors, f, dict(note=json.dumps(note)))
+    assert keep.load(40)[1]['k'] == note['k']
+
+def test_a_learner_is_not_exported(tmp_path):
+    "fastai's `export` pickles it; ours says what to do instead, and writes nothing"
+    learn = saving('classifier', tmp_path)
+    with pytest.raises(UserError, match="learn.save") as e: learn.export('learner.pkl')
+    assert '\n' not in str(e.value) and not [*tmp_path.iterdir()]
 
 # --- not a number
 

@@ -1,6 +1,6 @@
 """Malformed arguments, files and networks at the doors of `data`, `files`, `rooms`, `autoencoder`, `noisify` and `kid_eval`:
 one line that names what is wrong. `python tests/test_trust.py` counts the calls that answer otherwise."""
-import bz2, http.server, io, json, lzma, math, os, pickle, tarfile, tempfile, threading, warnings, zipfile
+import bz2, http.server, io, json, lzma, math, os, pickle, tarfile, tempfile, threading, time, warnings, zipfile
 from functools import partial
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -324,8 +324,9 @@ def test_a_shard_that_is_cut_between_two_files_is_counted(tmp_path):
 # --- a server
 
 class Liar(http.server.BaseHTTPRequestHandler):
-    "Answers every request with `server.answer`: (status, headers, body)"
+    "Answers every request with `server.answer`: (status, headers, body), or a function of the request that answers it"
     def do_GET(self):
+        if callable(self.server.answer): return self.server.answer(self)
         status, headers, body = self.server.answer
         self.send_response(status)
         for k, v in headers.items(): self.send_header(k, v)
@@ -336,8 +337,10 @@ class Liar(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def liar():
     s = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Liar)
+    s.handle_error, s.over, s.asked = lambda *a: None, threading.Event(), []   # who hangs up is no error of the server
     threading.Thread(target=s.serve_forever, kwargs=dict(poll_interval=.02), daemon=True).start()
     yield s
+    s.over.set()
     s.shutdown()
     s.server_close()
 
@@ -352,6 +355,54 @@ def test_a_server_that_lies_is_one_line_and_leaves_nothing(path, answer, liar, h
     if answer[0] == 200 and path == '/a.zip':                          # the next call is not misled by what is left
         liar.answer = 200, {'Content-Length': str(len(zip_of(ONE)))}, zip_of(ONE)
         assert len(D.open_images(f'http://127.0.0.1:{liar.server_port}{path}', 16)) == 1
+
+BODY = NOISE*3
+
+def in_pieces(piece, pause=0., most=None):
+    "From where it is asked for, `piece` bytes and a `pause` at a time; after `most` bytes not a word more, and the line stays open"
+    def answer(h):
+        start = int(h.headers.get('Range', 'bytes=0-')[6:-1])
+        h.server.asked.append(start)
+        h.send_response(206 if start else 200)
+        for k, v in (('Content-Length', len(BODY) - start), ('ETag', '"v1"')): h.send_header(k, str(v))
+        h.end_headers()
+        rest = BODY[start:][:most]
+        for i in range(0, len(rest), piece):
+            h.wfile.write(rest[i:i+piece])
+            if h.server.over.wait(pause): return
+        if most is not None: h.server.over.wait()
+    return answer
+
+@pytest.mark.parametrize('slow,low,high', [(in_pieces(500, most=0), 0, 0), (in_pieces(500, most=1000), 3000, 3000), (in_pieces(1, .01), 3, 99)], ids=['at once', 'in mid-file', 'drips'])
+def test_a_server_that_falls_silent_is_one_line_and_what_came_is_kept(slow, low, high, liar, tmp_path, monkeypatch):
+    "At once, in mid-file three times, or a few bytes at a time: within a bounded time; the same call goes on from there"
+    monkeypatch.setattr(F, 'PATIENCE', .1)
+    liar.answer, path, start = slow, tmp_path/'a.bin', time.monotonic()
+    assert 'try later' in one_line(F.download, f'http://127.0.0.1:{liar.server_port}/a.bin', path) and time.monotonic() - start < 5
+    have = (tmp_path/'a.bin.part').stat().st_size
+    assert len(liar.asked) == 3 and not path.exists() and low <= have <= high
+    liar.answer = in_pieces(len(BODY))
+    assert F.download(f'http://127.0.0.1:{liar.server_port}/a.bin', path).read_bytes() == BODY and liar.asked[-1] == have
+
+def test_a_slow_line_is_no_silent_server(liar, tmp_path, monkeypatch):
+    "The whole takes several times as long as any silence may"
+    monkeypatch.setattr(F, 'PATIENCE', .1)
+    liar.answer = in_pieces(1000, .03)
+    assert F.download(f'http://127.0.0.1:{liar.server_port}/a.bin', tmp_path/'a.bin').read_bytes() == BODY and liar.asked == [0]
+
+@pytest.mark.parametrize('headers', [{'ETag': '"v2"'}, {'Content-Range': 'bytes 0-'}, {'Content-Range': 'many'}], ids=str)
+def test_the_rest_of_another_file_is_not_put_behind_the_beginning_of_this(headers, liar, tmp_path):
+    "A server that says 206, though its file has changed, or it begins somewhere else"
+    def answer(h):
+        rest = BODY[4000:] if 'Range' in h.headers else BODY
+        h.send_response(206 if 'Range' in h.headers else 200)
+        for k, v in {'Content-Length': len(rest), 'ETag': '"v1"', **headers}.items(): h.send_header(k, str(v))
+        h.end_headers()
+        h.wfile.write(rest)
+    liar.answer = answer
+    (tmp_path/'a.bin.part').write_bytes(bytes(4000))
+    (tmp_path/'a.bin.part.tag').write_text('"v1"')
+    assert F.download(f'http://127.0.0.1:{liar.server_port}/a.bin', tmp_path/'a.bin').read_bytes() == BODY
 
 @pytest.mark.parametrize('text', ['{"file_name": "a.png", "text": ' + DEEP + '}', '{"file_name": "a.png", "text": 5}', '{"file_name": 5, "text": "a"}', '{"file_name": "a.png", "text": ["a"]}', '[]', '\0', DEEP])
 def test_a_table_of_captions_that_is_none_is_one_line(text, tmp_path):

@@ -14,8 +14,8 @@ from latentdiff.noisify import Process
 from latentdiff.sampling import SAMPLERS, time_steps
 import latentdiff.training
 from latentdiff.training import Checkpoint, largest_divisor, mixed_precision
-from latentdiff.unet import (ActStats, Diffusers2D, ResBlock, SelfAttention, UNet, loss_by_level, make_denoiser, timestep_embedding,
-                             train_denoiser, unet_for)
+from latentdiff.unet import (ActStats, AnyUNet2D, ResBlock, SelfAttention, UNet, loss_by_level, make_denoiser, timestep_embedding,
+                             train_denoiser, unet2d_args, unet_for)
 
 FLOW = Process('flow', 'velocity', 'logit_normal')
 
@@ -90,8 +90,8 @@ def test_blocks_start_as_the_identity(block):
 @pytest.mark.parametrize('kw', [dict(widths=(32,64)), dict(widths=(32,64,64,128), depth=1), dict(widths=(40,72), attn_levels=(0,)),
                                 dict(widths=(128,256), depth=1), dict(widths=(64,), attn_levels=()), dict(out_channels=8, widths=(32,32))])
 def test_unet_is_diffusers(kw):
-    ours,theirs = randomise(UNet(4, **kw)), Diffusers2D(4, **kw)
-    theirs.net.load_state_dict(ours.state_dict())
+    ours,theirs = randomise(UNet(4, **kw)), AnyUNet2D(UNet2DModel(**unet2d_args(4, **kw)))
+    theirs.load_state_dict(ours.state_dict())
     x,t = noise(2, 4, 16, 8), torch.tensor([30., 800.])
     assert gap(ours(x, t), theirs(x, t)) < 1e-5 * ours(x, t).abs().max().item()
 
@@ -127,7 +127,7 @@ def test_refusals():
     net = UNet(4, widths=(32,64))
     with pytest.raises(ValueError, match='multiples of 2'): net(noise(1, 4, 7, 8), torch.rand(1))
     with pytest.raises(ValueError, match='cond'): net(noise(1, 4, 8, 8), torch.rand(1), cond=torch.zeros(1))
-    with pytest.raises(ValueError, match='cond'): Diffusers2D(widths=(32,))(noise(1, 4, 8, 8), torch.rand(1), cond=torch.zeros(1))
+    with pytest.raises(ValueError, match='cond'): AnyUNet2D(UNet2DModel(**unet2d_args(widths=(32,))))(noise(1, 4, 8, 8), torch.rand(1), cond=torch.zeros(1))
 
 def test_save_and_load(tmp_path):
     net = randomise(UNet(4, widths=(32,64), depth=1, attn_levels=(0,)))
@@ -150,7 +150,7 @@ def test_what_we_save_diffusers_loads(kw, tmp_path):
 
 @pytest.mark.parametrize('kw', SHAPES)
 def test_what_diffusers_saves_we_load(kw, tmp_path):
-    theirs,x,t = randomise(Diffusers2D(4, **kw).net), noise(2, 4, 16, 8), torch.tensor([0., 731.5])
+    theirs,x,t = randomise(UNet2DModel(**unet2d_args(4, **kw))), noise(2, 4, 16, 8), torch.tensor([0., 731.5])
     theirs.save_pretrained(tmp_path/'unet')
     ours = load_component(tmp_path/'unet')
     assert type(ours) is UNet and gap(ours(x, t), theirs(x, t).sample) < 1e-5 * theirs(x, t).sample.abs().max().item()

