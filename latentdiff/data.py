@@ -19,8 +19,8 @@ from fastai.data.all import Categorize, Datasets, TensorImage, URLs, show_image
 from torchvision.datasets import FashionMNIST, MNIST
 from torchvision.utils import make_grid
 from .core import UserError, data_home, default_device, fingerprint, first_ahead, number, one_of, positions, progress
-from .files import (SUFFIXES, at_hand, captions_in, files_below, hub_folder, known_folder, name_below, no_file,
-                              npz_pixels, one_line, pixels_or_why, shard_names, shard_samples, unpacked)
+from .files import (SUFFIXES, at_hand, bytes_of, captions_in, files_below, hub_folder, known_folder, name_below,
+                              no_file, npz_pixels, one_line, pixels_or_why, shard_names, shard_samples, unpacked)
 from .rooms import ROOM_FACTORS, draw_rooms, room_caption, room_codes
 
 # %% ../nbs/00_data.ipynb #c023
@@ -123,8 +123,8 @@ class Images(torch.utils.data.Dataset):
         self.kind, self.names, self.size, self.channels, self.skipped = kind, list(names), size, channels, []
         self.contents = contents or self.names
         self.fingerprint = fingerprint(pixels=f'{channels}x{size}x{size} v3', names=self.names, of=[stamp, contents])
-        side = {}
-        self.split([side.setdefault(c, split_of(o)) == 'valid' for c, o in zip(self.contents, self.names)])
+        side, pairs = {}, progress(zip(self.contents, self.names), len(self), f'dividing {len(self):,} pictures')
+        self.split([side.setdefault(c, split_of(o)) == 'valid' for c, o in pairs])
 
     def split(self, valid):
         "Put those to 'valid' for which `valid` is true; a handful, or all of one name, is split by number"
@@ -187,7 +187,8 @@ class RoomImages(Images):
         super().__init__('rooms', [f'room-{seed}-{i:06d}' for i in range(n)], size, channels or 3, stamp='rooms v1')
         codes, _ = room_codes(seed, np.arange(n))
         named = {f: [ROOM_FACTORS[f][k] for k in v] for f, v in codes.items()}
-        self.captions = [room_caption(dict(zip(named, o))) for o in zip(*named.values())]
+        rows = progress(zip(*named.values()), n, f'describing {n:,} rooms')
+        self.captions = [room_caption(dict(zip(named, o))) for o in rows]
         self.labels, self.classes = torch.from_numpy(codes['bed']), list(ROOM_FACTORS['bed'])
         self.drawn, self.fits = {}, n*self.channels*size**2 <= FITS
 
@@ -267,7 +268,7 @@ class FileImages(Images):
         chosen = pick(names, n, seed)
         keep = len(chosen)*math.prod(shape) <= FITS
         def decode(i):
-            try: raw = found[i].read_bytes()
+            try: raw = bytes_of(found[i])
             except (OSError, MemoryError) as e: return names[i], getattr(e, 'strerror', None) or one_line(e)
             return names[i], pixels_or_why(raw, size, shape[0]), found[i], hashlib.md5(raw).hexdigest()
         with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -141,10 +141,10 @@ def listening(self:LatentDiffusionPipeline, n, bs, # how many latents, a multipl
     "A denoiser for each batch: always the same, or with a condition guided to what that batch shall show"
     no_more('a drawing', 'cond, guidance and negative', theirs)
     if cond is None and negative is not None: raise UserError('there is a negative, but no condition: say what to draw')
+    guidance = number(-1e4, 1e4, False, guidance=self.how(guidance=guidance)['guidance'])
     if cond is None: return [answering(self.denoiser, self)]*(n//bs)
     if not hasattr(self.denoiser, 'conditioners'):
         raise UserError('this denoiser was trained without classes and captions: leave the condition away')
-    guidance = number(-1e4, 1e4, False, guidance=self.how(guidance=guidance)['guidance'])
     conds, negative = several('cond', cond), None if negative is None else several('negative', negative)
     with torch.no_grad(), self.precision():
         self.denoiser.tokens(list(dict.fromkeys(conds)))   # what cannot be drawn is found before
@@ -359,7 +359,8 @@ def zoo():
 
 def folder_of(name, **hub): # a folder, a name in `zoo()`, or owner/name on the Hub; for the download from there
     "The folder where that pipeline is; raises `UserError` if there is none"
-    if not isinstance(name, (str, os.PathLike)): raise UserError(f'name is {name!r:.80}: give a folder, or a name')
+    if not isinstance(name, (str, os.PathLike)) or not str(name):
+        raise UserError(f'name is {name!r:.80}: give a folder, or a name')
     folder = Path(name)
     if not os.path.exists(folder/'model_index.json'): folder = zoo().get(str(name), folder)
     if os.path.isdir(folder): return folder

@@ -862,3 +862,30 @@ def test_an_archive_that_may_not_be_read(tmp_path, monkeypatch):
     refuse(monkeypatch, io, 'open', {'a.tar': errno.EACCES})
     for module in (zipfile, tarfile): monkeypatch.setattr(module, 'open' if module is zipfile else 'bltn_open', io.open, raising=False)
     assert 'a.tar cannot be read (Permission denied)' in one_line(open_images, tmp_path/'a.tar', 16)
+
+def test_a_picture_of_many_gigabytes_is_not_read(tmp_path, monkeypatch):
+    "A file with a hole: skipped with its size, before there is memory for it"
+    save(tmp_path/'s'/'x.png')
+    with (tmp_path/'s'/'y.png').open('wb') as f: f.truncate(200 * 10**9)
+    monkeypatch.setattr(W.Path, 'read_bytes', lambda o: pytest.fail('read') if o.name == 'y.png' else open(o, 'rb').read())
+    images = open_images(tmp_path/'s', 16)
+    assert images.names == ['x.png'] and images.skipped == [('y.png', '200 GB, too much for a picture')]
+    assert '200 GB' in W.pixels_or_why(tmp_path/'s'/'y.png', 16, 3)
+
+def test_links_in_archives(tmp_path, home, capsys):
+    "Left out, and counted; a zip's link that holds megabytes is none, and is not read; a name that is empty is the archive's fault"
+    (tmp_path/'a.tar').write_bytes(tar_of({'s/a.png': png(0), 's/b.png': png(1), 's/c.png': 'b.png'}, 'w'))
+    with tarfile.open(tmp_path/'a.tar', 'a') as t:
+        m = tarfile.TarInfo('s/d.png')
+        m.type, m.linkname = tarfile.LNKTYPE, 's/a.png'
+        t.addfile(m)
+    assert len(open_images(tmp_path/'a.tar', 16)) == 2 and 'a.tar: 2 links are left out' in capsys.readouterr().out
+    (tmp_path/'b.tar').write_bytes(tar_of({'s/a.png': png(0)}, 'w'))
+    assert len(open_images(tmp_path/'b.tar', 16)) == 1 and not capsys.readouterr().out
+    with zipfile.ZipFile(tmp_path/'c.zip', 'w', zipfile.ZIP_DEFLATED) as z:
+        z.writestr('a.png', png(0))
+        z.writestr((m := zipfile.ZipInfo('b.png')), b'x'*(1 << 20))
+        m.external_attr = 0xA1FF << 16
+    assert 'c.zip' in one_line(open_images, tmp_path/'c.zip', 16) and 'no link' in one_line(open_images, tmp_path/'c.zip', 16)
+    (tmp_path/'d.tar').write_bytes(tar_of({'': png(0)}, 'w'))
+    assert 'd.tar holds' in one_line(open_images, tmp_path/'d.tar', 16)

@@ -33,6 +33,13 @@ def small(latent_channels=4, process=Process('flow', 'velocity', 'logit_normal')
     torch.nn.init.normal_(net.conv_out.weight, std=.1)
     return LatentDiffusionPipeline(ae.eval(), net.eval(), process, 32)
 
+def test_an_empty_name_and_a_guidance_that_is_none_are_refused():
+    "`$RUN` that nobody has set is not the current folder; and a scale is a number, also where nothing is told"
+    assert 'name is' in one_line(LatentDiffusionPipeline.from_pretrained, '')
+    pipe = small()
+    for scale in ('a', float('nan'), float('inf'), [2]): assert 'guidance' in one_line(pipe.draw, 2, 1, guidance=scale)
+    assert torch.equal(pipe.draw(2, 1, guidance=3), pipe.draw(2, 1))
+
 @pytest.mark.parametrize('process', [Process('flow', 'velocity', 'logit_normal'), Process('cosine', 'v', 'uniform'), Process('edm', 'v', 'edm')])
 def test_saved_and_loaded_draws_the_same_bits(tmp_path, process):
     a = small(process=process)
