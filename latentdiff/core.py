@@ -186,8 +186,7 @@ def settings_of(data=None, preset=None, size=None, minutes=None, seed=0, n=None,
     "What a run depends on, as it is written to run.json: the options, checked, and defaults; steps None: not yet known"
     counts = dict(size=size, n=n, steps=steps, ae_steps=ae_steps)
     above_zero(**counts, minutes=minutes, lr=lr, ae_lr=ae_lr)
-    number(*SEEDS, **{'--seed': seed})
-    number(**{k: v for k, v in counts.items() if v is not None})
+    number(*SEEDS, seed=seed, **{k: v for k, v in counts.items() if v is not None})
     if data == '': raise UserError('--data is empty: name a data set, a folder, an archive or a web address.')
     if condition not in (None, 'auto', 'none', 'class', 'text'):
         raise UserError(f'--condition is {condition}: choose auto, none, class or text.')

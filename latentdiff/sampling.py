@@ -12,7 +12,7 @@ import math
 from contextlib import contextmanager
 from itertools import pairwise
 import numpy as np, torch
-from .core import Bar, UserError, default_device, gathered, share, world
+from .core import Bar, UserError, default_device, gathered, number, share, world
 
 # %% ../nbs/40_sampling.ipynb #c011
 def levels(process, t): # any `Process`; one time, 0 (clean) to 1 (pure noise)
