@@ -18,7 +18,7 @@ from .core import save_component, spread, write_json
 from .training import Checkpoint, Graphed, fit_steps, zero_init
 from .noisify import NoisifyCB, bcast, weights_hash
 from .unet import TimeMLP, denoiser_learner
-from .sampling import levels, predict
+from .sampling import levels, pairs, predict, time_steps
 from .conditioning import guide
 
 # %% ../nbs/70_few_step.ipynb #f010
@@ -50,7 +50,7 @@ def _unipc_step(process, x, t, u, known, new=None): # latents at t; times; [(lam
 def unipc(net, process, x, ts, callback=None, generator=None, order=2): # how many guesses a prediction uses
     "UniPC (2302.04867), algorithm 1, with guesses of x0: a multistep prediction, corrected by the next evaluation"
     known, start, used = [], None, 0
-    for i, (t, u) in enumerate(pairwise(ts)):
+    for i, (t, u) in enumerate(pairs(ts)):
         x0, _ = predict(net, process, x, t)
         if start: x = _unipc_step(process, *start, t, known[-used:], x0)      # no evaluation of its own
         if callback: callback(i, t, x, x0)
@@ -142,7 +142,7 @@ def with_steps(net): # a trained `UNet`, `ConditionalUNet`, or `Conditioned` aro
 # %% ../nbs/70_few_step.ipynb #f033
 def shortcut(net, process, x, ts, callback=None, generator=None):
     "Sample with a `Shortcut` network: each step as long as it is told (2410.12557, algorithm 2)"
-    for i, (t, u) in enumerate(pairwise(ts)):
+    for i, (t, u) in enumerate(pairs(ts)):
         now, d = x.new_full((len(x),), t), x.new_full((len(x),), t - u)
         slope = net(x, step_input(process, now, d))
         if callback: callback(i, t, x, x - t*slope)

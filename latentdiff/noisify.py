@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'TARGETS', 'TIMES', 'FILES', 'PREDICTION_TYPES', 'BETA_SCHEDULES', 'NEUTRAL', 'OF_THE_NOISE',
-           'TARGETS_THERE', 'cosine_levels', 'log_abar_table', 'ddpm_levels', 'edm_levels', 'Process', 'bcast', 'mix',
-           'weights_hash', 'prefetch', 'Latents', 'make_latents', 'NoisifyCB', 'process_of', 'other_noise',
-           'save_process']
+           'TARGETS_THERE', 'cosine_levels', 'log_abar_table', 'ddpm_levels', 'edm_levels', 'Process', 'check_process',
+           'check_level', 'check_latents', 'bcast', 'mix', 'weights_hash', 'prefetch', 'Latents', 'make_latents',
+           'NoisifyCB', 'process_of', 'other_noise', 'save_process']
 
 # %% ../nbs/20_noisify.ipynb #c003
 import functools, hashlib, inspect, json, math, shutil, time, warnings
@@ -145,6 +145,25 @@ def t_of_time(self:Process, time): # as `time_input` gives it, or diffusers' tim
     time = _as_level(time, -math.inf, math.inf, 'time')
     if self.schedule=='edm': return self.t_of((4*time).exp())
     return (time + (self.schedule!='flow'))/self.steps
+
+# %% ../nbs/20_noisify.ipynb #L940
+def check_process(process):
+    "It; raises `UserError` if it is no `Process`"
+    if hasattr(process, 'levels'): return process
+    raise UserError(f"process is {process!r:.80}: give a Process, such as Process('flow')")
+
+def check_level(**given): # one argument by its name: a number, or a tensor of one
+    "It as a float; raises `UserError` unless it is from 0 to 1"
+    (k, v), = given.items()
+    return float(number(0, 1, False, **{k: v.item() if getattr(v, 'ndim', 1) == 0 else v}))
+
+def check_latents(look=True, **given): # at the numbers, where no GPU has to wait for that; tensors by their names
+    "Raises `UserError` unless they are floats (b,...) of the shape of the first, of one sample or more, and finite"
+    like(**given)
+    for k,z in given.items():
+        if not z.ndim or not z.numel(): raise UserError(f'{k} is {kind_of(z)}: give one sample or more')
+        if look and z.is_cpu and not z.isfinite().all():
+            raise UserError(f'{k} of {kind_of(z)} holds what is not a finite number: look at it')
 
 # %% ../nbs/20_noisify.ipynb #c111
 def bcast(v, x): # (b,) or a scalar tensor, and (b,...) -> (b,1,...,1), or the scalar

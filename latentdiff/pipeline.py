@@ -562,7 +562,7 @@ def expectation(pipe, n, steps, sampler, bs, **told):
     pipe.draw(bs, 1, sampler, bs=bs, **told)
     start = time.time()
     pipe.draw(bs, 1, sampler, bs=bs, **told)
-    seconds = (time.time() - start)*-(-n//bs)*evaluations(by, steps)
+    seconds = (time.time() - start)*-(-n//bs)*evaluations(pipe.sampler_of(sampler), steps)
     gb = peak_gb(pipe.device) + 2*n*3*pipe.size**2/1e9
     return f'{name}, {steps} steps on {pipe.device}, at most about {seconds:.0f} s and {gb:.1f} GB'
 

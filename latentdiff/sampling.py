@@ -11,19 +11,24 @@ __all__ = ['SAMPLERS', 'SAMPLER', 'levels', 'predict', 'optimal_denoiser', 'pair
 import math
 from contextlib import contextmanager
 from itertools import pairwise
+from .noisify import check_latents, check_level, check_process
 import numpy as np, torch
 from .core import Bar, UserError, default_device, gathered, number, share, world
 
 # %% ../nbs/40_sampling.ipynb #c011
 def levels(process, t): # any `Process`; one time, 0 (clean) to 1 (pure noise)
     "`(alpha, sigma)` at time `t` as floats, computed in float64"
-    return tuple(map(float, process.levels(torch.tensor(float(t), dtype=torch.float64))))
+    return tuple(map(float, check_process(process).levels(torch.tensor(check_level(t=t), dtype=torch.float64))))
 
 @torch.no_grad()
 def predict(net, process, x, t): # `net(x_t, time) -> prediction`; its process; (b, ...) noisy latents; their time, 0..1
     "The clean latents and the noise, `(x0, eps)`, that `net` sees in `x`"
-    t = torch.full((len(x),), float(t), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-    return process.x0_eps(net(process.scale_input(x, t), process.time_input(t)), x, t)
+    check_latents(False, x=x)
+    if not callable(net): raise UserError(f'net is {net!r:.80}: give net(x_t, time) -> prediction')
+    t = torch.full((len(x),), check_level(t=t), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+    answer = net(check_process(process).scale_input(x, t), process.time_input(t))
+    check_latents(x=x, answer=answer)
+    return process.x0_eps(answer, x, t)
 
 # %% ../nbs/40_sampling.ipynb #c009
 def optimal_denoiser(process, means, # any `Process`; (k, ...) centres of the mixture, equally likely
@@ -42,9 +47,12 @@ def optimal_denoiser(process, means, # any `Process`; (k, ...) centres of the mi
 
 # %% ../nbs/40_sampling.ipynb #c027
 def pairs(ts): # times, falling
-    "The steps between them, as a list of (from, to); raises `UserError` if there is none"
-    if len(ts) > 1: return list(pairwise(ts))
-    raise UserError(f'ts is {list(ts)}: give two times or more, as time_steps makes them')
+    "The steps between them, as a list of (from, to); raises `UserError` unless they fall, and there are two or more"
+    try: steps = list(pairwise(map(float, ts)))
+    except (TypeError, ValueError): steps = []
+    if steps and all(1 >= t > u >= 0 for t, u in steps): return steps
+    said = ' '.join(repr(ts).split())[:80]
+    raise UserError(f'ts is {said}: times fall from at most 1 to 0, in one step or more, as time_steps makes them')
 
 def euler(net, process, x, ts, callback=None, generator=None):
     "Euler's method on the straight line `y = x/(alpha+sigma)`, `tau = sigma/(alpha+sigma)` (2209.03003, section 2.1)"
@@ -72,7 +80,7 @@ def _ratio_range(process): # any `Process`
 
 def _falling(ts): # times -> a list
     "The same times, if a sampler can use them"
-    if len(ts) > 1 and ts[0] <= 1 and ts[-1] == 0 and all(t > u for t, u in pairwise(ts)): return list(ts)
+    if pairs(ts)[-1][1] == 0: return list(ts)
     raise UserError(f'times fall from at most 1 to 0, in one step or more, not {ts}')
 
 def time_steps(process, n,   # any `Process`; number of steps
@@ -80,7 +88,7 @@ def time_steps(process, n,   # any `Process`; number of steps
                start=1.):    # first time; below 1 for image-to-image
     "`n+1` times as floats, falling from `start` to 0"
     if isinstance(spacing, (list, tuple)): return _falling(spacing)
-    spacing = spacing or ('karras' if process.schedule == 'edm' else 'uniform')
+    spacing = spacing or ('karras' if check_process(process).schedule == 'edm' else 'uniform')
     if spacing not in ('uniform', 'karras', 'logsnr'):
         raise UserError(f"spacing is uniform, karras or logsnr, not {spacing!r}")
     if n < 1 or not 0 < start <= 1:
@@ -100,6 +108,7 @@ def generators(seed, n, first=0): # a whole number of 64 bits, of any sign; how 
 
 def noise_like(x, generator=None):
     "Normal noise shaped like `x`, drawn on the CPU: from a torch generator, or a list with one or a stream a sample"
+    check_latents(False, x=x)
     if not isinstance(generator, list): return torch.randn(x.shape, generator=generator).to(x)
     def draw(g):
         if isinstance(g, torch.Generator): return torch.randn(x.shape[1:], generator=g)
@@ -197,9 +206,9 @@ def _sampler_of(sampler): # a name in `SAMPLERS`, or a function like them
     if sampler not in SAMPLERS: raise UserError(f"sampler is one of {', '.join(SAMPLERS)}, not {sampler!r}")
     return SAMPLERS[sampler]
 
-def evaluations(sampler, steps): # name in `SAMPLERS`
+def evaluations(sampler, steps): # a name in `SAMPLERS`, or a function like them
     "How often the network is asked: Heun twice a step but once in the last, the others once a step"
-    return 2*steps - 1 if sampler == 'heun' else steps
+    return 2*steps - 1 if _sampler_of(sampler) is heun else steps
 
 # %% ../nbs/40_sampling.ipynb #c069
 @contextmanager
@@ -222,7 +231,10 @@ def sample(net, process,              # denoiser: `net(x_t, time) -> prediction`
     step, ts, bs = _sampler_of(sampler), time_steps(process, steps, spacing), min(n, bs)
     batches = math.ceil(n/bs)
     bar, out = Bar((len(ts) - 1)*math.ceil(batches/world()), f'drawing {n:,} samples'), []
-    for i, net in share(zip(range(0, n, bs), [net]*batches if callable(net) else net, strict=True)):
+    nets = [net]*batches if callable(net) else net
+    if not hasattr(nets, '__iter__') or hasattr(nets, '__len__') and len(nets) != batches:
+        raise UserError(f'net is {net!r:.80}: give net(x_t, time) -> prediction, or one for each of {batches} batches')
+    for i, net in share(zip(range(0, n, bs), nets, strict=True)):
         gens = generators(seed, bs, i)
         x = levels(process, ts[0])[1]*noise_like(torch.empty(bs, *shape, device=device or default_device()), gens)
         with evaluating(net), torch.inference_mode():
@@ -243,6 +255,7 @@ def denoise_path(net, process, x, ts,              # x: start noise, at the stre
 def slerp(a, b, w): # (b, ...) two batches of noise; 0 gives `a`, 1 gives `b`
     "Spherical interpolation, sample by sample: between two noises lies a noise of the same length"
     fa, fb = a.flatten(1), b.flatten(1)
+    if not torch.is_tensor(w): check_level(w=w)
     theta = torch.cosine_similarity(fa, fb)[:, None].clamp(-1, 1).acos()
     mixed = (((1-w)*theta).sin()*fa + (w*theta).sin()*fb)/theta.sin()
     return torch.where(theta.sin() > 1e-4, mixed, torch.lerp(fa, fb, w)).view_as(a)

@@ -21,6 +21,7 @@ from .core import read_weights, stream, world, write_whole
 from .data import as_images, shifted, show_images
 from .disk import enough
 from .muon import Muon, muon, orthogonalise   # other modules ask for them here
+from .data import kind_of
 
 # %% ../nbs/parts/training.ipynb #c007
 def largest_divisor(n, most): # a whole number, at least 1; the answer is no larger than this
@@ -50,6 +51,9 @@ class DeviceLoader(DataLoader):
                  bs=64, shuffle=False,  # batch size, at most n; a new order each epoch, and whole batches only
                  flip=False, crop=0,    # mirror half of the pictures; move each by up to so many pixels, see `shifted`
                  seed=None, device=None, transform=None): # None: torch's; None: the GPU if any; called with x on it
+        if not torch.is_tensor(x) or not x.numel() or any(len(y) != len(x) for y in ys):
+            raise UserError(f'x and what belongs to it are {[kind_of(o) for o in (x, *ys)]}: give tensors of one length')
+        if crop: number(0, min(x.shape[-2:]) - 1, crop=crop)
         self.flip, self.crop, self.transform, self.epoch, self._order = flip, crop, transform, 0, (None, None)
         self.seed = int(torch.randint(2**31, (1,)) if seed is None else number(seed=seed))
         bs = min(number(1, bs=bs), len(x))
@@ -108,7 +112,7 @@ class EMA(Callback):
     "Keep a running average of the weights; validate with it, and leave it in the model after the fit"
     order = MixedPrecision.order + 2
     def __init__(self, decay=0.999): # share of the old average kept each step, once warm
-        self.decay, self.fitting = decay, False
+        self.decay, self.fitting = number(0, 1, False, decay=decay), False
 
     def before_fit(self):
         self.params = list(self.learn.model.parameters())

@@ -18,7 +18,8 @@ from .core import UNFIT, WEIGHTS, UserError, artefact, default_device, fingerpri
 from .core import network_config, save_component, spread, write_json
 from .training import Checkpoint, DeviceLoader, EMA, Graphed, Learner, fit_steps, largest_divisor
 from .training import mixed_precision, muon, zero_init
-from .noisify import NoisifyCB, Process, save_process
+from .noisify import NoisifyCB, Process, check_latents, check_process, save_process
+from .core import number
 
 # %% ../nbs/30_unet.ipynb #c020
 def timestep_embedding(time, dim): # (b,) `process.time_input(t)`; length of the embedding, even
@@ -271,6 +272,7 @@ def denoiser_learner(net, process, # denoiser: net(x_t, time) -> prediction; the
     (z_train, *y_train), (z_valid, *y_valid) = (o if isinstance(o, tuple) else (o,) for o in (z_train, z_valid))
     if not len(z_train) or not len(z_valid): raise UserError('no latents to train on or hold out: encode more images')
     device = torch.device(device or default_device())
+    check_process(process), check_latents(z_train=z_train), check_latents(z_valid=z_valid)
     train = DeviceLoader(z_train, *y_train, bs=bs, shuffle=True, flip=flip, seed=seed, device=device)
     valid = DeviceLoader(*(spread(o, 1000) for o in (z_valid, *y_valid)), bs=2*bs, device=device)
     return Learner(DataLoaders(train, valid, device=device), net.to(device, memory_format=torch.channels_last),
@@ -340,7 +342,7 @@ class ActStats(ActivationStats):
     low, high, bins = -4, 3, 42 # the histogram counts log10|a|, six bins a power of ten
     def __init__(self, every=5, # batches between two looks
                  modules=None): # to watch; None: first and last convolution, blocks between, else all with weights
-        super().__init__(with_hist=True, every=every, modules=modules, cpu=False)
+        super().__init__(with_hist=True, every=number(1, every=every), modules=modules, cpu=False)
 
     def before_fit(self):
         named = list(self.learn.model.named_modules())

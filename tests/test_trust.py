@@ -7,6 +7,7 @@ import numpy as np, pytest, torch
 from latentdiff import autoencoder as A, core as C, data as D, files as F, kid_eval as K, noisify as N, rooms as R
 from latentdiff.core import UserError, made, save_component
 from errors import one_line
+from latentdiff import few_step, sampling, training, unet
 
 nan, inf = math.nan, math.inf
 X = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))*2 - 1    # images
@@ -120,6 +121,30 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv('no_proxy', '127.0.0.1')
     return tmp_path/'home'
 
+# --- what draws, and what a denoiser is trained with
+
+SMALL, STEPS, ASKED = unet.UNet(4, widths=(8, 16), depth=1).eval(), [1., .5, 0.], dict(net=lambda x, t, cond=None: x, process=FLOW)
+NO_BATCH = None, 'a', 3, [1.], Z.numpy(), Z[:0], Z.long(), Z[0, 0, 0, 0], holed(Z), Z*inf
+NO_TIMES = None, 3, [], [1.], [.5, 1.], [2., 0.], [nan, 0.], [0., 0.], ['a', 'b'], [1., 1., 0.], [1., -.5], torch.zeros(0)
+ANSWERS = [lambda x, t, v=v: v(x) for v in (lambda x: None, lambda x: x[:, :2], lambda x: x[:1], lambda x: x.long(), lambda x: x*nan, lambda x: x.numpy())]
+NO_LEVEL = -1, 2, 1.001, nan, inf, 'a', None, True, [.5], torch.tensor([.5])
+
+for draw in (*sampling.SAMPLERS.values(), few_step.unipc):
+    CALLS |= {**each(draw, 'x', *NO_BATCH, ts=STEPS, says='x ', **ASKED), **each(draw, 'ts', *NO_TIMES, x=Z, **ASKED), **each(draw, 'process', None, 'flow', 3, net=SMALL, x=Z, ts=STEPS),
+              **each(draw, 'net', *ANSWERS, says='answer ', process=FLOW, x=Z, ts=STEPS), **each(draw, 'net', None, 'a', [SMALL], says='net is', title=f'{draw.__name__} asks', process=FLOW, x=Z, ts=STEPS)}
+
+CALLS |= {
+    **each(sampling.levels, 't', *NO_LEVEL, process=FLOW, title='sampling.levels'), **each(sampling.levels, 'process', None, 'flow', t=.5, title='sampling.levels'), **each(sampling.predict, 't', *NO_LEVEL, x=Z, **ASKED), **each(sampling.predict, 'x', *NO_BATCH, t=.5, says='x ', **ASKED),
+    **each(sampling.time_steps, 'process', None, 'flow', n=3), **each(sampling.time_steps, 'spacing', ['a', 0], [1., nan, 0.], [.5, .5, 0.], [1., .5], [], (2., 0.), process=FLOW, n=2, says='times fall from at most 1 to 0'),
+    **each(sampling.evaluations, 'sampler', 'x', None, 3, steps=3), **each(sampling.slerp, 'w', -5, 5, nan, inf, 'a', None, a=Z, b=Z), **each(sampling.sample, 'net', None, [], [SMALL, SMALL], 'a', 3, process=FLOW, n=2, shape=(4, 8, 8), steps=2, device='cpu', says='net is'),
+    **each(sampling.sample, 'net', ANSWERS[4], process=FLOW, n=2, shape=(4, 8, 8), steps=2, device='cpu', title='sample asks', says='answer of torch.float32 (2, 4, 8, 8) holds'), **each(sampling.sample, 'spacing', ['a', 0], [1., .5], net=SMALL, process=FLOW, n=2, shape=(4, 8, 8), device='cpu', says='times fall from at most 1 to 0'),
+    **each(sampling.img2img, 'z', Z[:0], holed(Z), Z*inf, steps=2, says='x ', **ASKED), **each(sampling.denoise_path, 'ts', *NO_TIMES, x=Z, **ASKED), **each(sampling.denoise_path, 'sampler', 'x', None, 3, x=Z, ts=STEPS, **ASKED),
+    **each(unet.denoiser_learner, 'process', None, 'flow', net=SMALL, z_train=Z, z_valid=Z, device='cpu'), **each(unet.denoiser_learner, 'z_train', holed(Z), Z*inf, net=SMALL, process=FLOW, z_valid=Z, device='cpu'),
+    **each(unet.denoiser_learner, 'z_valid', holed(Z), Z*inf, net=SMALL, process=FLOW, z_train=Z, device='cpu'), **each(unet.denoiser_learner, 'z_train', (Z, torch.zeros(3).long()), net=SMALL, process=FLOW, z_valid=Z, device='cpu', says='of one length'),
+    **each(unet.ActStats, 'every', 0, -1, 1.5, nan, 'a', None), **each(training.EMA, 'decay', -1, 2, nan, inf, 'a', None, True),
+    **each(training.DeviceLoader, 'x', None, 'a', 3, [], X[:0], X.numpy(), device='cpu', says='x and what belongs to it are'), **each(training.DeviceLoader, 'crop', -1, 99, 16, 'a', 1.5, nan, x=X, device='cpu', shuffle=True, bs=2),
+}
+
 @pytest.mark.parametrize('title', CALLS)
 def test_malformed_call(title): assert answer(*CALLS[title]) is None
 
@@ -129,6 +154,8 @@ def test_what_is_sound_is_taken(x):
     assert D.check_images(x) is x and D.as_images(x).dtype == torch.float32
     assert torch.equal(AE.encode(X.clamp(-1, 1)), AE.encode(X)) and K.features(NET, x).shape == (len(x), 9)
     assert C.number(1, n=np.int64(3)) == 3 and C.positions(5, idxs=[-1, 0]).tolist() == [4, 0] and C.positions(5, idxs=[]).size == 0
+    assert sampling.pairs(torch.linspace(1, 0, 3)) == [(1., .5), (.5, 0.)] and sampling.levels(FLOW, torch.tensor(1)) == (0., 1.) and sampling.evaluations(sampling.heun, 3) == 5
+    assert sampling.predict(**ASKED, x=Z.half(), t=np.float32(.5))[0].dtype == torch.float16 and len(training.DeviceLoader(X, crop=15, device='cpu').one_batch()[0]) == 6
     FLOW.add_noise(Z, Z, 1), FLOW.add_noise(Z, Z, torch.tensor(0.)), FLOW.x0_eps(Z, Z, torch.full((5,), .5, dtype=torch.float64))
 
 # --- networks, latents and what is said about them
