@@ -466,7 +466,7 @@ def make_autoencoder(folder, images, p, seed=0, device=None): # of the run; `Ima
         kw |= dict(flip=images.channels == 3) | ({'crop': max(1, images.size//16)} if len(images) < FEW else {})
         settings |= dict(kw, widths=p.ae_widths, patch=p.ae_patch, latent_channels=p.latent_channels, optimizer='Muon')
         begun = Checkpoint(folder/'checkpoints'/'autoencoder', fingerprint(**settings, **parents))
-        kw |= dict(lr=p.ae_lr, checkpoint=begun)
+        kw |= dict(seed=seed, device=device, lr=p.ae_lr, checkpoint=begun)
         settings |= dict(lr=p.ae_lr, steps=p.ae_steps)
     def make(work):
         x_valid, history = some_pixels(images, 'valid', seed, 1000), None
@@ -475,8 +475,7 @@ def make_autoencoder(folder, images, p, seed=0, device=None): # of the run; `Ima
             with torch.random.fork_rng():
                 torch.manual_seed(stream(seed, 'autoencoder'))
                 ae = KLAutoencoder(images.channels, p.ae_widths, p.ae_patch, 1, p.latent_channels)
-            x_train = some_pixels(images, 'train', seed)
-            history = train_autoencoder(ae, x_train, x_valid, p.ae_steps, seed=seed, device=device, **kw).history
+            history = train_autoencoder(ae, some_pixels(images, 'train', seed), x_valid, p.ae_steps, **kw).history
         save_component(ae, work)
         return dict(history=history, **quality(ae, x_valid))
 
