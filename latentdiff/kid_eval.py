@@ -137,15 +137,15 @@ class EfficientNetFeatures(Extractor):
         name = f'efficientnet-lite0@{size}' + f'-blur{blur:g}'*(blur > 0) + f'-first{first:g}'*(first > 0)
         super().__init__(efficientnet_lite0().to(memory_format=torch.channels_last), name, device)
         self.size, self.blur, self.first = size, blur, first
-        self.net._blocks[0].register_forward_hook(lambda block, x, y: vars(self).update(early=y))   # kept for `embed`
 
     def embed(self, pixels):
         x = F.interpolate(pixels.float(), (self.size, self.size), mode='bilinear', antialias=True)
         if self.blur: x = gaussian_blur(x, 2*math.ceil(3*self.blur) + 1, self.blur)
         x = ((x - 127)/128).to(memory_format=torch.channels_last) # the range these weights were trained on
         end = self.net.extract_features(x).mean((2, 3))
-        early = vars(self).pop('early')
-        return torch.cat([end, self.first*early.mean((2, 3))], 1) if self.first else end
+        if not self.first: return end
+        first = self.net._blocks[0](self.net._swish(self.net._bn0(self.net._conv_stem(x))))
+        return torch.cat([end, self.first*first.mean((2, 3))], 1)
 
 # %% ../nbs/50_kid_eval.ipynb #c087
 def as_pixels(x): # float (b,c,h,w) in [-1,1], or uint8 (b,c,h,w) with 1 or 3 channels
