@@ -1,5 +1,6 @@
-"""What one program has found out need not be found out again by the next: how long a step of a training takes, and the latents that a pipeline of the zoo draws without
-being told anything. Programs of the `Server` remember it in a folder that all workers share; several processes, which have to do the same, remember nothing."""
+"""What one program has found out need not be found out again by the next: how long a step of a training takes, the latents that a pipeline of the zoo draws without being
+told anything, and the features of pictures. Programs of the `Server` remember it in a folder that all workers share. Several processes, which have to do the same, always
+measure and draw."""
 import hashlib, json, os
 from dataclasses import asdict
 from pathlib import Path
@@ -7,7 +8,7 @@ from unittest.mock import patch
 import torch
 from fastai.basics import CancelFitException
 from safetensors.torch import load, save
-from latentdiff import core, pipeline, sampling, training
+from latentdiff import core, kid_eval, pipeline, sampling, training
 
 def remembered(f, find):
     "The bytes in the file `f`; if there is none, what `find()` gives, from then on in `f`"
@@ -41,11 +42,15 @@ def remember_steps(folder):
         return json.loads(remembered(folder/same_step(learn), lambda: once(learn)))
     training.step_time = step_time
 
+def weights_of(net):
+    "A name for its weights"
+    h = hashlib.md5()
+    for k, v in net.state_dict().items(): h.update(k.encode() + v.cpu().numpy().tobytes())
+    return type(net), h.hexdigest()
+
 def same_latents(pipe, *how):
     "A name for what latents depend on: the weights, the noise, the sampler"
-    weights = hashlib.md5()
-    for k, v in pipe.denoiser.state_dict().items(): weights.update(k.encode() + v.cpu().numpy().tobytes())
-    return name_of(type(pipe.denoiser), weights.hexdigest(), asdict(pipe.process), pipe.latent_shape, how, pipe.device)
+    return name_of(weights_of(pipe.denoiser), asdict(pipe.process), pipe.latent_shape, how, pipe.device)
 
 def remember_latents(folder):
     draw, streams = pipeline.LatentDiffusionPipeline.latents, sampling.generators
@@ -62,7 +67,15 @@ def remember_latents(folder):
         return torch.cat(z)[:n]
     pipeline.LatentDiffusionPipeline.latents = latents
 
+def remember_features(folder):
+    embed = kid_eval.EfficientNetFeatures.embed
+    def remembered_embed(self, pixels):
+        if any(m.training for m in self.net.modules()): return embed(self, pixels)
+        name = name_of(self.name, weights_of(self.net), self.device, pixels.shape, hashlib.md5(pixels.cpu().numpy().tobytes()).hexdigest())
+        return load(remembered(folder/name, lambda: save(dict(f=embed(self, pixels)))))['f'].to(self.device)
+    kid_eval.EfficientNetFeatures.embed = remembered_embed
+
 def remember(folder):
-    for part in (remember_steps, remember_latents):
+    for part in (remember_steps, remember_latents, remember_features):
         (Path(folder)/part.__name__).mkdir(parents=True, exist_ok=True)
         part(Path(folder)/part.__name__)

@@ -127,7 +127,7 @@ def test_changed_pictures_are_never_mixed_with_old_results(cli, bad, tmp_path):
     pics.mkdir()
     rng = np.random.default_rng(1)
     for i in range(120): Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(pics/f'{i}.png')
-    assert cli('encode', '--data', pics, '--preset', 'tiny', '--ae_steps', 4, '--out', tmp_path/'run').rc == 0
+    assert cli('encode', '--data', pics, '--preset', 'tiny', '--ae-steps', 4, '--out', tmp_path/'run').rc == 0
     weights = (tmp_path/'run/autoencoder/autoencoder.safetensors').read_bytes()
     for i in range(120): Image.fromarray(np.full((32, 32, 3), (200, i, 0), np.uint8)).save(pics/f'{i}.png')
     one_line(cli('run', '--data', pics, '--preset', 'tiny', '--out', tmp_path/'run'), 'other images')
@@ -252,7 +252,7 @@ def test_eval_of_one_set_against_itself(cli, drawn, tmp_path):
 
 def test_encode_then_train_then_sample(cli, tmp_path):
     folder = tmp_path/'run'
-    r = cli('encode', '--data', 'rooms', '--preset', 'tiny', '--n', 120, '--ae_steps', 6, '--steps', 6, '--out', folder)   # how well is not asked
+    r = cli('encode', '--data', 'rooms', '--preset', 'tiny', '--n', 120, '--ae-steps', 6, '--steps', 6, '--out', folder)   # how well is not asked
     assert r.rc == 0 and (folder/'latents/manifest.json').exists() and not (folder/'unet').exists(), r.err
     one_line(cli('sample', folder, '--npz', tmp_path/'a.npz'), 'model_index.json', 'latentdiff-train')
     assert cli('train', folder).rc == 0
