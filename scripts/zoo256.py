@@ -146,7 +146,8 @@ def pair_loaders(train, valid, bs, seed, **kw):
 def least_squares(a, b): # (n,c,h,w), (n,d,h,w)
     "The matrix (d,c) and the bias (d,) that take the numbers at each place of `a` to those of `b`, nearly"
     a, b = (o.movedim(1, -1).flatten(0, 2) for o in (a, b))
-    w = torch.linalg.lstsq(torch.cat([a, torch.ones(len(a), 1)], 1), b).solution
+    a = torch.cat([a, torch.ones(len(a), 1)], 1)
+    w = torch.linalg.lstsq(a, b, driver='gelsd').solution # the default, gelsy, finds a random rank in older torch: pytorch issue 187411
     return w[:-1].T, w[-1]
 
 @torch.no_grad()
