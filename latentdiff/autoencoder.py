@@ -347,8 +347,7 @@ def _hub(load, spec, **kw):
     try: return load(spec, **kw)
     except (OSError, *UNFIT) as e:
         why = (str(e).strip() or type(e).__name__).splitlines()[0]
-        hint = 'check the name and the network, or give a folder'
-        raise UserError(f'cannot load the autoencoder {spec}: {hint} ({why})') from e
+        raise UserError(f'cannot load the autoencoder {spec}: check name and network, or give a folder ({why})') from e
 
 @patch(cls_method=True)
 def from_pretrained(cls:PretrainedKL, spec): # Hub id, or a folder in diffusers' layout

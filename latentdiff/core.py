@@ -13,7 +13,7 @@ __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT',
 # %% ../nbs/parts/core.ipynb #c004
 from .disk import UserError, clear_away, data_home, file_md5, on_disk, rank, read_json, remove, replace_folder
 from .disk import runs_home, whole_folder, world, write_json, write_whole   # the rooms ask for them here
-import hashlib, importlib, json, math, os, shutil, sys, time, tomllib   # after disk, which minds Ctrl-C
+import hashlib, importlib, json, math, os, sys, time, tomllib   # after disk, which minds Ctrl-C
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import islice

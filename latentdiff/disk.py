@@ -6,7 +6,7 @@
 __all__ = ['FULL', 'world', 'rank', 'Stopped', 'last_words', 'stop_politely', 'UserError', 'data_home', 'runs_home', 'DiskError',
            'size_of', 'room_at', 'on_disk', 'enough', 'free_memory', 'reserve', 'remove', 'clear_away', 'write_whole',
            'write_json', 'read_json', 'file_md5', 'replace_folder', 'whole_folder', 'new_place', 'new_places',
-           'refused', 'writable', 'plain_output', 'one_line_errors']
+           'refused', 'check_call', 'plain_output', 'one_line_errors']
 
 # %% ../nbs/parts/disk.ipynb #k001
 import os, signal, sys
@@ -230,8 +230,10 @@ def refused(e): # an exception
     where = e.filename if e.filename is not None else 'the current folder, or what is printed'
     return UserError(f'{where}: {e.strerror or e}: choose another place, or see to it that it can be read and written')
 
-def writable(options): # dict
-    "`UserError` for an empty place, and for a name that no other program could write down"
+def check_call(options): # dict
+    "`UserError` for an empty place, for a name that no other program could write down, and for a number that is none"
+    if not (told := os.environ.get('WORLD_SIZE', '1')).isdecimal():
+        raise UserError(f'WORLD_SIZE is {told!r}, no number of processes: unset it')
     for k, v in options.items():
         if k in ('out', 'npz') and v == '': raise UserError(f'--{k} is empty: name a place, or leave it away.')
         if isinstance(v, str) and v.encode(errors='replace') != v.encode(errors='surrogateescape'):
@@ -253,11 +255,12 @@ def one_line_errors(f):
         plain_output()
         stop_politely()
         try:
-            writable(kwargs)
+            check_call(kwargs)
             return f(*args, **kwargs)
         except BrokenPipeError: os._exit(141)   # the reader of a pipe has gone, as `| head` does
         except Exception as e:
             if not (why := refused(e)): raise
+            if isinstance(e, OSError) and e.filename is None: os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             raise SystemExit(f"latentdiff-{f.__name__.removesuffix('_cli')}: {' '.join(str(why).split())}") from None
         except KeyboardInterrupt as e: raise SystemExit(last_words(*e.args)) from None
     return _f

@@ -8,7 +8,6 @@ __all__ = ['SHARES', 'unipc', 'teacher_of', 'autoguide', 'midpoint', 'two_in_one
 
 # %% ../nbs/70_few_step.ipynb #f001
 import copy, json, math, torch
-from itertools import pairwise
 from pathlib import Path
 from torch import nn
 from torch.func import functional_call
@@ -18,7 +17,7 @@ from .core import save_component, spread, write_json
 from .training import Checkpoint, Graphed, fit_steps, zero_init
 from .noisify import NoisifyCB, bcast, weights_hash
 from .unet import TimeMLP, denoiser_learner
-from .sampling import levels, pairs, predict, time_steps
+from .sampling import levels, pairs, predict
 from .conditioning import guide
 
 # %% ../nbs/70_few_step.ipynb #f010

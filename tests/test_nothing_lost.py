@@ -583,9 +583,9 @@ def test_a_link_to_nowhere_is_no_new_place(tmp_path):
 
 def test_names_and_seeds_are_looked_at_first(tmp_path):
     from latentdiff.core import read_toml, to_toml
-    assert '--out is empty' in one_line(lambda: writable(dict(out=''))) and '--npz' in one_line(lambda: writable(dict(n=3, npz='')))
-    assert 'UTF-8' in one_line(lambda: writable(dict(data=os.fsdecode(b'caf\xe9'))))
-    writable(dict(data='café', out='x', n=3, prompt=''))
+    assert '--out is empty' in one_line(lambda: check_call(dict(out=''))) and '--npz' in one_line(lambda: check_call(dict(n=3, npz='')))
+    assert 'UTF-8' in one_line(lambda: check_call(dict(data=os.fsdecode(b'caf\xe9'))))
+    check_call(dict(data='café', out='x', n=3, prompt=''))
     for seed in (2**63, -2**63 - 1, .5): assert 'seed' in one_line(lambda: settings_of('rooms', 'tiny', seed=seed))
     assert settings_of('rooms', 'tiny', seed=-2**63)['seed'] == -2**63
     (tmp_path/'a.toml').write_text(to_toml(dict(data='a\x7fb')), encoding='utf-8')
