@@ -16,7 +16,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from fastai.basics import DataLoaders, Path
 from .core import UNFIT, UserError, find_class, fingerprint, number, stream, write_json
 from .training import DeviceLoader, Learner, adamw, fit_steps, largest_divisor, rows_of, zero_init
-from .data import as_images
+from .data import as_images, check_images, kind_of
 from .unet import UNet, first_line, make_denoiser, unet_for
 
 # %% ../nbs/60_conditioning.ipynb #c018
@@ -65,6 +65,7 @@ class ConditionalUNet(UNet):
     def __init__(self, in_channels=4, out_channels=None, widths=(32,64,64,128), depth=2, # as `UNet` takes them
         attn_levels=None, head_dim=32, groups=None, dim=384): # the same; length of a token
         super().__init__(in_channels, out_channels, widths, depth, attn_levels, head_dim, groups)
+        number(1, dim=dim)
         for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
             block.attentions = nn.ModuleList(CrossAttentionBlock(attn, dim) for attn in block.attentions)
         self.null, self.norm = nn.Parameter(torch.randn(1, 1, dim)), nn.LayerNorm(dim)
@@ -99,7 +100,9 @@ class ClassConditioner(nn.Module, ConfigMixin):
     @register_to_config
     def __init__(self, classes, dim=128): # names of the classes, such as `images.classes`; length of a token
         super().__init__()
-        self.embedding, self.dim = nn.Embedding(len(classes), dim), dim
+        if not hasattr(classes, '__len__') or not len(classes):
+            raise UserError(f'classes is {classes!r:.80}: give the name of each, one or more')
+        self.embedding, self.dim = nn.Embedding(len(classes), number(1, dim=dim)), dim
 
     def number(self, label): # a class's name or number
         classes = list(self.config.classes)
@@ -109,6 +112,8 @@ class ClassConditioner(nn.Module, ConfigMixin):
         raise UserError(f"no class {label!r}: give 0 to {len(classes)-1} or one of {', '.join(map(str, classes))}")
 
     def forward(self, labels): # (b,) int64, -1: of no class; or a list of names or numbers -> tokens (b, 1, dim), mask
+        if not hasattr(labels, '__len__') or isinstance(labels, str) or not len(labels):
+            raise UserError(f'labels is {labels!r:.80}: give a class for each latent')
         if not torch.is_tensor(labels): labels = torch.tensor([self.number(o) for o in labels])
         elif labels.device.type == 'cpu': [self.number(o) for o in labels.unique().tolist() if o != -1]
         labels = labels.to(self.embedding.weight.device)[:, None]
@@ -121,7 +126,7 @@ class Conditioned(nn.Module, ConfigMixin):
     def __init__(self, net, *conditioners, # net(x, time, tokens, mask); each: conditioner(cond) -> (tokens, mask)
                  drop=.1): # how often each is left out (Ho & Salimans 2022, algorithm 1), half of it all at once
         super().__init__()
-        self.net, self.conditioners, self.drop = net, nn.ModuleList(conditioners), drop
+        self.net, self.conditioners, self.drop = net, nn.ModuleList(conditioners), number(0, 1, False, drop=drop)
 
     @property
     def config(self): return self.net.config
@@ -210,6 +215,7 @@ class FactorReader(nn.Module):
 
     @torch.no_grad()
     def read(self, images): # (b, c, h, w) in [-1,1], or uint8 -> (b, factors) int64: the likeliest value of each
+        check_images(images, (self.body[0][0].in_channels,))
         scores = [self.eval()(as_images(o, self.head.weight.device)) for o in images.split(256)]
         return torch.cat([torch.stack([s.argmax(1) for s in o], 1).cpu() for o in scores])
 
@@ -217,6 +223,10 @@ class FactorReader(nn.Module):
 def train_reader(pixels, codes, # (n, c, h, w) uint8, real images; (n, factors) int64
                  epochs=6, lr=3e-3, seed=0): # passes, the highest learning rate, of weights and order
     "A `FactorReader` that has seen real images only"
+    n = len(check_images(pixels, name='pixels'))
+    whole = torch.is_tensor(codes) and codes.dtype == torch.int64 and codes.ndim == 2 and len(codes) == n
+    if not whole or codes.min() < 0:
+        raise UserError(f'codes is {kind_of(codes)}: give int64 ({n}, factors), 0 or more')
     torch.manual_seed(seed)
     reader = FactorReader((codes.max(0).values + 1).tolist(), pixels.shape[1])
     dl = DeviceLoader(pixels, codes, bs=64, shuffle=True, seed=seed)
@@ -288,7 +298,7 @@ class TextConditioner(nn.Module, ConfigMixin):
 
     def rows(self, captions): # list of str, an empty one says nothing -> (b,) int64
         "The rows of captions in the table, to train with. Encodes what is new; `UserError` for what is no caption"
-        captions = [captions] if isinstance(captions, str) else list(captions)
+        captions = [captions] if isinstance(captions, str) or not hasattr(captions, '__len__') else list(captions)
         bad = [o for o in captions if not isinstance(o, str)]
         if bad or not captions:
             raise UserError(f'captions are a list of strings; this has {repr(bad[0])[:60] if bad else "none"}')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT', 'default_device', 'number', 'one_of',
-           'positions', 'spread', 'numbers', 'Preset', 'preset', 'run_folder', 'above_zero', 'preset_of',
+           'positions', 'spread', 'counts', 'numbers', 'Preset', 'preset', 'run_folder', 'above_zero', 'preset_of',
            'check_settings', 'settings_of', 'stream', 'Bar', 'progress', 'every', 'agreed', 'share', 'gathered',
            'first_ahead', 'to_toml', 'check_kinds', 'read_toml', 'beside_file', 'weights_name', 'not_finite',
            'save_component', 'find_class', 'read_weights', 'load_weights', 'network_config', 'load_component',
@@ -58,6 +58,14 @@ def positions(n=None, **given): # how many there are, None: no end; an argument 
 def spread(items, n): # a tensor or array; how many
     "`n` of them, evenly apart, or all if there are no more: where classes follow one another, some of each"
     return items if len(items) <= n else items[np.linspace(0, len(items) - 1, n).round().astype(int)]
+
+def counts(most=10**6, **given): # the largest allowed; one argument by its name, a list or tuple
+    "It, if it is whole numbers above 0, one or more; else raises `UserError`"
+    (k, v), = given.items()
+    if not isinstance(v, (list, tuple)) or not v:
+        raise UserError(f'{k} is {v!r:.80}: give whole numbers above 0 in a tuple')
+    for o in v: number(1, most, **{k: o})
+    return v
 
 def numbers(n, low=-math.inf, **given): # how many; what they exceed; one argument by its name, a list or tensor
     "A list of `n` finite floats; raises `UserError` for anything else"
@@ -206,8 +214,8 @@ def settings_of(data=None, preset=None, size=None, minutes=None, seed=0, n=None,
 def stream(seed, *what): # a whole number, any size or sign; what the stream is for, in numbers and words
     "A seed for `torch.manual_seed`, that depends on `seed` and `what` alone: 63 bits, of which a CPU looks at 32"
     seed, *what = (o.item() if hasattr(o, 'item') else o for o in (seed, *what))  # numpy's 1 is 1
-    name = repr((number(seed=seed), *what)).encode()
-    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), 'big') >> 1
+    if type(seed) is not int: number(seed=seed)
+    return int.from_bytes(hashlib.blake2b(repr((seed, *what)).encode(), digest_size=8).digest(), 'big') >> 1
 
 # %% ../nbs/parts/core.ipynb #c020
 class Bar:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call
 from diffusers.configuration_utils import ConfigMixin
 from .core import UserError, artefact, default_device, find_class, fingerprint, load_component, read_json
-from .core import save_component, spread, write_json
+from .core import number, save_component, spread, write_json
 from .training import Checkpoint, Graphed, fit_steps, zero_init
 from .noisify import NoisifyCB, bcast, weights_hash
 from .unet import TimeMLP, denoiser_learner
@@ -49,6 +49,7 @@ def _unipc_step(process, x, t, u, known, new=None): # latents at t; times; [(lam
 def unipc(net, process, x, ts, callback=None, generator=None, order=2): # how many guesses a prediction uses
     "UniPC (2302.04867), algorithm 1, with guesses of x0: a multistep prediction, corrected by the next evaluation"
     known, start, used = [], None, 0
+    number(1, 9, order=order)
     for i, (t, u) in enumerate(pairs(ts)):
         x0, _ = predict(net, process, x, t)
         if start: x = _unipc_step(process, *start, t, known[-used:], x0)      # no evaluation of its own
@@ -67,7 +68,7 @@ def teacher_of(net, guidance=1.): # trained; of a `Conditioned`, as in `guide`
 # %% ../nbs/70_few_step.ipynb #f026
 def autoguide(net, weak, scale=2.): # two of net(x, time) -> prediction; 0: `weak`, 1: `net`, above: further away
     "net(x, time) for samplers: away from what a weaker network would say (2406.02507, section 4)"
-    if not math.isfinite(scale): raise UserError(f'the scale is {scale}: give a number, such as 2')
+    number(-1e6, 1e6, False, scale=scale)
     def guided(x, time, cond=None):
         if scale == 1: return net(x, time)
         w = weak(x, time)
@@ -153,6 +154,7 @@ SHARES = {1.: .3, .5: .25, .25: .2, .125: .15, 0.: .1}   # of a batch, by the le
 
 def draw_steps(n, generator=None, device=None): # rows; on the device
     "(t, d), each (n,): step lengths in the order of `SHARES`, and times that are whole numbers of such steps"
+    number(0, n=n)
     ends = (torch.tensor([*SHARES.values()]).cumsum(0)/sum(SHARES.values())*n).round().long()
     d = torch.tensor([*SHARES]).repeat_interleave(ends.diff(prepend=torch.zeros(1, dtype=torch.long))).to(device)
     u = torch.rand(n, generator=generator, device=device)

@@ -164,7 +164,7 @@ def layers_of(net): # maybe compiled
 def how(self:LatentDiffusionPipeline, steps=None, sampler=None, guidance=None):
     "The same as a dict; what is None is the denoiser's own `drawn_with`, or else the usual"
     own = next((o.drawn_with for o in layers_of(self.denoiser) if hasattr(o, 'drawn_with')), {})
-    sampler = sampler or self.own_scheduler
+    sampler = self.own_scheduler if sampler is None else sampler
     if sampler not in (None, own.get('sampler')): own = {k: v for k, v in own.items() if k == 'guidance'}
     given = dict(steps=steps, sampler=sampler, guidance=guidance)
     return dict(steps=20, sampler=SAMPLER, guidance=2.) | own | {k: v for k, v in given.items() if v is not None}
@@ -187,9 +187,10 @@ def latents(self:LatentDiffusionPipeline, n, # how many
     seed=0, bs=16,            # of the start noise; latents at a time
     spacing=None, **told):    # of the times, as `time_steps` takes it; what to draw, as `listening` takes it
     "Draw `n` latents, float32 (n, *latent_shape) on the CPU; latent `i` depends on `seed` and `i` alone"
-    number(1, 10**7, n=n), number(1, 10**5, bs=bs)
+    steps = self.how(steps, sampler)['steps']
+    number(1, 10**7, n=n), number(1, 10**5, bs=bs), number(1, 10**5, steps=steps)
     full = -(-n//bs)*bs   # whole batches only: in a batch of another size the same sums may be done in another order
-    nets, step, steps = self.listening(full, bs, **told), self.sampler_of(sampler), self.how(steps, sampler)['steps']
+    nets, step = self.listening(full, bs, **told), self.sampler_of(sampler)
     return sample(nets, self.process, full, self.latent_shape, steps, step, seed, bs, self.device, spacing)[:n]
 
 # %% ../nbs/80_pipeline.ipynb #c021
@@ -256,12 +257,15 @@ def __call__(self:LatentDiffusionPipeline, num_images=8, num_inference_steps=Non
     no_more('a drawing', 'num_images, num_inference_steps, generator, guidance_scale, output_type and so on', theirs)
     steps = self.how(num_inference_steps, sampler)['steps']
     for k, v in dict(num_images=num_images, num_inference_steps=steps).items():
-        if not hasattr(v, '__index__') or v < 1: raise UserError(f'{k} is {v!r:.80}: give a whole number above 0')
+        if isinstance(v, bool) or not hasattr(v, '__index__') or v < 1:
+            raise UserError(f'{k} is {v!r:.80}: give a whole number above 0')
+    if not (callback_on_step_end is None or callable(callback_on_step_end)):
+        raise UserError(f'callback_on_step_end is {callback_on_step_end!r:.80}: give a function')
     if output_type not in ('pil', 'pt', 'np', 'latent'):
         raise UserError(f'output_type is pil, pt or np, or latent, not {output_type!r:.80}')
     gens = generator if isinstance(generator, list) else [generator]*num_images
     if len(gens) != num_images: raise UserError(f'{len(gens)} generators for {num_images} images: give one for each')
-    if any(g is not None and getattr(g, 'device', g) != torch.device('cpu') for g in gens):
+    if any(getattr(g, 'device', g) != torch.device('cpu') for g in gens if generator is not None):
         raise UserError('noise is drawn on the CPU, the same for every device: give torch.Generator().manual_seed(0)')
     step, ts = self.sampler_of(sampler), time_steps(self.process, steps, spacing)
     x = levels(self.process, 1.)[1]*randn_tensor((num_images, *self.latent_shape), generator, self.device)
@@ -403,8 +407,8 @@ def push_to_hub(self:LatentDiffusionPipeline, repo_id, # owner/name
     if not terms: raise UserError('say in a sentence whose pictures it has seen, and under which terms: terms=...')
     with tempfile.TemporaryDirectory() as d:
         self.save_pretrained(d)
-        image_grid(self.draw(16, **told)).save(f'{d}/grid.png')
         write_whole(f'{d}/README.md', model_card(repo_id, terms, folder or self.name_or_path or d, license, d))
+        image_grid(self.draw(16, **told)).save(f'{d}/grid.png')
         try:
             url = create_repo(repo_id, private=private, token=token, exist_ok=True)
             kw = dict(commit_message=commit_message, delete_patterns=['*.safetensors', '*.json'])

@@ -11,9 +11,10 @@ __all__ = ['SAMPLERS', 'SAMPLER', 'levels', 'predict', 'optimal_denoiser', 'pair
 import math
 from contextlib import contextmanager
 from itertools import pairwise
-from .noisify import check_latents, check_level, check_process
 import numpy as np, torch
-from .core import Bar, UserError, default_device, gathered, number, share, world
+from .core import Bar, UserError, counts, default_device, gathered, number, share, world
+from .data import kind_of, like
+from .noisify import check_latents, check_level, check_process
 
 # %% ../nbs/40_sampling.ipynb #c011
 def levels(process, t): # any `Process`; one time, 0 (clean) to 1 (pure noise)
@@ -91,8 +92,7 @@ def time_steps(process, n,   # any `Process`; number of steps
     spacing = spacing or ('karras' if check_process(process).schedule == 'edm' else 'uniform')
     if spacing not in ('uniform', 'karras', 'logsnr'):
         raise UserError(f"spacing is uniform, karras or logsnr, not {spacing!r}")
-    if n < 1 or not 0 < start <= 1:
-        raise UserError(f'time_steps needs n >= 1 and 0 < start <= 1, not n={n}, start={start}')
+    number(1, 10**6, n=n), number(1e-9, 1, False, start=start)
     if spacing == 'uniform': return torch.linspace(start, 0, n+1, dtype=torch.float64).tolist()
     (low, top), (a, s) = _ratio_range(process), levels(process, start)
     top = min(top, s/max(a, 1e-9))
@@ -102,7 +102,8 @@ def time_steps(process, n,   # any `Process`; number of steps
 # %% ../nbs/40_sampling.ipynb #c022
 def generators(seed, n, first=0): # a whole number of 64 bits, of any sign; how many; index of the first
     "A stream of noise for each of the samples `first` to `first+n`, whatever batch they fall in"
-    seed, n, first = number(-2**63, 2**63 - 1, seed=seed), number(0, n=n), number(0, first=first)
+    seed = seed.item() if hasattr(seed, 'item') else seed
+    number(-2**63, 2**63 - 1, seed=seed), number(0, n=n), number(0, first=first)
     keys = (np.array([int(seed) % 2**64, i], np.uint64) for i in range(first, first+n))
     return [np.random.Generator(np.random.Philox(key=k)) for k in keys]
 
@@ -120,6 +121,8 @@ def start_noise(process, shape,      # any `Process`; (n, c, h, w) or (n, d)
                 seed=0, device=None, # any whole number of 64 bits; None: CPU
                 t=1.):               # time to start from
     "Pure noise of standard deviation `sigma(t)`; sample `i` is the same for every `n`"
+    number(0, 1, False, t=t)
+    counts(shape=tuple(shape) if isinstance(shape, (list, tuple)) else shape)
     return levels(process, t)[1]*noise_like(torch.empty(shape, device=device), generators(seed, shape[0]))
 
 # %% ../nbs/40_sampling.ipynb #c037
@@ -203,7 +206,7 @@ SAMPLER = 'dpmpp_2m'   # unless you say otherwise, here and in the console comma
 def _sampler_of(sampler): # a name in `SAMPLERS`, or a function like them
     "The sampler's function; raises `UserError` for a name that is not in the table"
     if callable(sampler): return sampler
-    if sampler not in SAMPLERS: raise UserError(f"sampler is one of {', '.join(SAMPLERS)}, not {sampler!r}")
+    if sampler not in tuple(SAMPLERS): raise UserError(f"sampler is one of {', '.join(SAMPLERS)}, not {sampler!r}")
     return SAMPLERS[sampler]
 
 def evaluations(sampler, steps): # a name in `SAMPLERS`, or a function like them
@@ -228,6 +231,7 @@ def sample(net, process,              # denoiser: `net(x_t, time) -> prediction`
            bs=128, device=None,       # samples a batch, where there are more; None: the GPU if there is one
            spacing=None):             # of the times, as `time_steps` takes it
     "(n, *shape) float32 standardised latents on the CPU, made from noise"
+    number(1, n=n), number(1, bs=bs), number(1, 10**6, steps=steps), counts(shape=shape)
     step, ts, bs = _sampler_of(sampler), time_steps(process, steps, spacing), min(n, bs)
     batches = math.ceil(n/bs)
     bar, out = Bar((len(ts) - 1)*math.ceil(batches/world()), f'drawing {n:,} samples'), []
@@ -254,6 +258,7 @@ def denoise_path(net, process, x, ts,              # x: start noise, at the stre
 # %% ../nbs/40_sampling.ipynb #c113
 def slerp(a, b, w): # (b, ...) two batches of noise; 0 gives `a`, 1 gives `b`
     "Spherical interpolation, sample by sample: between two noises lies a noise of the same length"
+    like(a=a, b=b)
     fa, fb = a.flatten(1), b.flatten(1)
     if not torch.is_tensor(w): check_level(w=w)
     theta = torch.cosine_similarity(fa, fb)[:, None].clamp(-1, 1).acos()
@@ -263,7 +268,7 @@ def slerp(a, b, w): # (b, ...) two batches of noise; 0 gives `a`, 1 gives `b`
 # %% ../nbs/40_sampling.ipynb #c115
 def interpolate(a, b, k, mix=slerp): # (b, ...) two batches of noise; how many, ends included; or `torch.lerp`
     "(b, k, ...) start noises on the way from `a` to `b`"
-    return torch.stack([mix(a, b, float(w)) for w in torch.linspace(0, 1, k)], 1)
+    return torch.stack([mix(a, b, float(w)) for w in torch.linspace(0, 1, number(1, k=k))], 1)
 
 # %% ../nbs/40_sampling.ipynb #c119
 def img2img(net, process, z, # z: (b, ...) standardised latents to start from
@@ -271,7 +276,8 @@ def img2img(net, process, z, # z: (b, ...) standardised latents to start from
             steps=20, sampler=SAMPLER, seed=0): # a name in `SAMPLERS`, or a function like them
     "Latents like `z`, with everything redrawn that the noise of time `strength` hides"
     step = _sampler_of(sampler)
-    if strength == 0: return z
+    like(z=z)
+    if number(0, 1, False, strength=strength) == 0: return z
     ts, gens = time_steps(process, steps, start=strength), generators(seed, len(z))
     a, s = levels(process, ts[0])
     with evaluating(net): return step(net, process, a*z + s*noise_like(z, gens), ts, generator=gens)
@@ -281,6 +287,9 @@ def inpaint(net, process, z, # z: (b, ...) standardised latents, known where `ma
             mask,            # bool, broadcast to `z`: True where to draw
             steps=50, repeats=5, seed=0): # repeats: how often each step is taken; 1 leaves seams
     "`z` with the masked part redrawn to fit the rest: RePaint (2201.09865), algorithm 1"
+    like(z=z), number(1, repeats=repeats)
+    if not torch.is_tensor(mask) or mask.dtype != torch.bool or torch.broadcast_tensors(mask, z)[0].shape != z.shape:
+        raise UserError(f'mask is {kind_of(mask)}: give bool, True where to draw, that goes with {kind_of(z)}')
     ts, gens = time_steps(process, steps), generators(seed, len(z))
     x = levels(process, ts[0])[1]*noise_like(z, gens)
     with evaluating(net):

@@ -1,10 +1,10 @@
-"""Malformed arguments, files and networks at the doors of `data`, `files`, `rooms`, `autoencoder`, `noisify` and `kid_eval`:
+"""Malformed arguments, files and networks at the doors of the library, whatever is called first in a lesson:
 one line that names what is wrong. `python tests/test_trust.py` counts the calls that answer otherwise."""
 import bz2, http.server, io, json, lzma, math, os, pickle, tarfile, tempfile, threading, time, warnings, zipfile
 from functools import partial
 from pathlib import Path
 import numpy as np, pytest, torch
-from latentdiff import autoencoder as A, core as C, data as D, files as F, kid_eval as K, noisify as N, rooms as R
+from latentdiff import autoencoder as A, conditioning as G, core as C, data as D, few_step as E, files as F, kid_eval as K, noisify as N, pipeline as P, rooms as R, sampling as S, training as T, unet as U
 from latentdiff.core import UserError, made, save_component
 from errors import one_line
 from latentdiff import few_step, sampling, training, unet
@@ -104,6 +104,45 @@ CALLS = {
     **each(K.train_classifier, 'pixels', None, PX, labels=torch.zeros(6).long(), valid=(PX[:, :1], torch.zeros(6).long())),
     **each(K.train_classifier, 'epochs', -1, 'a', 1.5, pixels=PX[:, :1], labels=torch.zeros(6).long(), valid=(PX[:, :1], torch.zeros(6).long())),
     **each(K.inception_weights, 'url', 'nowhere', '', says='no weights from'),
+}
+
+Z8, WHERE = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.ones(3, 4, 8, 8, dtype=torch.bool)
+UNET, CATS = U.UNet(4, widths=(8, 16), depth=1).eval(), G.ClassConditioner(['cat', 'dog'], 8)
+TOLD = G.Conditioned(G.ConditionalUNet(4, widths=(8, 16), depth=1, dim=8), CATS).eval()
+PIPE, CATPIPE = (P.LatentDiffusionPipeline(A.KLAutoencoder(3, (8,), 4, 1, 4).eval(), o, FLOW, 32) for o in (UNET, TOLD))
+DRAW, ASK = dict(process=FLOW, net=lambda x, t, cond=None: x), dict(num_images=1, num_inference_steps=2)
+SAMPLE = dict(DRAW, shape=(4,), device='cpu', n=2, steps=2)
+SEEDS, WHOLE = (.5, 'a', nan, None, True), (0, -3, 2.5, nan, '7', True)
+but = lambda d, k: {o: v for o, v in d.items() if o != k}
+
+CALLS |= {
+    **each(S.generators, 'seed', *SEEDS, 2**63, -2**63 - 1, n=1), **each(S.generators, 'n', -1, .5, 'a', None, seed=0), **each(S.generators, 'first', -1, .5, seed=0, n=1),
+    **each(S.start_noise, 'seed', *SEEDS, 2**63, process=FLOW, shape=(2, 3)), **each(S.start_noise, 'shape', None, (), (0, 3), 5, (2, -1), process=FLOW), **each(S.start_noise, 't', 2., nan, None, process=FLOW, shape=(2, 3)),
+    **each(S.time_steps, 'n', *WHOLE, process=FLOW), **each(S.time_steps, 'spacing', 'x', 5, process=FLOW, n=3), **each(S.time_steps, 'start', 0., -1., 2., nan, None, process=FLOW, n=3),
+    **{k: v for o, bad in dict(n=WHOLE, bs=WHOLE, steps=WHOLE, seed=(*SEEDS, 2**63), shape=(None, (0,), (-1,), 5), sampler=('x', [], 5)).items() for k, v in each(S.sample, o, *bad, **but(SAMPLE, o)).items()},
+    **each(S.img2img, 'strength', -1, 2, nan, None, z=Z8, **DRAW), **each(S.img2img, 'z', None, [], Z8.numpy(), Z8.long(), **DRAW), **each(S.img2img, 'seed', *SEEDS, z=Z8, **DRAW),
+    **each(S.inpaint, 'mask', None, Z8, z=Z8, **DRAW), **each(S.inpaint, 'repeats', 0, -1, .5, z=Z8, mask=WHERE, **DRAW), **each(S.inpaint, 'z', None, Z8.long(), mask=WHERE, **DRAW),
+    **each(S.slerp, 'b', None, Z8[:2], Z8.long(), a=Z8, w=.5), **each(S.interpolate, 'k', *WHOLE, None, a=Z8, b=Z8), **each(S.interpolate, 'b', None, Z8[:2], a=Z8, k=2), **each(S.save_gif, 'frames', [], None, path='x.gif'),
+    **each(S.draw_between, 'ws', [2], ['a'], [], None, 5, pipe=PIPE, a=0, b=1, steps=2), **each(S.draw_between, 'a', *SEEDS, pipe=PIPE, b=1, ws=[.5], steps=2, says='seed'), **each(S.noise_and_guess, 't', 2., nan, pipe=PIPE, z=Z8), **each(S.noise_and_guess, 'z', None, Z8[:0], Z8[:, :1], pipe=PIPE, t=.5),
+    **{k: v for o, bad in dict(n=COUNT, bs=COUNT, steps=WHOLE, seed=(*SEEDS, 2**63), sampler=(5, [], 'x', {}), spacing=(5, 'x')).items() for k, v in each(PIPE.draw, o, *bad, **but(dict(n=1, steps=2, bs=1), o)).items()},
+    **each(PIPE.draw, 'prompt', 'a', n=1, says='called cond'), **each(PIPE.draw, 'eta', 0, n=1, says='does not know eta'), **each(PIPE.pixels, 'n', *COUNT), **each(PIPE.decode, 'z', None, [], Z8[:0], Z8[:, :1], Z8.long(), holed(Z8), Z8.numpy()), **each(PIPE.decode, 'bs', 0, -1, 'a', z=Z8),
+    **each(CATPIPE.draw, 'cond', [], 5.5, {}, object(), [None], 'cow', True, [['cat']], b'cat', n=1, steps=2), **each(CATPIPE.draw, 'guidance', nan, inf, [], True, 1e308, n=1, steps=2, cond='cat'), **each(CATPIPE.draw, 'negative', [], 5.5, 'cow', n=1, steps=2, cond='cat'),
+    **each(P.path_of, 'n', *COUNT[:-1], pipe=PIPE, steps=2, seed=0), **each(P.path_of, 'seed', *SEEDS, n=1, pipe=PIPE, steps=2),
+    **{k: v for o, bad in dict(num_images=WHOLE, num_inference_steps=WHOLE, callback_on_step_end=(5, 'a'), spacing=(5, 'x'), generator=([None], [5])).items() for k, v in each(PIPE.__call__, o, *bad, title='pipe', says='noise is drawn' if o == 'generator' else o, **but(ASK, o)).items()},
+    **each(PIPE.save_pretrained, 'folder', None, 5), **each(PIPE.save_pretrained, 'folder', '/proc/x/y', '/dev/null/x', 'a\0b', says='cannot write'), **each(P.LatentDiffusionPipeline.from_pretrained, 'name', None, 5, []), **each(P.LatentDiffusionPipeline.from_pretrained, 'name', 'a\0b', 'x'*5000, '/dev/null', says='There is no run folder'),
+    **each(lambda device: PIPE.to(device), 'device', 'foo', title='to', says='cannot move to'), **each(lambda dtype: PIPE.to('cpu', dtype), 'dtype', 'x', torch.int8, title='to', says='cannot move to'), **each(PIPE.push_to_hub, 'repo_id', None, 5, terms='mine', title='push'), **each(P.model_card, 'terms', None, 5, repo_id='a/b', run='.'),
+    **{k: v for o, bad in dict(size=(0, -32, '32', 33, 10**6, None, 32.), autoencoder=(None, 5), denoiser=(None, 5), process=(None, 5)).items() for k, v in each(P.LatentDiffusionPipeline, o, *bad, **but(dict(size=32, autoencoder=PIPE.autoencoder, denoiser=UNET, process=FLOW), o)).items()},
+    **{k: v for o, bad in dict(in_channels=(0, -1, None, 1.5), widths=((), (0,), None, 8), depth=(0, -1, 1.5, None, 10**6), head_dim=(0, -1), groups=(5, -1), attn_levels=(5, (9,))).items() for k, v in each(U.UNet, o, *bad).items()},
+    **each(UNET.forward, 'x', None, Z8.numpy(), Z8[:, :1], Z8[0], Z8.long(), time=torch.ones(3), title='UNet.forward'), **each(UNET.forward, 'time', None, 500., torch.ones(2), 5, x=Z8, title='UNet.forward', says='time is'), **each(U.timestep_embedding, 'dim', 0, -2, 3, 'a', time=torch.ones(3), says=''),
+    **each(U.loss_by_level, 'n_levels', 0, -1, 'a', net=UNET, process=FLOW, z=Z8), **each(U.loss_by_level, 'seed', *SEEDS, net=UNET, process=FLOW, z=Z8), **each(U.loss_by_level, 'z', None, Z8.numpy(), net=UNET, process=FLOW),
+    **each(U.denoiser_learner, 'z_train', None, Z8.numpy(), Z8.long(), net=UNET, process=FLOW, z_valid=Z8, device='cpu', says='latents'), **each(U.denoiser_learner, 'bs', 0, -1, .5, net=UNET, process=FLOW, z_train=Z8, z_valid=Z8, device='cpu'), **each(U.denoiser_learner, 'seed', .5, nan, True, net=UNET, process=FLOW, z_train=Z8, z_valid=Z8, device='cpu'),
+    **each(G.ConditionalUNet, 'dim', 0, -1, 1.5, widths=(8,), depth=1), **each(G.ClassConditioner, 'classes', [], None, 5), **each(G.ClassConditioner, 'dim', 0, -1, 1.5, classes='ab'), **each(CATS.forward, 'labels', None, [], 5, title='ClassConditioner.forward'), **each(CATS.forward, 'labels', ['cow'], [5], [-7], torch.tensor([9]), title='ClassConditioner.forward', says='no class'),
+    **each(G.Conditioned, 'drop', -1, 2, nan, None, net=TOLD.net), **each(G.guide, 'scale', nan, inf, None, True, net=TOLD, cond=['cat']*3), **each(G.guide, 'cond', [], 5, net=TOLD, says='labels'), **each(G.TextConditioner, 'model', None, 5, []), **each(G.TextConditioner, 'max_tokens', 0, -1, 1.5), **each(G.TextConditioner().rows, 'captions', None, [], [5], 5, title='rows'),
+    **each(G.train_reader, 'pixels', None, PX[:0], codes=torch.zeros(6, 2).long()), **each(G.train_reader, 'codes', None, torch.zeros(5, 2).long(), torch.zeros(6).long(), torch.zeros(6, 2), -torch.ones(6, 2).long(), pixels=PX), **each(G.FactorReader([2]).read, 'images', None, X[:0], X[:, :1], X.numpy(), title='FactorReader.read'),
+    **each(E.autoguide, 'scale', nan, None, inf, net=UNET, weak=UNET), **each(E.unipc, 'ts', [], [1.], x=Z8, **DRAW), **each(E.unipc, 'order', 0, -1, x=Z8, ts=[1., 0.], **DRAW), **each(E.shortcut, 'ts', [], [1.], x=Z8, **DRAW), **each(E.draw_steps, 'n', -1, .5, None),
+    **each(T.DeviceLoader, 'bs', 0, -1, .5, x=X, device='cpu'), **each(T.DeviceLoader, 'seed', .5, 'a', nan, x=X, device='cpu'), **each(C.stream, 'seed', *SEEDS), **each(C.preset, 'name', 5, ['x'], 'x', says='no preset'), **each(C.preset, 'size', 0, -1, 1.5, 10**6, name='tiny'),
+    **each(C.settings_of, 'seed', *SEEDS, data='rooms', preset='tiny'), **each(C.settings_of, 'size', 1.5, -1, data='rooms', preset='tiny'), **each(C.settings_of, 'n', 1.5, 0, data='rooms', preset='tiny'), **each(C.positions, 'idxs', [[1], [2, 3]]), **each(C.counts, 'k', (), None, 5, (0,), (1.5,), 'ab'),
+    **each(C.find_class, 'name', None, 5, [], {}, 'Path', 'Run', 'run_cli', 'UserError', 'KLAutoencoder.encode_raw', 'a\0b', 'x'*5000, says='no class named'),
 }
 
 def answer(call, names):
