@@ -122,8 +122,7 @@ CALLS |= {
     **{k: v for o, bad in dict(n=WHOLE, bs=WHOLE, steps=WHOLE, seed=(*SEEDS, 2**63), shape=(None, (0,), (-1,), 5), sampler=('x', [], 5)).items() for k, v in each(S.sample, o, *bad, **but(SAMPLE, o)).items()},
     **each(S.img2img, 'strength', -1, 2, nan, None, z=Z8, **DRAW), **each(S.img2img, 'z', None, [], Z8.numpy(), Z8.long(), **DRAW), **each(S.img2img, 'seed', *SEEDS, z=Z8, **DRAW),
     **each(S.inpaint, 'mask', None, Z8, z=Z8, **DRAW), **each(S.inpaint, 'repeats', 0, -1, .5, z=Z8, mask=WHERE, **DRAW), **each(S.inpaint, 'z', None, Z8.long(), mask=WHERE, **DRAW),
-    **each(S.slerp, 'b', None, Z8[:2], Z8.long(), a=Z8, w=.5), **each(S.interpolate, 'k', *WHOLE, None, a=Z8, b=Z8), **each(S.interpolate, 'b', None, Z8[:2], a=Z8, k=2), **each(S.save_gif, 'frames', [], None, path='x.gif'),
-    **each(S.draw_between, 'ws', [2], ['a'], [], None, 5, pipe=PIPE, a=0, b=1, steps=2), **each(S.draw_between, 'a', *SEEDS, pipe=PIPE, b=1, ws=[.5], steps=2, says='seed'), **each(S.noise_and_guess, 't', 2., nan, pipe=PIPE, z=Z8), **each(S.noise_and_guess, 'z', None, Z8[:0], Z8[:, :1], pipe=PIPE, t=.5),
+    **each(S.slerp, 'b', None, Z8[:2], Z8.long(), a=Z8, w=.5), **each(S.interpolate, 'k', *WHOLE, None, a=Z8, b=Z8), **each(S.interpolate, 'b', None, Z8[:2], a=Z8, k=2), 
     **{k: v for o, bad in dict(n=COUNT, bs=COUNT, steps=WHOLE, seed=(*SEEDS, 2**63), sampler=(5, [], 'x', {}), spacing=(5, 'x')).items() for k, v in each(PIPE.draw, o, *bad, **but(dict(n=1, steps=2, bs=1), o)).items()},
     **each(PIPE.draw, 'prompt', 'a', n=1, says='called cond'), **each(PIPE.draw, 'eta', 0, n=1, says='does not know eta'), **each(PIPE.pixels, 'n', *COUNT), **each(PIPE.decode, 'z', None, [], Z8[:0], Z8[:, :1], Z8.long(), holed(Z8), Z8.numpy()), **each(PIPE.decode, 'bs', 0, -1, 'a', z=Z8),
     **each(CATPIPE.draw, 'cond', [], 5.5, {}, object(), [None], 'cow', True, [['cat']], b'cat', n=1, steps=2), **each(CATPIPE.draw, 'guidance', nan, inf, [], True, 1e308, n=1, steps=2, cond='cat'), **each(CATPIPE.draw, 'negative', [], 5.5, 'cow', n=1, steps=2, cond='cat'),
@@ -181,7 +180,7 @@ CALLS |= {
     **each(unet.denoiser_learner, 'process', None, 'flow', net=SMALL, z_train=Z, z_valid=Z, device='cpu'), **each(unet.denoiser_learner, 'z_train', holed(Z), Z*inf, net=SMALL, process=FLOW, z_valid=Z, device='cpu'),
     **each(unet.denoiser_learner, 'z_valid', holed(Z), Z*inf, net=SMALL, process=FLOW, z_train=Z, device='cpu'), **each(unet.denoiser_learner, 'z_train', (Z, torch.zeros(3).long()), net=SMALL, process=FLOW, z_valid=Z, device='cpu', says='of one length'),
     **each(unet.ActStats, 'every', 0, -1, 1.5, nan, 'a', None), **each(training.EMA, 'decay', -1, 2, nan, inf, 'a', None, True),
-    **each(training.DeviceLoader, 'x', None, 'a', 3, [], X[:0], X.numpy(), device='cpu', says='x and what belongs to it are'), **each(training.DeviceLoader, 'crop', -1, 99, 16, 'a', 1.5, nan, x=X, device='cpu', shuffle=True, bs=2),
+    **each(training.DeviceLoader, 'x', None, 'a', 3, [], X[:0], X.numpy(), device='cpu', says='x and what goes with it are'), **each(training.DeviceLoader, 'crop', -1, 99, 16, 'a', 1.5, nan, x=X, device='cpu', shuffle=True, bs=2),
 }
 
 @pytest.mark.parametrize('title', CALLS)
