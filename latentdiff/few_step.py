@@ -15,7 +15,7 @@ from torch.func import functional_call
 from diffusers.configuration_utils import ConfigMixin
 from fastai.callback.core import Callback
 from .core import UserError, artefact, default_device, find_class, fingerprint, load_component, read_json
-from .core import save_component, spread, stream, write_json
+from .core import number, save_component, spread, stream, write_json
 from .training import Checkpoint, Graphed, fit_steps, zero_init
 from .noisify import NoisifyCB, bcast, weights_hash
 from .unet import TimeMLP, denoiser_learner
@@ -61,6 +61,7 @@ def _unipc_step(process, x, t, u, known, new=None): # latents at t; times; [(lam
 def unipc(net, process, x, ts, callback=None, generator=None, order=2): # how many guesses a prediction uses
     "UniPC (2302.04867), algorithm 1, with guesses of x0: a multistep prediction, corrected by the next evaluation"
     known, start, used = [], None, 0
+    number(1, 9, order=order)
     for i, (t, u) in enumerate(pairs(ts)):
         x0, _ = predict(net, process, x, t)
         if start: x = _unipc_step(process, *start, t, known[-used:], x0)      # no evaluation of its own
