@@ -26,9 +26,10 @@ def predict(net, process, x, t): # `net(x_t, time) -> prediction`; its process; 
     "The clean latents and the noise, `(x0, eps)`, that `net` sees in `x`"
     check_latents(False, x=x)
     if not callable(net): raise UserError(f'net is {net!r:.80}: give net(x_t, time) -> prediction')
-    t = torch.full((len(x),), check_level(t=t), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+    level, kind = check_level(t=t), torch.promote_types(x.dtype, torch.float32)
+    t = torch.full((len(x),), level, device=x.device, dtype=kind)
     answer = net(check_process(process).scale_input(x, t), process.time_input(t))
-    check_latents(x=x, answer=answer)
+    check_latents(level > 0, x=x, answer=answer)   # at 0 there is no noise to find, and some answers divide by it
     return process.x0_eps(answer, x, t)
 
 # %% ../nbs/40_sampling.ipynb #c009

@@ -52,7 +52,8 @@ class DeviceLoader(DataLoader):
                  flip=False, crop=0,    # mirror half of the pictures; move each by up to so many pixels, see `shifted`
                  seed=None, device=None, transform=None): # None: torch's; None: the GPU if any; called with x on it
         if not torch.is_tensor(x) or not x.numel() or any(len(y) != len(x) for y in ys):
-            raise UserError(f'x and what goes with it are {[kind_of(o) for o in (x, *ys)]}: give tensors of one length')
+            kinds = ', '.join(map(kind_of, (x, *ys)))
+            raise UserError(f'x and what belongs to it are {kinds}: give tensors of one length')
         if crop: number(0, min(x.shape[-2:]) - 1, crop=crop)
         self.flip, self.crop, self.transform, self.epoch, self._order = flip, crop, transform, 0, (None, None)
         self.seed = int(torch.randint(2**31, (1,)) if seed is None else number(seed=seed))

@@ -179,8 +179,8 @@ CALLS |= {
     **each(sampling.img2img, 'z', Z[:0], holed(Z), Z*inf, steps=2, says='x ', **ASKED), **each(sampling.denoise_path, 'ts', *NO_TIMES, x=Z, **ASKED), **each(sampling.denoise_path, 'sampler', 'x', None, 3, x=Z, ts=STEPS, **ASKED),
     **each(unet.denoiser_learner, 'process', None, 'flow', net=SMALL, z_train=Z, z_valid=Z, device='cpu'), **each(unet.denoiser_learner, 'z_train', holed(Z), Z*inf, net=SMALL, process=FLOW, z_valid=Z, device='cpu'),
     **each(unet.denoiser_learner, 'z_valid', holed(Z), Z*inf, net=SMALL, process=FLOW, z_train=Z, device='cpu'), **each(unet.denoiser_learner, 'z_train', (Z, torch.zeros(3).long()), net=SMALL, process=FLOW, z_valid=Z, device='cpu', says='of one length'),
-    **each(unet.ActStats, 'every', 0, -1, 1.5, nan, 'a', None), **each(training.EMA, 'decay', -1, 2, nan, inf, 'a', None, True),
-    **each(training.DeviceLoader, 'x', None, 'a', 3, [], X[:0], X.numpy(), device='cpu', says='x and what goes with it are'), **each(training.DeviceLoader, 'crop', -1, 99, 16, 'a', 1.5, nan, x=X, device='cpu', shuffle=True, bs=2),
+    **each(few_step.unipc, 'order', 0, -1, 1.5, nan, 'a', None, True, x=Z, ts=STEPS, **ASKED), **each(unet.ActStats, 'every', 0, -1, 1.5, nan, 'a', None), **each(training.EMA, 'decay', -1, 2, nan, inf, 'a', None, True),
+    **each(training.DeviceLoader, 'x', None, 'a', 3, [], X[:0], X.numpy(), device='cpu', says='x and what belongs to it are'), **each(training.DeviceLoader, 'crop', -1, 99, 16, 'a', 1.5, nan, x=X, device='cpu', shuffle=True, bs=2),
 }
 
 @pytest.mark.parametrize('title', CALLS)
