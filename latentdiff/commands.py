@@ -334,7 +334,9 @@ def fix_steps(self:Run):
         a, d = self.step_times()
         share = 60*self.settings['minutes']/(self.p.ae_steps*a + self.p.steps*d)
     given = self.p.ae_pretrained or 'start' in self.settings   # then no autoencoder is trained
-    self.settings |= agreed({k: max(1, round(getattr(self.p, k)*share)) for k in STEPS[bool(given):]})
+    steps = {k: max(1, round(getattr(self.p, k)*share)) for k in STEPS[bool(given):]}
+    above_zero(**steps)   # also of so many minutes
+    self.settings |= agreed(steps)
     self.p = preset_of(self.settings)
 
 @patch
@@ -362,7 +364,7 @@ def go(self:Run, goals=GOALS):
     self.folder.mkdir(parents=True, exist_ok=True)
     stamp = lambda: {o: o.stat().st_mtime_ns for o in self.folder.glob('**/*.json')}   # each part has its made.json
     with locked(self.folder):
-        self.settings = agreed(self.read(self.settings))   # somebody may have been at it just now
+        if fresh: self.settings = agreed(self.read(self.settings))   # somebody may have begun meanwhile
         before = stamp()
         if fresh and self.images.skipped: write_json(self.folder/'skipped.json', self.images.skipped, indent=1)
         if fresh or read_json(self.folder/'run.json', 'delete it').get('settings') != self.settings: self.write()

@@ -114,10 +114,15 @@ def enough(what, path, disk=0, memory=0): # in words; where it writes; bytes of 
 
 def free_memory():
     "Bytes that may still be taken of this machine's memory; infinite where it does not say"
+    free, group = math.inf, Path('/sys/fs/cgroup')
     with suppress(OSError, ValueError, KeyError):
         told = dict(o.split(':') for o in Path('/proc/meminfo').read_text().splitlines())
-        return sum(1024*int(told[k].split()[0]) for k in ('MemAvailable', 'SwapFree'))
-    return math.inf
+        free = sum(1024*int(told[k].split()[0]) for k in ('MemAvailable', 'SwapFree'))
+    with suppress(OSError, ValueError, IndexError):   # what a container, or a batch system, has set
+        group /= Path('/proc/self/cgroup').read_text().split('0::/')[1].strip()
+        most, used = (int((group/f'memory.{o}').read_text()) for o in ('max', 'current'))
+        free = min(free, most - used)
+    return free
 
 def reserve(path, size): # of a file; bytes
     "Give it so many bytes on the disk now: a memory map of a file with holes dies with SIGBUS where the disk is full"
@@ -260,7 +265,8 @@ def one_line_errors(f):
         except BrokenPipeError: os._exit(141)   # the reader of a pipe has gone, as `| head` does
         except Exception as e:
             if not (why := refused(e)): raise
-            if isinstance(e, OSError) and e.filename is None: os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            if isinstance(e, OSError) and why is not e and e.filename is None:   # what was printed is lost
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             raise SystemExit(f"latentdiff-{f.__name__.removesuffix('_cli')}: {' '.join(str(why).split())}") from None
         except KeyboardInterrupt as e: raise SystemExit(last_words(*e.args)) from None
     return _f

@@ -10,7 +10,7 @@ __all__ = ['PATIENCE', 'SLOWEST', 'ARCHIVES', 'DAMAGED', 'UNPACKED', 'LARGEST', 
 
 # %% ../nbs/parts/files.ipynb #f004
 import csv, errno, gzip, hashlib, http.client, io, itertools, json, lzma, math, os, random, re, shutil
-import struct, tarfile, time, urllib.request, zipfile, zlib
+import struct, tarfile, time, tokenize, urllib.request, zipfile, zlib
 from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qsl
 
@@ -361,7 +361,7 @@ def npz_pixels(path): # of an .npz with one array
     try:
         names = (z := np.load(path)).files
         a = z['arr_0' if 'arr_0' in names else names[0]] if names else None
-    except (OSError, TypeError, AttributeError, MemoryError, *DAMAGED):
+    except (OSError, TypeError, AttributeError, MemoryError, SyntaxError, tokenize.TokenError, *DAMAGED):
         raise UserError(f'{path} cannot be read as .npz: write it again with latentdiff-sample --npz.') from None
     if not isinstance(a, np.ndarray) or len(names) > 1 and 'arr_0' not in names:
         raise UserError(f"{path} holds {', '.join(names)[:80] or 'nothing'}: one uint8 array (n,h,w,c) is needed.")

@@ -288,9 +288,11 @@ def denoiser_learner(net, process, # denoiser: net(x_t, time) -> prediction; the
 ):
     "A Learner that denoises; raises `UserError` without latents"
     (z_train, *y_train), (z_valid, *y_valid) = (o if isinstance(o, tuple) else (o,) for o in (z_train, z_valid))
-    if not len(z_train) or not len(z_valid): raise UserError('no latents to train on or hold out: encode more images')
     device = torch.device(device or default_device())
-    check_process(process), check_latents(z_train=z_train), check_latents(z_valid=z_valid)
+    check_process(process)
+    for k, z in dict(z_train=z_train, z_valid=z_valid).items():
+        if torch.is_tensor(z) and not len(z): raise UserError('no latents to train on or hold out: encode more images')
+        check_latents(**{k: z})
     train = DeviceLoader(z_train, *y_train, bs=bs, shuffle=True, flip=flip, seed=seed, device=device)
     valid = DeviceLoader(*(spread(o, 1000) for o in (z_valid, *y_valid)), bs=2*bs, device=device)
     return Learner(DataLoaders(train, valid, device=device), net.to(device, memory_format=torch.channels_last),

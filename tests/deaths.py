@@ -23,9 +23,9 @@ def writes(event, args):
         return path if isinstance(path, str) and (flags & (os.O_WRONLY|os.O_RDWR|os.O_CREAT)) else None
     return args[0] if event in ('os.rename', 'os.remove', 'os.mkdir', 'shutil.rmtree', 'block') else None
 
-def announced(blocks, *_):
+def announced(response):
     "The blocks of a download, each a place to die at"
-    for o in blocks:
+    for o in iter(lambda: response.read(1 << 20), b''):
         sys.audit('block', str(HERE))
         yield o
         sys.audit('block', str(HERE))
@@ -95,7 +95,7 @@ class Stage:
     def do(self, folder):
         if self.name == 'download':
             global HERE
-            HERE, files.progress = folder, announced
+            HERE, files._arriving = folder, announced
             files.download(f'http://127.0.0.1:{self.server.server_port}/a.bin', folder/'a.bin')
         elif self.name == 'unpack':
             os.environ['LATENTDIFF_DATA'] = str(folder)
@@ -109,6 +109,7 @@ def in_child(do):
     pid = os.fork()
     if pid: return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     try:
+        torch.set_num_threads(1)   # makes torch's pool of threads anew after a fork; two threads at once would quarrel over that
         do()
         os._exit(0)
     except BaseException as e:

@@ -7,7 +7,7 @@ from fastcore.basics import AttrDict
 ROOT = Path(__file__).parents[1]
 
 SERVER = '''
-import atexit, gc, json, os, runpy, sys
+import atexit, gc, json, os, runpy, sys, torch
 import latentdiff.commands, latentdiff.denoisers, latentdiff.labs_data, latentdiff.report
 if sys.argv[1:]:
     sys.path.insert(0, sys.argv[1])
@@ -24,6 +24,7 @@ for line in sys.stdin:
         os.chdir(job['cwd'])
         for path, fd in ((os.devnull, 0), (job['out'], 1), (job['err'], 2)):
             os.dup2(os.open(path, os.O_RDWR|os.O_CREAT|(os.O_TRUNC if fd else 0)), fd)
+        torch.set_num_threads(torch.get_num_threads())   # makes torch's pool of threads anew; two threads at once would quarrel over that
         sys.argv = [job['script'], *job['args']]
         code = 0
         try: runpy.run_path(job['script'], run_name='__main__')

@@ -102,7 +102,7 @@ def stands(file, path, value):
     "Is the value one that the file may have, so that nothing has to be said?"
     return any((path, repr(value)) == (k, repr(v)) for k, v in HOLDS[file][2])
 
-JSONS = [(file, None, text) for file in HOLDS for text in TEXTS if not (text is None and file in ('run.json', '.latents.making/done.json', 'latents/made.json', 'unet/made.json', 'autoencoder/made.json', 'metrics.json'))]
+JSONS = [(file, None, text) for file in HOLDS for text in TEXTS if not (text == '' and file == 'config.toml' or text is None and file in ('run.json', '.latents.making/done.json', 'latents/made.json', 'unet/made.json', 'autoencoder/made.json', 'metrics.json'))]
 JSONS += [(file, path, v) for file, (_, paths, _) in HOLDS.items() for path in paths for v in VALUES if not stands(file, path, v)]
 
 def spoil(folder, file, path, value):

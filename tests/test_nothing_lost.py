@@ -23,7 +23,7 @@ def deaths(server, shared):
             (shared/'deaths').mkdir()
             r = server.run(Path(__file__).with_name('deaths.py'), shared/'deaths', n, 0)
             assert r.rc == 0, r.err
-            said.write_text(r.out.splitlines()[-1])
+            said.write_text(json.dumps(dict(err=r.err, **json.loads(r.out.splitlines()[-1]))))
     return AttrDict(n=n, **json.loads(said.read_text()))
 
 @posix
@@ -32,7 +32,7 @@ def test_killed_at_any_write_and_called_again(deaths, stage):
     "The next call ends with the bytes of a run that was left in peace, and nothing half made is left"
     assert len(deaths[stage]) >= min(deaths.n, 9)
     for where, killed, again, differs, left in deaths[stage]:
-        assert killed == -signal.SIGKILL and not differs and not left, (stage, where, differs, left)
+        assert killed == -signal.SIGKILL and not differs and not left, (stage, where, differs, left, deaths.err)
         done = stage == 'to a folder' and int(where.split()[0]) > int(where.split()[-1]) - 2   # killed when all was in place: it says so
         assert again == done, (stage, where)
 
@@ -375,7 +375,7 @@ def second(do):
         os.close(tell)
         os.read(begun, 1)
         return pid
-    files.progress = lambda it, *_: it
+    files._arriving = arriving
     files.FileLock = Telling
     try: do()
     except BaseException as e:
@@ -384,11 +384,12 @@ def second(do):
     os._exit(0)
 
 pids = []
-def halfway(blocks, *_):
-    for i, o in enumerate(blocks):
+arriving = files._arriving
+def halfway(response):
+    for i, o in enumerate(arriving(response)):
         yield o
         if i == 0: pids.append(second(lambda: files.download(url, path)))
-files.progress = halfway
+files._arriving = halfway
 files.download(url, path)
 assert os.waitpid(pids[0], 0)[1] == 0
 
