@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT', 'default_device', 'number', 'one_of',
-           'positions', 'spread', 'counts', 'numbers', 'Preset', 'preset', 'run_folder', 'above_zero', 'preset_of',
-           'check_settings', 'settings_of', 'stream', 'Bar', 'progress', 'every', 'agreed', 'share', 'gathered',
-           'first_ahead', 'to_toml', 'check_kinds', 'read_toml', 'beside_file', 'weights_name', 'not_finite',
-           'save_component', 'find_class', 'read_weights', 'load_weights', 'network_config', 'load_component',
-           'fingerprint', 'sealed', 'unsealed', 'made', 'artefact', 'locked', 'exercise']
+           'positions', 'spread', 'whole_numbers', 'numbers', 'Preset', 'preset', 'run_folder', 'above_zero',
+           'preset_of', 'check_settings', 'settings_of', 'stream', 'Bar', 'progress', 'every', 'agreed', 'share',
+           'gathered', 'first_ahead', 'to_toml', 'check_kinds', 'read_toml', 'beside_file', 'weights_name',
+           'not_finite', 'save_component', 'find_class', 'read_weights', 'load_weights', 'network_config',
+           'load_component', 'fingerprint', 'sealed', 'unsealed', 'made', 'artefact', 'locked', 'exercise']
 
 # %% ../nbs/parts/core.ipynb #c004
 from .disk import UserError, clear_away, data_home, file_md5, on_disk, rank, read_json, remove, replace_folder
@@ -59,7 +59,7 @@ def spread(items, n): # a tensor or array; how many
     "`n` of them, evenly apart, or all if there are no more: where classes follow one another, some of each"
     return items if len(items) <= n else items[np.linspace(0, len(items) - 1, n).round().astype(int)]
 
-def counts(most=10**6, **given): # the largest allowed; one argument by its name, a list or tuple
+def whole_numbers(most=10**6, **given): # the largest allowed; one argument by its name, a list or tuple
     "It, if it is whole numbers above 0, one or more; else raises `UserError`"
     (k, v), = given.items()
     if not isinstance(v, (list, tuple)) or not v:
@@ -192,9 +192,9 @@ def check_settings(path, s): # run.json; the settings in it
 def settings_of(data=None, preset=None, size=None, minutes=None, seed=0, n=None, autoencoder=None, condition=None,
                 From=None, steps=None, ae_steps=None, lr=None, ae_lr=None):
     "What a run depends on, as it is written to run.json: the options, checked, and defaults; steps None: not yet known"
-    counts = dict(size=size, n=n, steps=steps, ae_steps=ae_steps)
-    above_zero(**counts, minutes=minutes, lr=lr, ae_lr=ae_lr)
-    number(*SEEDS, seed=seed, **{k: v for k, v in counts.items() if v is not None})
+    amounts = dict(size=size, n=n, steps=steps, ae_steps=ae_steps)
+    above_zero(**amounts, minutes=minutes, lr=lr, ae_lr=ae_lr)
+    number(*SEEDS, seed=seed, **{k: v for k, v in amounts.items() if v is not None})
     if data == '': raise UserError('--data is empty: name a data set, a folder, an archive or a web address.')
     if condition not in (None, 'auto', 'none', 'class', 'text'):
         raise UserError(f'--condition is {condition}: choose auto, none, class or text.')

@@ -12,7 +12,7 @@ import math
 from contextlib import contextmanager
 from itertools import pairwise
 import numpy as np, torch
-from .core import Bar, UserError, counts, default_device, gathered, number, share, world
+from .core import Bar, UserError, default_device, gathered, number, share, whole_numbers, world
 from .data import kind_of, like
 from .noisify import check_latents, check_level, check_process
 
@@ -48,17 +48,18 @@ def optimal_denoiser(process, means, # any `Process`; (k, ...) centres of the mi
     return net
 
 # %% ../nbs/40_sampling.ipynb #c027
-def pairs(ts): # times, falling
+def pairs(ts, up=False): # times, falling; or rising?
     "The steps between them, as a list of (from, to); raises `UserError` unless they fall, and there are two or more"
     try: steps = list(pairwise(map(float, ts)))
     except (TypeError, ValueError): steps = []
     if steps and all(1 >= t > u >= 0 for t, u in steps): return steps
+    if steps and up and all(0 <= t < u <= 1 for t, u in steps): return steps
     said = ' '.join(repr(ts).split())[:80]
     raise UserError(f'ts is {said}: times fall from at most 1 to 0, in one step or more, as time_steps makes them')
 
 def euler(net, process, x, ts, callback=None, generator=None):
     "Euler's method on the straight line `y = x/(alpha+sigma)`, `tau = sigma/(alpha+sigma)` (2209.03003, section 2.1)"
-    for i, (t, u) in enumerate(pairs(ts)):
+    for i, (t, u) in enumerate(pairs(ts, up=True)):   # the line can be walked backwards, too
         (a, s), (a1, s1) = levels(process, t), levels(process, u)
         x0, eps = predict(net, process, x, t)
         if callback: callback(i, t, x, x0)
@@ -123,7 +124,7 @@ def start_noise(process, shape,      # any `Process`; (n, c, h, w) or (n, d)
                 t=1.):               # time to start from
     "Pure noise of standard deviation `sigma(t)`; sample `i` is the same for every `n`"
     number(0, 1, False, t=t)
-    counts(shape=tuple(shape) if isinstance(shape, (list, tuple)) else shape)
+    whole_numbers(shape=tuple(shape) if isinstance(shape, (list, tuple)) else shape)
     return levels(process, t)[1]*noise_like(torch.empty(shape, device=device), generators(seed, shape[0]))
 
 # %% ../nbs/40_sampling.ipynb #c037
@@ -232,7 +233,7 @@ def sample(net, process,              # denoiser: `net(x_t, time) -> prediction`
            bs=128, device=None,       # samples a batch, where there are more; None: the GPU if there is one
            spacing=None):             # of the times, as `time_steps` takes it
     "(n, *shape) float32 standardised latents on the CPU, made from noise"
-    number(1, n=n), number(1, bs=bs), number(1, 10**6, steps=steps), counts(shape=shape)
+    number(1, n=n), number(1, bs=bs), number(1, 10**6, steps=steps), whole_numbers(shape=shape)
     step, ts, bs = _sampler_of(sampler), time_steps(process, steps, spacing), min(n, bs)
     batches = math.ceil(n/bs)
     bar, out = Bar((len(ts) - 1)*math.ceil(batches/world()), f'drawing {n:,} samples'), []

@@ -15,7 +15,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from fastai.basics import DataLoaders, Path, patch
 from fastai.callback.all import ActivationStats, GradientClip
 from .core import UNFIT, WEIGHTS, UserError, artefact, default_device, fingerprint, load_component
-from .core import counts, network_config, number, positions, save_component, spread, write_json
+from .core import network_config, number, positions, save_component, spread, whole_numbers, world, write_json
 from .data import kind_of, like
 from .training import Checkpoint, DeviceLoader, EMA, Graphed, Learner, fit_steps, largest_divisor
 from .training import mixed_precision, muon, zero_init
@@ -149,7 +149,8 @@ def unet2d_args(in_channels=4, out_channels=None, widths=(32,64,64,128), depth=2
 # %% ../nbs/30_unet.ipynb #L341
 def check_unet(in_channels, out_channels, widths, depth, attn_levels, head_dim, groups): # as `UNet` takes them
     "Raises `UserError` for what no U-Net has"
-    number(1, 10**5, in_channels=in_channels, out_channels=out_channels or in_channels), counts(10**5, widths=widths)
+    number(1, 10**5, in_channels=in_channels, out_channels=out_channels or in_channels)
+    whole_numbers(10**5, widths=widths)
     number(1, 100, depth=depth), number(1, head_dim=head_dim)
     if attn_levels is not None: positions(len(widths), attn_levels=attn_levels)
     if groups is not None and any(w % number(1, groups=groups) for w in widths):
@@ -292,7 +293,7 @@ def denoiser_learner(net, process, # denoiser: net(x_t, time) -> prediction; the
     check_process(process)
     for k, z in dict(z_train=z_train, z_valid=z_valid).items():
         if torch.is_tensor(z) and not len(z): raise UserError('no latents to train on or hold out: encode more images')
-        check_latents(**{k: z})
+        check_latents(world() == 1, **{k: z})   # of several processes all shall stop: `fit_steps` looks at the loss
     train = DeviceLoader(z_train, *y_train, bs=bs, shuffle=True, flip=flip, seed=seed, device=device)
     valid = DeviceLoader(*(spread(o, 1000) for o in (z_valid, *y_valid)), bs=2*bs, device=device)
     return Learner(DataLoaders(train, valid, device=device), net.to(device, memory_format=torch.channels_last),

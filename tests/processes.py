@@ -7,7 +7,8 @@ from fastcore.basics import AttrDict
 ROOT = Path(__file__).parents[1]
 
 SERVER = '''
-import atexit, gc, json, os, runpy, sys, torch
+import atexit, gc, json, os, runpy, signal, sys, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell ignores it for what runs in the background
 import latentdiff.commands, latentdiff.denoisers, latentdiff.labs_data, latentdiff.report
 if sys.argv[1:]:
     sys.path.insert(0, sys.argv[1])

@@ -98,7 +98,7 @@ def test_what_nohup_ignores_stays_ignored(server, tmp_path):
     r = server.code(HANDED, 'ignored', 'SIGHUP', tmp_path)
     assert r.rc == 0 and not r.err and (tmp_path/'a'/'x').read_text() == 'half'
 
-EARLY = "import os, signal, sys\nsys.argv = ['/bin/latentdiff-run', '--help']\n{}\nimport latentdiff.commands"
+EARLY = "import os, signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nsys.argv = ['/bin/latentdiff-run', '--help']\n{}\nimport latentdiff.commands"
 
 @posix
 def test_ctrl_c_while_the_command_itself_is_imported():

