@@ -457,7 +457,8 @@ def test_scores_look_at_every_class_of_sorted_folders(tmp_path, monkeypatch):
     r.kept |= dict(judge=Judge(), autoencoder=AttrDict(encode=lambda x: x, decode=lambda x: x))
     monkeypatch.setattr(commands.Run, 'samples', torch.zeros(200, 3, 8, 8, dtype=torch.uint8))
     monkeypatch.setattr(commands.Run, 'neighbours', lambda self: None)
-    monkeypatch.setattr(commands.Run, 'how', {})
+    monkeypatch.setattr(commands.Run, 'pipeline', AttrDict(parts=lambda: ('autoencoder', 'denoiser')))
+    monkeypatch.setattr(report, 'history_of', lambda path: {})
     shown, seen = [], {}
     monkeypatch.setattr(report, 'save_png', lambda im, path: shown.append(path.name))
     monkeypatch.setattr(kid_eval, 'evaluate', lambda fake, real, judge, floor_from, seed: seen.update(real=real, floor=floor_from) or {})

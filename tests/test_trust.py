@@ -140,7 +140,7 @@ CALLS |= {
     **each(G.train_reader, 'pixels', None, PX[:0], codes=torch.zeros(6, 2).long()), **each(G.train_reader, 'codes', None, torch.zeros(5, 2).long(), torch.zeros(6).long(), torch.zeros(6, 2), -torch.ones(6, 2).long(), pixels=PX), **each(G.FactorReader([2]).read, 'images', None, X[:0], X[:, :1], X.numpy(), title='FactorReader.read'),
     **each(E.autoguide, 'scale', nan, None, inf, net=UNET, weak=UNET), **each(E.unipc, 'ts', [], [1.], x=Z8, **DRAW), **each(E.unipc, 'order', 0, -1, x=Z8, ts=[1., 0.], **DRAW), **each(E.shortcut, 'ts', [], [1.], x=Z8, **DRAW), **each(E.draw_steps, 'n', -1, .5, None),
     **each(T.DeviceLoader, 'bs', 0, -1, .5, x=X, device='cpu'), **each(T.DeviceLoader, 'seed', .5, 'a', nan, x=X, device='cpu'), **each(C.stream, 'seed', *SEEDS), **each(C.preset, 'name', 5, ['x'], 'x', says='no preset'), **each(C.preset, 'size', 0, -1, 1.5, 10**6, name='tiny'),
-    **each(C.settings_of, 'seed', *SEEDS, data='rooms', preset='tiny'), **each(C.settings_of, 'size', 1.5, -1, data='rooms', preset='tiny'), **each(C.settings_of, 'n', 1.5, 0, data='rooms', preset='tiny'), **each(C.positions, 'idxs', [[1], [2, 3]]), **each(C.counts, 'k', (), None, 5, (0,), (1.5,), 'ab'),
+    **each(C.settings_of, 'seed', *SEEDS, data='rooms', preset='tiny'), **each(C.settings_of, 'size', 1.5, -1, data='rooms', preset='tiny'), **each(C.settings_of, 'n', 1.5, 0, data='rooms', preset='tiny'), **each(C.positions, 'idxs', [[1], [2, 3]]), **each(C.whole_numbers, 'k', (), None, 5, (0,), (1.5,), 'ab'),
     **each(C.find_class, 'name', None, 5, [], {}, 'Path', 'Run', 'run_cli', 'UserError', 'KLAutoencoder.encode_raw', 'a\0b', 'x'*5000, says='no class named'),
 }
 
