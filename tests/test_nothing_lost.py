@@ -635,3 +635,34 @@ def test_a_run_whose_folder_goes_away_says_so(tmp_path):
         def moved(self): self.folder.rename(tmp_path/'elsewhere')
     r.__class__ = Moving
     assert 'is gone' in one_line(lambda: r.go(('moved',)))
+
+def test_memory_that_a_container_allows_counts(tmp_path, monkeypatch):
+    "The least of what the machine has free and what its group may still take; a group without a limit does not count"
+    own, found = disk.Path, tmp_path/'fs'
+    (found/'job').mkdir(parents=True)
+    places = {'/proc/self/cgroup': tmp_path/'cgroup', '/sys/fs/cgroup': found, '/proc/meminfo': tmp_path/'meminfo'}
+    monkeypatch.setattr(disk, 'Path', lambda p: places.get(str(p), own(p)))
+    (tmp_path/'meminfo').write_text('MemAvailable:   1000 kB\nSwapFree:   24 kB\n')
+    (tmp_path/'cgroup').write_text('0::/job\n')
+    assert free_memory() == 1024*1024
+    (found/'job'/'memory.current').write_text('300\n')
+    (found/'job'/'memory.max').write_text('1000\n')
+    assert free_memory() == 700
+    (found/'job'/'memory.max').write_text('max\n')
+    assert free_memory() == 1024*1024
+
+def test_minutes_without_end_write_nothing(tmp_path):
+    "They become more steps than a run may have: said before anything is written, so that the folder stays free"
+    from latentdiff.commands import Run
+    r = Run(tmp_path/'run', settings_of('rooms', 'tiny', n=120, minutes=1e9))
+    r.step_times = lambda: (.01, .01)
+    assert 'steps is' in one_line(lambda: r.go(())) and not (tmp_path/'run'/'run.json').exists()
+
+def test_an_array_whose_header_is_no_end_of_brackets(tmp_path):
+    import io, zipfile
+    import numpy as np
+    from latentdiff.files import npz_pixels
+    for text in (b'('*5000, b"{'descr': " + b'['*3000, b"{'a': '''"):
+        head = text.ljust(len(text) + 64 - (len(text) + 11) % 64) + b'\n'
+        with zipfile.ZipFile(tmp_path/'a.npz', 'w') as z: z.writestr('arr_0.npy', b'\x93NUMPY\x01\x00' + len(head).to_bytes(2, 'little') + head)
+        assert 'cannot be read as .npz' in one_line(lambda: npz_pixels(tmp_path/'a.npz'))
