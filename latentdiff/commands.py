@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['data', 'training', 'autoencoder', 'noisify', 'unet', 'sampling', 'kid_eval', 'conditioning', 'pipeline', 'report',
            'source', 'QUICK', 'SCORES', 'GOALS', 'run_cli', 'encode_cli', 'Run', 'to_hwc', 'write_npz', 'train_cli',
-           'told_by', 'check_kind', 'write_pngs', 'sample_cli', 'eval_cli']
+           'told_by', 'write_pngs', 'sample_cli', 'eval_cli']
 
 # %% ../nbs/90_commands.ipynb #c004
 from .disk import enough, new_place, new_places, one_line_errors   # first: it minds Ctrl-C
@@ -442,14 +442,8 @@ def told_by(Class, prompt, guidance, negative):
         if not v.strip(' ,'): raise UserError(f'--{k} is empty: say what to draw, or leave it away.')
     told = {k: v for k, v in (('guidance', guidance), ('negative', negative)) if v is not None}
     if told and not given: raise UserError(f'--{[*told][0]} needs --class or --prompt: say what to draw.')
-    if Class: told['cond'] = [o.strip() for o in Class.split(',')]
+    if Class: told['cond'] = source.listed(Class)
     return told | {'cond': prompt} if prompt else told
-
-def check_kind(pipe, run, Class, prompt):
-    "`UserError` if `pipe` was not trained with what it is told"
-    for v, kind, what in ((Class, 'class', 'classes'), (prompt, 'text', 'captions')):
-        if v and kind not in (source.told_of(pipe) or '').split(' and '):
-            raise UserError(f'{run} was trained without {what}: leave the option away.')
 
 def write_pngs(folder, px):
     "One PNG an image, 00000.png onwards, in a folder that appears when it is complete"
@@ -469,7 +463,7 @@ def sample_cli(
     sampler:str=None,       # ddpm, ddim, euler, heun, dpmpp_2m, dpmpp_2m_sde, unipc; default: as above, else dpmpp_2m
     seed:int=0,             # of the noise
     bs:int=16,              # images at a time; images are the same to the bit only for the same number
-    Class:str=None,         # what to draw, in a run that was trained with classes; several with commas between
+    Class:str=None,         # what to draw, in a run that was trained with classes; several with commas between, such as 'a,"b, c"'
     prompt:str=None,        # the same in words, in a run that was trained with captions
     guidance:float=None,    # how much to exaggerate what is asked for; 1: not at all; default: as above, else 2
     negative:str=None       # class or words to stay away from
@@ -481,7 +475,7 @@ def sample_cli(
     told = told_by(Class, prompt, guidance, negative)
     with first_ahead(): new_places(out=out, npz=npz)
     pipe = pipeline.LatentDiffusionPipeline.from_pretrained(run)
-    check_kind(pipe, run, Class, prompt)
+    source.check_kind(pipe, run, Class, prompt)
     size = n*pipe.size**2*3
     memory = size + 8*n*math.prod(pipe.latent_shape)
     with first_ahead():

@@ -93,8 +93,8 @@ def show_images(
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
     for ax, im in zip(axs.flat, pixels): ax.imshow(im.permute(1, 2, 0), interpolation='nearest')
-    for ax, t in zip(axs.flat, titles): ax.set_title(t, fontsize=9, pad=2)
-    for ax, r in zip(axs[:,0], rows): ax.set_ylabel(r, rotation=0, ha='right', va='center', fontsize=9)
+    for ax, t in zip(axs.flat, titles): ax.set_title(t, fontsize=9, pad=2, parse_math=False)
+    for ax, r in zip(axs[:,0], rows): ax.set_ylabel(r, rotation=0, ha='right', va='center', fontsize=9, parse_math=False)
     plt.show()
 
 # %% ../nbs/00_data.ipynb #c127

@@ -256,7 +256,8 @@ def captions_in(folder):
             if why := no_file(path): raise OSError(why)
             with path.open(newline='', encoding='utf-8') as f:
                 for row in csv.DictReader(f) if path.suffix == '.csv' else map(json.loads, f):
-                    found[path.parent/row['file_name']] = '' + (row.get('text') or row.get('caption') or '')
+                    found[path.parent/row['file_name']] = said = row.get('text') or row.get('caption') or ''
+                    said.encode()   # half a surrogate pair, which JSON can hold, is no text
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as e:
             raise UserError(f'{path} is no table with file_name and text ({e!r}): mend it, or remove it') from None
     return found
@@ -281,25 +282,45 @@ def _columns(features, told):
     return {'image': first(lambda o: kind(o) == 'Image'), 'label': first(lambda o: kind(o) == 'ClassLabel'),
             'caption': first(lambda o: o in ('text', 'caption')), **told}
 
-def _raw(picture): # {'bytes', 'path'}, of which one may be None
-    "The file that a row holds, or names"
+def _raw(picture): # {'bytes', 'path'}, of which one may be None, or None
+    "The file that a row holds, or names; an empty one, to be skipped and counted, where it does neither"
+    if not picture or picture['bytes'] is picture['path'] is None: return b''
     if picture['bytes'] is not None: return picture['bytes']
     with fsspec.open(picture['path'], 'rb') as f: return f.read()
 
-def _save_rows(rows, cols, classes, n, folder):
+def _class_folder(label, known):
+    "A folder inside this one, seen by all, and no other label's; `known`: those of earlier labels, is added to"
+    if label not in known:
+        taken = {o.lower() for o in known.values()}
+        plain = re.sub(r'^\.+|^$|[/\\\0]', '-', label).encode(errors='replace').decode()[:50]
+        names = itertools.chain([plain], (f'{plain} {k}' for k in itertools.count(2)))
+        known[label] = next(o for o in names if o.lower() not in taken)
+    return known[label]
+
+def _save_rows(rows, cols, classes, n, folder): # ...; names of the classes that are numbers, if they are
     "Write the pictures of at most `n` rows, a folder a class, and their captions; how many there were"
-    captions, i = [], -1
+    captions, homes, i = [], {}, -1
     for i, row in enumerate(progress(itertools.islice(rows, n), n, f'fetching {n:,} pictures')):
-        k = row[cols['label']] if classes else None
-        home = '' if k is None or k < 0 else re.sub(r'^\.+|[/\\]', '-', classes[k]) + '/'
-        raw, path = _raw(row[cols['image']]), PurePosixPath(row[cols['image']]['path'] or '')
-        name = f"{home}{i:06d}{path.suffix or ('.png' if raw[1:4] == b'PNG' else '.jpg')}"
-        (folder/name).parent.mkdir(exist_ok=True)
-        (folder/name).write_bytes(raw)
-        if cols['caption']: captions.append((name, row[cols['caption']]))
-    with (folder/'metadata.csv').open('w', newline='', encoding='utf-8') as f:
-        csv.writer(f).writerows([('file_name', 'text'), *captions])
+        label, picture = row[cols['label']] if cols['label'] else None, row[cols['image']]
+        if classes and label is not None: label = None if label < 0 else classes[label]
+        home = folder if label is None else folder/_class_folder(str(label), homes)
+        raw, suffix = _raw(picture), PurePosixPath((picture or {}).get('path') or '').suffix
+        if suffix.lower() not in SUFFIXES: suffix = '.png' if raw[1:4] == b'PNG' else '.jpg'
+        home.mkdir(exist_ok=True)
+        path = home/f'{i:06d}{suffix}'
+        path.write_bytes(raw)
+        said = row[cols['caption']] if cols['caption'] else None
+        if isinstance(said, list): said = said[0] if said else None
+        if said is not None: captions.append(dict(file_name=path.relative_to(folder).as_posix(), text=str(said)))
+    (folder/'metadata.jsonl').write_text(''.join(json.dumps(o) + '\n' for o in captions))
     return i + 1
+
+def _classes_of(features, column):
+    "Names of the classes where `column` numbers them, None where it names them or there is none; raises `UserError`"
+    kind = features[column] if column else None
+    if kind is None or re.fullmatch('(large_)?string|u?int.*|bool', str(getattr(kind, 'dtype', ''))):
+        return getattr(kind, 'names', None)
+    raise UserError(f'label={column} is a column of {kind!s:.80}: name one of classes, texts or whole numbers')
 
 def hub_folder(spec, n): # 'owner/name', '?image=..&label=..&caption=..&split=..' behind it if need be; how many
     "The first `n` pictures of a data set on the Hub, or of a local folder of its files; raises `UserError`"
@@ -316,7 +337,7 @@ def hub_folder(spec, n): # 'owner/name', '?image=..&label=..&caption=..&split=..
         missing = [o for o in cols.values() if o and o not in rows.features] or ['of pictures']*(not cols['image'])
         there = ', '.join(rows.features)
         if missing: raise UserError(f'{name} has no column {missing[0]}, only {there}: add ?image=..')
-        classes = getattr(rows.features[cols['label']], 'names', None) if cols['label'] else None
+        classes = _classes_of(rows.features, cols['label'])
         rows = rows.cast_column(cols['image'], HubImage(decode=False))
         with whole_folder(folder, first=True) as new:
             if not _save_rows(rows, cols, classes, n, new): raise UserError(f'{name} has no rows in its split {split}')

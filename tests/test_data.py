@@ -702,11 +702,12 @@ def test_rooms_are_drawn_once_if_they_fit(monkeypatch, fits):
 
 # --- the Hub
 
-def hub_of(folder, n=6, path=None, rename={}, **features):
-    "A folder of parquet such as the Hub keeps: `n` rooms with the columns that `features` name"
+def hub_of(folder, n=6, path=None, rename={}, told={}, **features):
+    "A folder of parquet such as the Hub keeps: `n` rooms with the columns that `features` name; what some rows hold instead"
     from datasets import Dataset, Features, Image as HubImage
     rows = [{rename.get(k, k): v for k, v in dict(image=dict(bytes=png(i), path=path and path.format(i)), label=i % 3 - 1,
                                                   text=f'room, number {i}', other=i).items() if k == 'image' or k in features} for i in range(n)]
+    for i, row in enumerate(rows): row.update(told.get(i, {}))
     folder.mkdir(parents=True)
     kinds = {rename.get('image', 'image'): HubImage(), **{rename.get(k, k): v for k, v in features.items()}}
     Dataset.from_list(rows, Features(kinds)).to_parquet(folder/'train-00000.parquet')
@@ -738,6 +739,22 @@ def test_columns_can_be_named(tmp_path, home):
     for column in ('caption=names', 'image=picture'): assert 'only photo, title' in one_line(open_images, f'hub:{spec}?{column}', 32)
     assert 'cannot be had' in one_line(open_images, f'hub:{spec}?split=test', 32)
     assert not [o for o in home.rglob('*') if '.new' in o.name]
+
+def test_odd_rows_of_the_hub(tmp_path, home):
+    "A class without a name, two that would share a folder, a suffix of another kind: nothing outside the folder, nothing mixed. No picture: skipped"
+    from datasets import ClassLabel, Sequence, Value
+    names = '', 'a/b', 'a-b', '..', 'A-B', '.'
+    told = {i: dict(label=i) for i in range(6)}
+    spec = hub_of(tmp_path/'x', path='{:05d}.sh', told=told | {6: dict(image=None), 7: dict(label=-1)}, n=8, label=ClassLabel(names=[*names]))
+    images = open_images(f'hub:{spec}', 32, n=8)
+    assert images.classes == ['-', '- 2', '- 3', 'A-B 3', 'a-b', 'a-b 2'] and not [*tmp_path.rglob('*.sh')]
+    assert sorted(o.name for o in next(home.glob('hub-*')).rglob('*.*')) == [*(f'{i:06d}.png' for i in range(6)), '000006.jpg', '000007.png', 'metadata.jsonl']
+    assert [n.split('/')[-1] for n, _ in images.skipped] == ['000006.jpg'] and images.labels.tolist().count(-1) == 1
+    spec = hub_of(tmp_path/'y', told={i: dict(label='cat' if i % 2 else 'a, b', text=['x'*200_000, 'no']) for i in range(6)}, label=Value('string'), text=Sequence(Value('string')))
+    images = open_images(f'hub:{spec}?label=label', 32, n=6)
+    assert images.classes == ['a, b', 'cat'] and {*map(len, images.captions)} == {200_000}
+    spec = hub_of(tmp_path/'z', told={i: dict(label=.5) for i in range(6)}, label=Value('float32'))
+    assert 'whole numbers' in one_line(open_images, f'hub:{spec}?label=label', 32, n=6)
 
 def test_bedrooms_of_the_hub(tmp_path, home, monkeypatch):
     "So many from the Hub; from the archive where there is one; without both, one line with the way out"
