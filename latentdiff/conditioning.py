@@ -107,7 +107,7 @@ class ClassConditioner(nn.Module, ConfigMixin):
     def number(self, label): # a class's name or number
         classes = list(self.config.classes)
         if label in classes: return classes.index(label)
-        if isinstance(label, str) and label.isdecimal(): label = int(label)
+        if isinstance(label, str) and label.isdecimal() and len(label) < 10: label = int(label)
         if isinstance(label, int) and 0 <= label < len(classes): return label
         names = ', '.join(f'"{o}"' if ',' in str(o) else str(o) for o in classes)
         raise UserError(f'no class {label!r}: give 0 to {len(classes)-1} or one of {names}')

@@ -20,7 +20,7 @@ from torchvision.datasets import FashionMNIST, MNIST
 from torchvision.utils import make_grid
 from .core import UserError, data_home, default_device, fingerprint, first_ahead, number, one_of, positions, progress
 from .files import (SUFFIXES, at_hand, bytes_of, captions_in, files_below, hub_folder, known_folder, name_below,
-                              no_file, npz_pixels, one_line, pixels_or_why, shard_names, shard_samples, unpacked)
+                              no_file, npz_pixels, one_line, pixels_or_why, shard_names, shard_samples, there, unpacked)
 from .rooms import ROOM_FACTORS, draw_rooms, room_caption, room_codes
 
 # %% ../nbs/00_data.ipynb #c023
@@ -337,7 +337,7 @@ def open_images(
     if data.split('/')[0] in ('stanford_cars', 'smallnorb'):
         from latentdiff.labs_data import CarImages, NorbImages
         return CarImages(**how) if data == 'stanford_cars' else NorbImages(**how, only=data.split('/')[1:])
-    if '{' in data and data.split('?')[0].endswith('.tar'):
+    if '{' in data and data.split('?')[0].endswith('.tar') and not there(data):
         return StreamImages(data, shard_samples(shard_names(data, seed)), size, n, channels)
     path = at_hand(data)
     try:

@@ -704,13 +704,14 @@ def test_rooms_are_drawn_once_if_they_fit(monkeypatch, fits):
 
 def hub_of(folder, n=6, path=None, rename={}, told={}, **features):
     "A folder of parquet such as the Hub keeps: `n` rooms with the columns that `features` name; what some rows hold instead"
+    import pyarrow.parquet as pq
     from datasets import Dataset, Features, Image as HubImage
     rows = [{rename.get(k, k): v for k, v in dict(image=dict(bytes=png(i), path=path and path.format(i)), label=i % 3 - 1,
                                                   text=f'room, number {i}', other=i).items() if k == 'image' or k in features} for i in range(n)]
     for i, row in enumerate(rows): row.update(told.get(i, {}))
     folder.mkdir(parents=True)
     kinds = {rename.get('image', 'image'): HubImage(), **{rename.get(k, k): v for k, v in features.items()}}
-    Dataset.from_list(rows, Features(kinds)).to_parquet(folder/'train-00000.parquet')
+    pq.write_table(Dataset.from_list(rows, Features(kinds)).data.table, folder/'train-00000.parquet')   # to_parquet would fetch what the rows name
     return str(folder)
 
 def test_the_first_n_of_the_hub(tmp_path, home):
@@ -755,6 +756,28 @@ def test_odd_rows_of_the_hub(tmp_path, home):
     assert images.classes == ['a, b', 'cat'] and {*map(len, images.captions)} == {200_000}
     spec = hub_of(tmp_path/'z', told={i: dict(label=.5) for i in range(6)}, label=Value('float32'))
     assert 'whole numbers' in one_line(open_images, f'hub:{spec}?label=label', 32, n=6)
+
+@pytest.mark.parametrize('path', ['/etc/passwd', '/dev/zero', 'file:///etc/passwd', 'simplecache::/etc/passwd', 'http://127.0.0.1:1/x.png', 'zip://x::/etc/passwd',
+                                  'hf://datasets/a/b/x.png', '{}/../secret.png', '{}/fifo.png'])
+def test_a_data_set_names_no_file_of_this_machine(path, tmp_path, home):
+    "What a row names, and does not hold, lies in the data set itself"
+    spec = tmp_path/'x'
+    (tmp_path/'secret.png').write_bytes(png(0))
+    hub_of(spec, told={1: dict(image=dict(bytes=None, path=path.format(spec)))})
+    os.mkfifo(spec/'fifo.png')
+    assert 'is not in it' in one_line(open_images, f'hub:{spec}', 32, n=6) and not [*home.glob('hub-*')]
+
+def test_a_data_set_names_its_own_files(tmp_path, home):
+    spec = tmp_path/'x'
+    hub_of(spec, told={1: dict(image=dict(bytes=None, path=str(spec/'a.png')))})
+    (spec/'a.png').write_bytes(png(1))
+    assert len(open_images(f'hub:{spec}', 32, n=6)) == 6
+
+@pytest.mark.parametrize('name,body,says', [('a.json', b'{"a": "b"}', 'no column of pictures'), ('a.tar', b'none', 'cannot be had'), ('a.zip', b'none', 'cannot be had'), ('a.h5', b'none', 'cannot be had')])
+def test_a_folder_that_is_no_data_set_is_one_line(name, body, says, tmp_path, home):
+    put(tmp_path/'x'/name, body)
+    assert says in one_line(open_images, f"hub:{tmp_path/'x'}", 32, n=6)
+    assert 'owner/name' in one_line(open_images, 'hub:json', 32, n=6)
 
 def test_bedrooms_of_the_hub(tmp_path, home, monkeypatch):
     "So many from the Hub; from the archive where there is one; without both, one line with the way out"

@@ -301,7 +301,7 @@ NPZS = dict(empty=b'', text=b'<html>not found</html>', pickle=pickle.dumps(Plant
     bools=npz_of(arr_0=PIXELS4 > 0), text_array=npz_of(arr_0=np.array(['a'])), flat=npz_of(arr_0=PIXELS4[0]), deep=npz_of(arr_0=PIXELS4[None]), none=npz_of(arr_0=PIXELS4[:0]),
     no_pixels=npz_of(arr_0=PIXELS4[:, :0]), chw=npz_of(arr_0=PIXELS4.transpose(0, 3, 1, 2)), rgba=npz_of(arr_0=np.zeros((4, 8, 8, 4), np.uint8)), nothing=npz_of(),
     two=npz_of(a=PIXELS4, b=PIXELS4), no_array=zip_of([('arr_0.txt', 'hello')]), bad_array=zip_of([('arr_0.npy', 'hello')]), half=npz_of(arr_0=PIXELS4)[:300],
-    promise=npz_with_header((10**6, 10**6, 10**3, 3)), more=npz_with_header((10, 8, 8, 3)), negative=npz_with_header((-4, 8, 8, 3)), folder=zip_of([('arr_0.npy/', '')]))
+    promise=npz_with_header((10**6, 10**6, 10**3, 3)), more=npz_with_header((10, 8, 8, 3)), negative=npz_with_header((-4, 8, 8, 3)), wide=npz_with_header((2**70, 0, 64, 3)), folder=zip_of([('arr_0.npy/', '')]))
 
 @pytest.mark.parametrize('kind', NPZS)
 def test_an_npz_without_pictures_is_one_line(kind, tmp_path, monkeypatch):
