@@ -348,10 +348,16 @@ class Checkpoint:
     def load(self, steps, exact=False): # of the whole training; `exact`: not one of another length, validated elsewhere
         "(tensors, note) of the most advanced checkpoint that such a training passes through, or None"
         self.clear()
-        passes = lambda n: not exact and n['k'] <= min(decay_start(n['steps']), decay_start(steps))
-        notes = {o: n for o in ('last', 'stable') if (n := self.note(o)) and (n['steps'] == steps or passes(n))}
-        name = max(notes, key=lambda o: notes[o]['k'], default=None)
-        return name and (read_weights(self.path(name)), notes[name])
+        short = lambda n: not exact and n['k'] <= min(decay_start(n['steps']), decay_start(steps))
+        passes, found, damaged = lambda n: n and (n['steps'] == steps or short(n)), [], []
+        for o in ('last', 'stable'):
+            try: found += [(read_weights(self.path(o)), n)] if passes(n := self.note(o)) else []
+            except UserError as e: damaged.append(e)
+        best = max(found, key=lambda o: o[1]['k'], default=None)
+        for e in damaged:
+            if not best: raise e
+            print(f"{str(e).rsplit(': ', 1)[0]}; the training goes on from another, at step {best[1]['k']}", flush=True)
+        return best
 
 # %% ../nbs/parts/training.ipynb #c024
 class _Batches:
