@@ -221,17 +221,17 @@ def stream(seed, *what): # a whole number, any size or sign; what the stream is 
 class Bar:
     "A progress bar that shows itself after two seconds; where nobody looks, it prints `what` once instead"
     def __init__(self, total, what=''): # steps; said where there is no terminal and no notebook
-        self.total, self.what, self.done, self.start, self.bar = total, what, 0, time.time(), None
+        self.total, self.what, self.done, self.start, self.bar = total, what, 0, time.monotonic(), None
 
     def step(self, *_):
         "One more step is done"
         self.done += 1
         if self.bar: return self.bar.update(self.done)
-        if time.time() - self.start < 2 or self.done == self.total: return
+        if time.monotonic() - self.start < 2 or self.done == self.total: return
         if IN_NOTEBOOK or sys.stdout and sys.stdout.isatty():
             self.bar = progress_bar(range(self.total), total=self.total, leave=False)
             self.bar.update(0)
-            self.bar.start_t = self.start
+            self.bar.start_t -= time.monotonic() - self.start
         elif self.what:
             print(self.what, flush=True)
             self.what = ''

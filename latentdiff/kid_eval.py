@@ -209,7 +209,7 @@ def evaluate(fake, real,       # images or features, as `features` takes them
              floor_from=None,  # more real images, for the floor; None splits `real` into halves
              seed=0) -> dict:
     "KID and FID of generated against real images, and of real against real: the floor that no generator should beat"
-    start, seed = time.time(), number(seed=seed)
+    start, seed = time.monotonic(), number(seed=seed)
     sets = dict(fake=fake, real=real, floor_from=real if floor_from is None else floor_from)
     sizes = {k: side(o, k) for k, o in sets.items()}
     for k, o in sizes.items():
@@ -221,7 +221,7 @@ def evaluate(fake, real,       # images or features, as `features` takes them
     (k, se), (k0, se0) = kid(f, r), kid(a, b)
     scores = dict(kid=k, kid_se=se, kid_floor=k0, kid_floor_se=se0, fid=fid(f, r), fid_floor=fid(a, b))
     return dict(**scores, n_fake=len(f), n_real=len(r), n_floor=(len(a), len(b)), extractor=extractor.name,
-                device=str(extractor.device), seed=seed, seconds=round(time.time() - start, 1))
+                device=str(extractor.device), seed=seed, seconds=round(time.monotonic() - start, 1))
 
 # %% ../nbs/50_kid_eval.ipynb #c108
 def nearest_neighbours(fake,  # (n,d) features, or images of any one range, which are compared pixel by pixel

@@ -376,6 +376,8 @@ class StepByStep(Callback):
         self.steps, self.peak, self.seed, self.k, self.flag = steps, lr, seed, k, None
         self.ends = sorted({round(steps*(i + 1)/rounds) for i in range(rounds)} - {0})
 
+    def before_epoch(self): self.begun = time.monotonic()
+    def after_epoch(self): self.recorder.start_epoch = time.time() - (time.monotonic() - self.begun)   # what it prints
     def left(self): return [o for o in self.ends if o > self.k]
     def before_train(self): self.learn.dl = _Batches(self.learn.dls.train, self.seed, self.k, self.left()[0])
     def before_validate(self): torch.manual_seed(stream(self.seed, 'validation'))

@@ -105,6 +105,7 @@ def test_progress_says_once_what_takes_long(clock, capsys):
 def test_a_bar_shows_itself_where_somebody_looks(clock, capsys, monkeypatch):
     drawn = []
     class Drawn:
+        start_t = 0.
         def __init__(self, *args, **kw): drawn.append(kw['total'])
         def update(self, k): drawn.append(k)
         def on_iter_end(self): drawn.append('end')
