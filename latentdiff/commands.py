@@ -213,14 +213,15 @@ def samples(self:Run):
     settings = dict(n=self.p.n_eval, **self.how)
     if self.condition: settings |= dict(condition=self.condition, guidance=self.asked['guidance'])
     parents = {k: made(self.folder/k)['fingerprint'] for k in self.pipeline.parts()}
-    folder = artefact(self.folder/'samples', self.draw, parents, settings, remake=True)
+    folder = artefact(self.folder/'samples', self.draw, parents, settings, cheap=True)
     return self.once('samples', lambda: data.npz_pixels(folder/'samples.npz'))
 
 @patch
 def draw(self:Run, folder):
     "Fill `folder`: the samples, a grid of the first 64, the way from noise to image of the first three"
-    px = self.pipeline.pixels(self.p.n_eval, **self.how, **self.asked)
-    write_npz(folder/'samples.npz', to_hwc(px))
+    new = lambda: to_hwc(self.pipeline.pixels(self.p.n_eval, **self.how, **self.asked))
+    if not os.path.exists(folder/'samples.npz'): write_npz(folder/'samples.npz', new())
+    px = data.npz_pixels(folder/'samples.npz')
     report.save_png(self.grid(px), folder/'grid.png')
     report.save_png(report.path_picture(self.pipeline, self.p.sample_steps, self.seed, **self.asked), folder/'path.png')
 
@@ -249,7 +250,7 @@ def scores(self:Run):
     "KID and FID against held-out images with their floors, a dict"
     parents = dict(images=self.images.fingerprint, judge=self.judge.name, n=len(self.samples))
     parents['samples'] = made(self.folder/'samples')['fingerprint']
-    return made(artefact(self.folder/'scores', self.evaluate, parents, dict(seed=self.seed), remake=True))['facts']
+    return made(artefact(self.folder/'scores', self.evaluate, parents, dict(seed=self.seed), cheap=True))['facts']
 
 @patch
 def by_guidance(self:Run, folder, f, idxs): # as for `evaluate`; features of some training images, and which these are
