@@ -510,7 +510,10 @@ def eval_cli(
     if min(len(a), len(b)) < 8:
         raise UserError(f'{len(a)} and {len(b)} images are too few to score: give eight of each, better a thousand.')
     judge = kid_eval.EfficientNetFeatures()
-    print(f'{len(a):,} images against {len(b):,}, at {size} px, by {judge.name}', file=sys.stderr, flush=True)
+    for o in (a, b):
+        left = ''.join(f'\n  {name}: {why}' for name, why in o.skipped[:5])
+        print(f'{o!r}{left}', file=sys.stderr)
+    print(f'compared at {size} px, by {judge.name}', file=sys.stderr, flush=True)
     d = json.dumps(kid_eval.evaluate(a, b, judge, seed=seed), indent=1)
     print(d)
     if out:

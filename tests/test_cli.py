@@ -253,8 +253,11 @@ def test_sample_seeds(cli, run, drawn, tmp_path):
 
 def test_eval_of_one_set_against_itself(cli, drawn, tmp_path):
     "A folder and an array with the same images: FID 0, KID not above 0 (it is unbiased, so a set is closer to itself than to a fresh draw)."
-    r = cli('eval', drawn/'pngs', drawn/'all.npz', '--out', tmp_path/'scores.json')
+    pngs = shutil.copytree(drawn/'pngs', tmp_path/'pngs')
+    (pngs/'broken.png').write_bytes(b'x'), (pngs/'more').symlink_to(drawn/'pngs')
+    r = cli('eval', pngs, drawn/'all.npz', '--out', tmp_path/'scores.json')
     assert r.rc == 0, r.err
+    for w in ('pngs: 8 images', '2 skipped', 'broken.png: not a picture', 'more/: a link to a folder', 'all: 8 images'): assert w in r.err, r.err
     d = json.loads(r.out)
     assert d == json.loads((tmp_path/'scores.json').read_text())
     assert abs(d['fid']) < 1e-3 and d['kid'] <= 0 and d['n_fake'] == d['n_real'] == 8
