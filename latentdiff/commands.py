@@ -349,8 +349,9 @@ def announce(self:Run):
     gb = 1.3*training.peak_gb(self.device) + 2*min(1.5e9, len(self.images)*self.images.channels*p.size**2)/1e9
     print(f'training takes about {(p.ae_steps*a + p.steps*d)/60:.1f} min and {gb:.1f} GB on this machine as it is now: '
           f'{p.ae_steps if a else 0:,} steps of the autoencoder, {p.steps:,} of the denoiser', flush=True)
-    if self.device.type == 'cpu':
-        with first_ahead(): enough('This run', self.folder/'run.json', memory=1e9*(gb - training.peak_gb()))
+    latents = 4*len(self.images)*p.latent_channels*(p.size//8)**2   # two bytes each, and mirrored
+    memory = 1e9*(gb - training.peak_gb()) if self.device.type == 'cpu' else 0
+    with first_ahead(): enough('This run', self.folder/'run.json', latents, memory)
 
 @patch
 def go(self:Run, goals=GOALS):
