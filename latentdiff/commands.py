@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['data', 'training', 'autoencoder', 'noisify', 'unet', 'sampling', 'kid_eval', 'conditioning', 'pipeline', 'report',
            'source', 'QUICK', 'SCORES', 'GOALS', 'run_cli', 'encode_cli', 'Run', 'to_hwc', 'write_npz', 'train_cli',
-           'told_by', 'check_kind', 'write_pngs', 'sample_cli', 'eval_cli']
+           'told_by', 'write_pngs', 'sample_cli', 'eval_cli']
 
 # %% ../nbs/90_commands.ipynb #c004
-from .disk import enough, new_place, new_places, one_line_errors   # first: it minds Ctrl-C
+from .disk import enough, matching, new_place, new_places, one_line_errors, put_beside   # it minds Ctrl-C
 import importlib, io, json, math, os, platform, sys
 from functools import wraps
 from pathlib import Path
@@ -192,12 +192,12 @@ def to_hwc(px):
     "An array (n,h,w,c), as image files have it, of a tensor (n,c,h,w)"
     return px.permute(0, 2, 3, 1).contiguous().numpy()
 
-def write_npz(path, px):
+def write_npz(path, px, put=None): # as for `write_whole`
     "The uint8 array (n,h,w,c) in one .npz, complete or not at all"
     f = io.BytesIO()
     np.savez_compressed(f, px)
     Path(path).parent.mkdir(parents=True, exist_ok=True)   # it may have gone while images were drawn
-    write_whole(path, f.getvalue())
+    write_whole(path, f.getvalue(), put)
 
 @patch(as_prop=True)
 def sampling(self:Run):
@@ -447,16 +447,10 @@ def told_by(Class, prompt, guidance, negative):
     if Class: told['cond'] = [o.strip() for o in Class.split(',')]
     return told | {'cond': prompt} if prompt else told
 
-def check_kind(pipe, run, Class, prompt):
-    "`UserError` if `pipe` was not trained with what it is told"
-    for v, kind, what in ((Class, 'class', 'classes'), (prompt, 'text', 'captions')):
-        if v and kind not in (source.told_of(pipe) or '').split(' and '):
-            raise UserError(f'{run} was trained without {what}: leave the option away.')
-
-def write_pngs(folder, px):
+def write_pngs(folder, px, put=None): # as for `whole_folder`
     "One PNG an image, 00000.png onwards, in a folder that appears when it is complete"
     from PIL import Image
-    with whole_folder(folder) as new:
+    with whole_folder(folder, put=put) as new:
         for i, x in enumerate(progress(px)):
             Image.fromarray(x.squeeze(-1) if x.shape[-1] == 1 else x).save(new/f'{i:05d}.png')
 
@@ -483,16 +477,18 @@ def sample_cli(
     told = told_by(Class, prompt, guidance, negative)
     with first_ahead(): new_places(out=out, npz=npz)
     pipe = pipeline.LatentDiffusionPipeline.from_pretrained(run)
-    check_kind(pipe, run, Class, prompt)
+    source.check_told(pipe, run, Class, prompt)
     size = n*pipe.size**2*3
     memory = size + 8*n*math.prod(pipe.latent_shape)
     with first_ahead():
         for o in filter(None, (out, npz)): enough(f'Drawing {n:,} images', o, size, memory)
     print(f'{n:,} images into {out or npz}: {pipeline.expectation(pipe, n, steps, sampler, bs, **told)}', flush=True)
     px = to_hwc(pipe.pixels(n, steps, sampler, seed, bs, **told))
-    with first_ahead(): new_places(out=out, npz=npz)   # nobody else has put something there meanwhile
-    if npz: write_npz(npz, px)
-    if out and not rank(): write_pngs(out, px)
+    taken = []
+    for write, place in ((write_npz, npz), (write_pngs, out)) if not rank() else ():
+        try: place and write(place, px, put_beside)
+        except UserError as e: taken.append(str(e))   # the other one is written all the same
+    if taken: raise UserError('; '.join(taken))
 
 # %% ../nbs/90_commands.ipynb #c049
 @call_parse
@@ -517,6 +513,4 @@ def eval_cli(
     print(f'compared at {size} px, by {judge.name}', file=sys.stderr, flush=True)
     d = json.dumps(kid_eval.evaluate(a, b, judge, seed=seed), indent=1)
     print(d)
-    if out:
-        new_place(out, '--out')
-        write_whole(out, d)
+    if out: write_whole(out, d, put_beside)

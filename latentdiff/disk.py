@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FULL', 'world', 'rank', 'Stopped', 'last_words', 'stop_politely', 'UserError', 'data_home', 'runs_home', 'DiskError',
-           'size_of', 'room_at', 'on_disk', 'enough', 'free_memory', 'reserve', 'remove', 'clear_away', 'write_whole',
-           'write_json', 'read_json', 'file_md5', 'replace_folder', 'whole_folder', 'new_place', 'new_places',
-           'refused', 'check_call', 'plain_output', 'one_line_errors']
+           'size_of', 'room_at', 'on_disk', 'enough', 'free_memory', 'reserve', 'remove', 'matching', 'clear_away',
+           'put_beside', 'write_whole', 'write_json', 'read_json', 'file_md5', 'replace_folder', 'whole_folder',
+           'new_place', 'new_places', 'refused', 'check_call', 'plain_output', 'one_line_errors']
 
 # %% ../nbs/parts/disk.ipynb #k001
 import os, signal, sys
@@ -53,7 +53,7 @@ def stop_politely():
 stop_politely()
 
 # %% ../nbs/parts/disk.ipynb #d006
-import errno, glob, hashlib, io, json, math, platform, re, shutil, tempfile, zlib
+import errno, glob, hashlib, io, itertools, json, math, platform, re, shutil, tempfile, zlib
 from contextlib import contextmanager, suppress
 from functools import wraps
 
@@ -153,7 +153,15 @@ def clear_away(path, *kinds): # 'part', 'new', 'old'
         writer, _, kind = o.name.removeprefix(f'.{path.name}.').partition('.')
         if kind in kinds and (kind == 'old' or _gone(writer)): remove(o)
 
-def write_whole(path, data): # of the file, whose folder exists; str or bytes
+def put_beside(new, path): # what is finished, and the place that was free when it was begun
+    "Put `new` at `path`; if somebody has taken that meanwhile, under another name, which a `UserError` tells"
+    names = itertools.chain([path], (path.with_name(f'{path.stem}-{k}{path.suffix}') for k in itertools.count(2)))
+    place = next(o for o in names if not os.path.lexists(o))
+    new.rename(place)
+    clear_away(path, 'part', 'new')
+    if place != path: raise UserError(f'{path} was taken by somebody else meanwhile, so the result is in {place}')
+
+def write_whole(path, data, put=None): # of the file, whose folder exists; str or bytes; such as `put_beside`
     "Write a file in one step, with the permissions that any new file gets"
     if rank(): return
     path, data = Path(path), data.encode() if isinstance(data, str) else data
@@ -161,7 +169,7 @@ def write_whole(path, data): # of the file, whose folder exists; str or bytes
     with on_disk(path, len(data)):
         try:
             tmp.write_bytes(data)
-            os.replace(tmp, path)
+            (put or os.replace)(tmp, path)
         finally: remove(tmp)
     clear_away(path, 'part')
 
@@ -192,7 +200,7 @@ def replace_folder(new, path): # a finished folder, and the place it takes, besi
     clear_away(path, 'old', 'new')
 
 @contextmanager
-def whole_folder(path, first=False): # True: what another process has put there meanwhile is the same, and stays
+def whole_folder(path, first=False, put=None): # True: what is there by then is the same, and stays; as above
     "A fresh folder to fill, which takes its place at `path` only if nothing goes wrong"
     path = Path(path)
     new = _beside(Path(tempfile.gettempdir())/path.name if rank() else path, 'new')   # that of the others nobody keeps
@@ -201,7 +209,7 @@ def whole_folder(path, first=False): # True: what another process has put there 
             remove(new)
             new.mkdir(parents=True)
             yield new
-            if not (first and path.exists()): replace_folder(new, path)
+            if not (first and os.path.exists(path)): (put or replace_folder)(new, path)
         finally: remove(new)
 
 # %% ../nbs/parts/disk.ipynb #d018

@@ -603,17 +603,24 @@ def test_who_comes_second_to_a_folder_changes_nothing(tmp_path):
     assert 'seed 0, not 1' in one_line(lambda: b.go(()))
     assert json.loads((tmp_path/'run'/'run.json').read_text())['settings']['seed'] == 0
 
-def test_a_place_that_was_taken_meanwhile_is_left_alone(tmp_path, monkeypatch):
+@pytest.mark.parametrize('when', ['drawing', 'writing'])
+def test_a_place_that_was_taken_meanwhile_is_left_alone_and_what_was_drawn_is_kept(tmp_path, monkeypatch, when):
+    "While images are drawn, or while they are written: they lie beside it under another name, which is said, each of both kinds"
     import torch
     from latentdiff.commands import sample_cli
     from latentdiff.pipeline import LatentDiffusionPipeline
-    def pixels(self, n, *args, **kw):
-        (tmp_path/'out').mkdir()
+    def take():
+        for o in ('out', 'out-2'): (tmp_path/o).mkdir()
         (tmp_path/'out'/'theirs').write_text('x')
         return torch.zeros(n, 1, 32, 32, dtype=torch.uint8)
     monkeypatch.setattr(LatentDiffusionPipeline, 'pixels', pixels)
-    assert 'exists' in one_line(lambda: sample_cli.__wrapped__('fashion_mnist32', n=1, steps=1, out=str(tmp_path/'out')))
-    assert [o.name for o in (tmp_path/'out').iterdir()] == ['theirs']
+    if when == 'writing': monkeypatch.setattr(commands.np, 'savez_compressed', lambda f, px, save=commands.np.savez_compressed: (save(f, px), take()))
+    out, npz = tmp_path/'out', tmp_path/'a.npz'
+    said = one_line(lambda: commands.sample_cli.__wrapped__('fashion_mnist32', n=1, steps=1, out=str(out), npz=str(npz)))
+    assert f'{out} was taken' in said and str(tmp_path/'out-3') in said and f'{npz} was taken' in said and str(tmp_path/'a-2.npz') in said
+    assert [o.name for o in out.iterdir()] == ['theirs'] and npz.read_text() == 'theirs' and not [*(tmp_path/'out-2').iterdir()]
+    assert [o.name for o in (tmp_path/'out-3').iterdir()] == ['00000.png'] and commands.np.load(tmp_path/'a-2.npz')['arr_0'].shape == (1, 32, 32, 1)
+    assert {o.name for o in tmp_path.iterdir()} == {'out', 'out-2', 'out-3', 'a.npz', 'a-2.npz'}
 
 def test_a_part_that_is_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):
     "Also where it stands in the way of a training that begins"
