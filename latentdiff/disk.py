@@ -127,8 +127,13 @@ def free_memory():
 def reserve(path, size): # of a file; bytes
     "Give it so many bytes on the disk now: a memory map of a file with holes dies with SIGBUS where the disk is full"
     if rank(): return
-    with on_disk(path, size), open(path, 'r+b' if Path(path).exists() else 'w+b') as f:
-        if hasattr(os, 'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, size)
+    with on_disk(path, size), open(path, 'r+b' if os.path.exists(path) else 'w+b') as f:
+        had, full = os.path.getsize(path), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if size - had > room_at(path)[0]: raise full
+        try: hasattr(os, 'posix_fallocate') and os.posix_fallocate(f.fileno(), 0, size)
+        except OSError:
+            f.truncate(had)   # ext4 keeps what it has found so far, which is all there is
+            raise
 
 # %% ../nbs/parts/disk.ipynb #d013
 _HERE = f'{zlib.crc32(platform.node().encode()):08x}'   # this machine: others may see the same disk
@@ -222,8 +227,9 @@ def new_place(path, option):
         path.parent.mkdir(parents=True, exist_ok=True)
         _beside(path, 'part').touch()
         _beside(path, 'part').unlink()
-    except OSError as e:
-        raise UserError(f'{str(path):.200} cannot be written ({e.strerror}): choose another with {option}.') from None
+    except (OSError, RecursionError) as e:
+        why = getattr(e, 'strerror', 'too deep')
+        raise UserError(f'{str(path):.200} cannot be written ({why}): choose another with {option}.') from None
 
 def new_places(**places): # the options without their dashes; None: not asked for
     "The same for several, none of which may lie in another"

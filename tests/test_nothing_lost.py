@@ -292,6 +292,18 @@ def test_a_file_gets_its_room_and_keeps_what_it_holds(tmp_path, monkeypatch):
     reserve(tmp_path/'old', 10)
     assert (tmp_path/'old').read_bytes() == b'done' + bytes(6)
 
+@pytest.mark.skipif(not hasattr(os, 'posix_fallocate'), reason='needs posix_fallocate')
+@pytest.mark.parametrize('size,taken', [(10**15, 0), (9_000_000, 5_000_000)], ids=['more than there is', 'more than is found'])
+def test_a_disk_that_has_no_room_for_a_file_is_not_filled(tmp_path, monkeypatch, size, taken):
+    "More than is free is not even tried; ext4 keeps what it has found when there is not enough, and the file gives that back"
+    def give(fd, at, size):
+        os.ftruncate(fd, taken)
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(os, 'posix_fallocate', give if taken else lambda *o: pytest.fail('tried'))
+    for had in (b'', b'done'):
+        (tmp_path/'x').write_bytes(had)
+        assert 'to be written' in one_line(lambda: disk.reserve(tmp_path/'x', size)) and (tmp_path/'x').read_bytes() == had
+
 # --- before the work
 
 def one_line(do):
@@ -299,7 +311,7 @@ def one_line(do):
     assert '\n' not in str(e.value) and len(str(e.value)) < 500
     return str(e.value)
 
-@pytest.mark.parametrize('where', ['x'*300, '/proc/x', '/proc/x/y', 'x'*250, 'file/x', 'file'])
+@pytest.mark.parametrize('where', ['x'*300, '/proc/x', '/proc/x/y', 'x'*250, 'file/x', 'file', 'x/'*2000])
 def test_where_nothing_can_be_written_is_found_at_once(tmp_path, where):
     "A name that is too long, or too long with what a half-written file has more; a system's own folder; below a file"
     (tmp_path/'file').write_text('mine')
