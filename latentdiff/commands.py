@@ -40,10 +40,10 @@ class Run:
     def read(self, settings):
         "The settings in run.json, or these if the folder is new; `UserError` if the folder belongs to something else"
         f, other = self.folder/'run.json', 'choose another folder with --out.'
-        if not f.exists():
-            begun = {'config.toml', 'skipped.json'} | {o.name for o in self.folder.glob('.*')}   # and killed at once
-            foreign = {o.name for o in self.folder.glob('*')} - begun and not [*self.folder.glob('*/made.json')]
-            if not foreign and (self.folder.is_dir() or not os.path.lexists(self.folder)): return settings
+        if not os.path.exists(f):
+            begun = {'config.toml', 'skipped.json'} | {o.name for o in matching(self.folder, '.*')} # and killed at once
+            foreign = {o.name for o in matching(self.folder, '*')} - begun and not [*self.folder.glob('*/made.json')]
+            if not foreign and (os.path.isdir(self.folder) or not os.path.lexists(self.folder)): return settings
             raise UserError(f'{self.folder} exists and is not a run folder: {other}')
         d = read_json(f, f'delete the folder, or {other}')
         old = d.get('settings')
@@ -184,7 +184,7 @@ def denoiser(self:Run):
 def pipeline(self:Run):
     "The three parts as one; `model_index.json` says that they are there"
     pipe = pipeline.LatentDiffusionPipeline(self.autoencoder, *self.denoiser, self.p.size)
-    if not (self.folder/'model_index.json').exists(): pipe.write_index(self.folder)
+    if not os.path.exists(self.folder/'model_index.json'): pipe.write_index(self.folder)
     return pipe
 
 # %% ../nbs/90_commands.ipynb #c023
@@ -299,7 +299,7 @@ def metrics(self:Run):
 def report(self:Run):
     "The path of report.html, with metrics.json beside it; written again only if the scores are new"
     page, f, of = self.folder/'report.html', self.folder/'metrics.json', fingerprint(scores=self.scores)
-    if page.exists() and f.exists() and unsealed(f, f'delete {f}').get('made_from') == of: return page
+    if os.path.exists(page) and os.path.exists(f) and unsealed(f, f'delete {f}').get('made_from') == of: return page
     m = self.metrics()
     write_whole(page, report.report(self.folder, self.options(), m))
     write_json(f, sealed({**m, 'made_from': of}), indent=1)
@@ -357,8 +357,8 @@ def announce(self:Run):
 def go(self:Run, goals=GOALS):
     "Make what is not there yet; `UserError` if another process is at it"
     with first_ahead():
-        if not self.folder.exists(): new_place(self.folder, '--out')
-    fresh, _ = agreed(not (self.folder/'run.json').exists()), self.condition
+        if not os.path.exists(self.folder): new_place(self.folder, '--out')
+    fresh, _ = agreed(not os.path.exists(self.folder/'run.json')), self.condition
     if fresh:                       # errors in data and settings come before anything is written
         self.begin()
         self.fix_steps()
@@ -371,7 +371,7 @@ def go(self:Run, goals=GOALS):
         if fresh and self.images.skipped: write_json(self.folder/'skipped.json', self.images.skipped, indent=1)
         if fresh or read_json(self.folder/'run.json', 'delete it').get('settings') != self.settings: self.write()
         for k in goals: getattr(self, k)
-    if not (self.folder/'run.json').exists(): raise UserError(f'{self.folder} is gone: repeat the command.')
+    if not os.path.exists(self.folder/'run.json'): raise UserError(f'{self.folder} is gone: repeat the command.')
     done = 'is finished: nothing to do' if before == stamp() else f'{training.peak_gb(self.device):.1f} GB at most'
     print(f'{self.folder} {done}')
 
@@ -424,7 +424,7 @@ def train_cli(
     "Train a denoiser on the latents in a run folder; the folder is then a pipeline to sample from"
     above_zero(more=more)
     hint = 'make one with latentdiff-run or latentdiff-encode.'
-    if not Path(run).is_dir(): raise UserError(f'There is no run folder {run}: {hint}')
+    if not os.path.isdir(run): raise UserError(f'There is no run folder {run}: {hint}')
     r = Run(run, read_json(Path(run)/'run.json', f'this is not a run folder; {hint}').get('settings', {}))
     if not made(r.folder/'latents'): raise UserError(f'{run} has no latents: run latentdiff-encode on it first.')
     if more:

@@ -89,7 +89,7 @@ def size_of(n): return f'{n/1e9:,.1f} GB' if n >= 1e9 else f'{n/1e6:,.1f} MB'  #
 def room_at(path): # where something is to be written
     "(bytes free, the folder that is there already, what to set to write on another disk)"
     path, home = (Path(os.path.abspath(o)) for o in (path, data_home()))
-    there = next(o for o in path.parents if o.is_dir())
+    there = next(o for o in path.parents if os.path.isdir(o))
     way = 'set LATENTDIFF_DATA' if home in path.parents else 'choose one with --out, or set LATENTDIFF_RUNS'
     return shutil.disk_usage(there).free, there, f'go to another disk: {way}'
 
@@ -148,13 +148,17 @@ def _gone(writer): # as `_beside` names it
 
 def remove(path):
     "Delete a file, a folder, or a link, but not what a link leads to; nothing happens where nothing is"
-    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
+    if os.path.isdir(path) and not os.path.islink(path): shutil.rmtree(path, ignore_errors=True)
     else:
         with suppress(OSError): path.unlink()
 
+def matching(folder, pattern): # as for glob
+    "The paths in it; none where one may not look"
+    with suppress(PermissionError): yield from Path(folder).glob(pattern)
+
 def clear_away(path, *kinds): # 'part', 'new', 'old'
     "Delete what killed processes have left half made beside `path`, and what any has moved out of the way"
-    for o in path.parent.glob(f'.{glob.escape(path.name)}.*') if not rank() else ():
+    for o in matching(path.parent, f'.{glob.escape(path.name)}.*') if not rank() else ():
         writer, _, kind = o.name.removeprefix(f'.{path.name}.').partition('.')
         if kind in kinds and (kind == 'old' or _gone(writer)): remove(o)
 
@@ -199,7 +203,7 @@ def replace_folder(new, path): # a finished folder, and the place it takes, besi
     "Put `new` at `path`; what was there is deleted"
     if rank(): return
     old = _beside(path, 'old')
-    if path.exists(): path.rename(old)
+    if os.path.exists(path): path.rename(old)
     new.rename(path)
     remove(old)
     clear_away(path, 'old', 'new')

@@ -10,7 +10,7 @@ __all__ = ['RELEASES', 'poly_kernel', 'kernel_sums', 'pair_variance', 'cross_mom
            'GreyClassifier', 'train_classifier', 'ClassifierFeatures', 'make_judge']
 
 # %% ../nbs/50_kid_eval.ipynb #c004
-import hashlib, math, pickle, time
+import hashlib, math, os, pickle, time
 from pathlib import Path
 
 import numpy as np, torch, torch.nn.functional as F
@@ -348,7 +348,7 @@ def inception_weights(url=RELEASES + 'v0.2.0/weights-inception-2015-12-05-672682
     path = data_home()/'inception-2015-12-05-6726825d.pth'
     try: torch.hub.load_state_dict_from_url(url, path.parent, check_hash=True, file_name=path.name, weights_only=True)
     except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        if path.exists(): raise UserError(f'{path} is damaged: delete it and try again') from e
+        if os.path.exists(path): raise UserError(f'{path} is damaged: delete it and try again') from e
         why = str(e).splitlines()[0]
         raise UserError(f'no weights from {url} ({why}): try again, or save the file as {path}') from e
     return path
