@@ -7,7 +7,7 @@ __all__ = ['PIPELINES', 'SCHEDULERS', 'PARTS', 'CARD', 'names_class', 'check_ind
            'model_card']
 
 # %% ../nbs/parts/card.ipynb #k904
-import re
+import os, re
 from pathlib import Path
 from huggingface_hub import ModelCardData
 from .core import UNFIT, UserError, number, read_json, unsealed
@@ -61,7 +61,7 @@ CARD = """---
 
 def notes_of(folder): # of a run
     "What latentdiff-run has written down there, row by row: a dict of words, empty where it has not run"
-    if not all((folder/o).is_file() for o in ('run.json', 'metrics.json')): return {}
+    if not all(os.path.isfile(folder/o) for o in ('run.json', 'metrics.json')): return {}
     s, m = (unsealed(folder/o, f'delete {folder/o}') for o in ('run.json', 'metrics.json'))
     try: return said_of(s['settings'], m)
     except UNFIT as e:
@@ -84,7 +84,7 @@ def said_of(s, m): # the settings of a run; what was measured; dicts
 
 def found_on_hub(run): # a folder
     "What a run says that it has from the Hub: base_model and datasets, as a card names them"
-    d = read_json(run/'run.json', 'run latentdiff-run on it again') if (run/'run.json').is_file() else {}
+    d = read_json(run/'run.json', 'run latentdiff-run on it again') if os.path.isfile(run/'run.json') else {}
     s = d['settings'] if isinstance(d.get('settings'), dict) else {}
     hub, data = str(s.get('data')).partition('hub:')[1:]
     there = lambda o: o if re.fullmatch(ON_HUB, str(o)) else None
@@ -97,7 +97,7 @@ def model_card(repo_id, terms, run,       # owner/name; whose pictures, under wh
     for k, v in dict(repo_id=repo_id, terms=terms).items():
         if not isinstance(v, str): raise UserError(f'{k} is {v!r:.80}: say it in words')
     config = Path(saved or run)/'denoiser/config.json'
-    told = read_json(config, '').get('conditioners', []) if config.is_file() else []
+    told = read_json(config, '').get('conditioners', []) if os.path.isfile(config) else []
     task = 'text-to-image' if told else 'unconditional-image-generation'
     if any(o['_class_name'] == 'ClassConditioner' for o in told): task = None   # the Hub has no name for this one
     head = ModelCardData(tags=['diffusers', 'latentdiff', 'latent-diffusion'], library_name='latentdiff',

@@ -20,7 +20,7 @@ from fastai.data.external import untar_data
 from filelock import FileLock
 from .core import DATASETS, Bar, UserError, data_home, fingerprint, progress, rank, whole_folder
 from .core import number, one_of
-from .disk import FULL, enough, on_disk
+from .disk import FULL, enough, matching, on_disk
 
 # %% ../nbs/parts/files.ipynb #f007
 def one_line(e): # an exception
@@ -54,7 +54,7 @@ def _goes_on(r, have, version): # a response; bytes and version of what is there
 
 def _fetch(url, part, tag):
     "Continue `part` from where it ends, if the server still has the file that `tag` names; raises `OSError`"
-    version = tag.read_text() if part.exists() and tag.exists() else ''
+    version = tag.read_text() if os.path.exists(part) and os.path.exists(tag) else ''
     have = part.stat().st_size if version else 0
     headers = {'User-Agent': 'latentdiff', **({'Range': f'bytes={have}-', 'If-Range': version} if have else {})}
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=PATIENCE) as r:
@@ -81,10 +81,10 @@ def download(url, path): # http(s); where the file goes, whose folder is made
     part, tag, lock = (path.with_name(f'{path.name}.part{o}') for o in ('', '.tag', '.lock'))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir(): raise IsADirectoryError(f'{path} is a folder: delete it')
+        if os.path.isdir(path): raise IsADirectoryError(f'{path} is a folder: delete it')
         for o in (part, tag, lock):
             if o.is_symlink(): o.unlink()                         # else what it leads to would be written over
-        if not path.exists():
+        if not os.path.exists(path):
             with on_disk(part), FileLock(lock):                   # a second process waits
                 try: _fetch_all(url, path, part, tag)
                 finally:                                          # nobody but its holder may remove the lock
@@ -97,7 +97,7 @@ def download(url, path): # http(s); where the file goes, whose folder is made
 
 def _fetch_all(url, path, part, tag, tries=3):
     "Fill `part`, and put it in place"
-    while not path.exists():
+    while not os.path.exists(path):
         try:
             _fetch(url, part, tag)
             os.replace(part, path)
@@ -105,7 +105,7 @@ def _fetch_all(url, path, part, tag, tries=3):
         except (OSError, ValueError, OverflowError, http.client.HTTPException) as e:
             code, tries = getattr(e, 'code', None), tries - 1
             if getattr(e, 'errno', None) in FULL: raise
-            if code == 416 and part.exists(): part.unlink()       # there is no such rest: begin afresh
+            if code == 416 and os.path.exists(part): part.unlink()       # there is no such rest: begin afresh
             elif code or not tries:
                 raise UserError(f'could not download {url} ({one_line(e)}): try later, or put it at {path}') from None
 
@@ -143,7 +143,7 @@ UNPACKED = 4e9 # bytes that any archive may hold; more than that only up to a hu
 
 def unpacked(archive): # path of a .tar, .tgz, .tar.gz or .zip
     "The folder it was unpacked to, now or earlier: safely, and in one step or not at all; raises `UserError`"
-    if not (path := there(archive)) or not path.is_file(): raise UserError(f"'{archive}' is no archive: pass one")
+    if not (path := there(archive)) or not os.path.isfile(path): raise UserError(f"'{archive}' is no archive: pass one")
     try: path.open('rb').close()
     except OSError as e: raise UserError(f'{path} cannot be read ({e.strerror}): mend that, or get it again') from None
     archive, about, held, name = path, path.stat(), 0, None
@@ -267,9 +267,9 @@ def captions_in(folder):
 def known_folder(name, url, other): # of the set, and of its folder; of its archive; what to do if it cannot be had
     "The folder of pictures: found in `data_home()`, unpacked, or fetched by fastai; raises `UserError`"
     home = data_home()/name
-    here = [o for o in home.glob('*') if o.name.lower().endswith(ARCHIVES) and 'devkit' not in o.name]
+    here = [o for o in matching(home, '*') if o.name.lower().endswith(ARCHIVES) and 'devkit' not in o.name]
     here = [o for o in here if not no_file(o)]
-    if any(home.rglob('*.jpg')): return home
+    if any(matching(home, '**/*.jpg')): return home
     if here: return unpacked(max(here, key=os.path.getsize))
     try: return untar_data(url, base=data_home())
     except (OSError, http.client.HTTPException, *DAMAGED) as e:
@@ -415,7 +415,7 @@ def at_hand(data):
     name = PurePosixPath(data.split('?')[0]).name
     known = name.lower().endswith((*ARCHIVES, '.npz'))
     if url and known: return download(data, data_home()/'downloads'/hashlib.md5(data.encode()).hexdigest()[:8]/name)
-    if url or (path and path.is_file() and not known):
+    if url or (path and os.path.isfile(path) and not known):
         raise UserError(f"'{data}' is no archive ({' '.join(ARCHIVES)}): pass one, or a folder")
     if path: return path
     raise UserError(f"no folder or file {data!r:.200}, and no data set of that name (those are {', '.join(DATASETS)})")

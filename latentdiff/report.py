@@ -150,7 +150,9 @@ figure{margin:0 0 1.2rem}
 
 def figure(path, caption, cls=''):
     "An HTML figure with the picture inside it as base64; small ones are shown three times as large"
-    data, width = base64.b64encode(path.read_bytes()).decode(), Image.open(path).width
+    try: data, width = base64.b64encode(path.read_bytes()).decode(), Image.open(path).width
+    except OSError as e:
+        raise UserError(f'{path} cannot be read ({e.strerror or e}): delete {path.parent} to make it again') from None
     width = min(900, width*max(1, min(3, 900//width)))
     img = f'<img class="{cls}" width="{width}" src="data:image/png;base64,{data}" alt="{escape(caption)}">'
     return f'<figure>{img}<figcaption>{escape(caption)}</figcaption></figure>'

@@ -853,6 +853,12 @@ def test_folders_that_cannot_be_entered_are_named(tmp_path, monkeypatch):
     refuse(monkeypatch, os, 'scandir', {'s': errno.EACCES})
     assert 'Permission denied' in one_line(open_images, tmp_path/'s', 16)
 
+def test_rooms_that_memory_cannot_hold_are_refused_from_their_number(monkeypatch):
+    "Before there is a name of one"
+    monkeypatch.setattr(D.Images, '__init__', lambda *args, **kw: pytest.fail('begun'))
+    monkeypatch.setattr('latentdiff.disk.free_memory', lambda: 1e9)
+    assert 'A set of 10,000,000 rooms needs 6.0 GB of memory, and 1.0 GB are free' in one_line(open_images, 'rooms', 16, 10**7)
+
 def test_side_of_pictures_that_go_away(tmp_path, monkeypatch):
     save(tmp_path/'s'/'x.png')
     assert D.side_of(tmp_path/'s') == 32

@@ -1,6 +1,6 @@
 """Malformed arguments, files and networks at the doors of the library, whatever is called first in a lesson:
 one line that names what is wrong. `python tests/test_trust.py` counts the calls that answer otherwise."""
-import bz2, http.server, io, json, lzma, math, os, pickle, tarfile, tempfile, threading, time, warnings, zipfile
+import bz2, http.server, io, itertools, json, lzma, math, os, pickle, re, tarfile, tempfile, threading, time, warnings, zipfile
 from functools import partial
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -484,6 +484,28 @@ def test_names_are_no_formulas():
     D.show_images(torch.zeros(2, 3, 8, 8), rows=[name], cols=[name, 'b'])
     plt.gcf().canvas.draw()
     plt.close('all')
+def test_a_clock_that_is_set_back_gives_no_negative_times(monkeypatch, tmp_path):
+    "By an hour at every look: nothing that was measured goes by it, neither what is written down nor what is printed"
+    from test_training import small_learner, quiet
+    looks = itertools.count()
+    monkeypatch.setattr(time, 'time', lambda: 1e9 - 3600*next(looks))
+    assert 0 <= made(C.artefact(tmp_path/'a', lambda o: {}, {}, {}))['seconds'] < 60
+    assert 0 <= K.evaluate(FEATS, FEATS, NET)['seconds'] < 60
+    took = P.expectation(PIPE, 2, 1, 'euler', 2)
+    assert 0 <= float(re.search('about (.*) s', took)[1]) < 60, took
+    class Back(T.Callback):
+        def after_batch(self): next(looks)
+    monkeypatch.setattr(time, 'time', lambda now=time.monotonic: 1e9 + now() - 3600*int(repr(looks)[6:-1]))
+    learn = quiet(small_learner(Back()), steps=4)
+    assert re.fullmatch('00:[0-5][0-9]', learn.recorder.log[-1]), learn.recorder.log
+    monkeypatch.setattr(C, 'IN_NOTEBOOK', True)
+    bar, shown = C.Bar(9, 'bar'), []
+    monkeypatch.setattr(C, 'progress_bar', lambda *args, **kw: shown.append(1) or type('Shown', (), dict(start_t=0., update=lambda self, k: None))())
+    bar.step()
+    assert not shown
+    bar.start -= 3
+    bar.step()
+    assert shown and -60 < bar.bar.start_t <= -3
 
 def test_sets_of_other_sizes_are_not_compared():
     "By their size in pixels, whether they are tensors or opened; features have none"
