@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT', 'default_device', 'number', 'one_of',
-           'positions', 'spread', 'whole_numbers', 'numbers', 'Preset', 'preset', 'run_folder', 'above_zero',
+           'positions', 'spread', 'checked', 'multiples', 'numbers', 'Preset', 'preset', 'run_folder', 'above_zero',
            'preset_of', 'check_settings', 'settings_of', 'stream', 'Bar', 'progress', 'every', 'agreed', 'share',
            'gathered', 'first_ahead', 'to_toml', 'check_kinds', 'read_toml', 'beside_file', 'weights_name',
            'not_finite', 'save_component', 'find_class', 'read_weights', 'load_weights', 'network_config',
@@ -25,11 +25,16 @@ from fastprogress.fastprogress import progress_bar
 from filelock import FileLock, Timeout
 
 # %% ../nbs/parts/core.ipynb #c007
-def default_device():
-    "The GPU if there is one, of NVIDIA or in a Mac, else the CPU"
+def default_device(device=None): # of torch, or its name
+    "It, if this machine has it, else `UserError`; None: the GPU if there is one, of NVIDIA or in a Mac, else the CPU"
     import torch
     kinds = dict(cuda=torch.cuda.is_available, mps=torch.backends.mps.is_available)
-    return torch.device(next((k for k, there in kinds.items() if there()), 'cpu'))
+    if device is None: return torch.device(next((k for k, there in kinds.items() if there()), 'cpu'))
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, TypeError, ValueError, AssertionError):
+        raise UserError(f'device is {device!r:.80}: give one of this machine, such as {default_device()}') from None
 
 # %% ../nbs/parts/core.ipynb #L902
 def number(low=-math.inf, high=math.inf, whole=True, **given): # smallest and largest allowed; no fractions; by name
@@ -59,13 +64,32 @@ def spread(items, n): # a tensor or array; how many
     "`n` of them, evenly apart, or all if there are no more: where classes follow one another, some of each"
     return items if len(items) <= n else items[np.linspace(0, len(items) - 1, n).round().astype(int)]
 
-def whole_numbers(most=10**6, **given): # the largest allowed; one argument by its name, a list or tuple
-    "It, if it is whole numbers above 0, one or more; else raises `UserError`"
-    (k, v), = given.items()
-    if not isinstance(v, (list, tuple)) or not v:
-        raise UserError(f'{k} is {v!r:.80}: give whole numbers above 0 in a tuple')
-    for o in v: number(1, most, **{k: o})
+_PIPE, _MOST = ('latent_shape', 'one as from_pretrained has it'), dict(depth=100, kernel=99, shape=10**6)
+_KNOWN = dict( # name: what all of these have, and what they are
+    process=('levels', "a Process, such as Process('flow')"), scheduler=('config', 'one of diffusers'), pipe=_PIPE,
+    net=('__call__', 'net(x_t, time) -> prediction'), denoiser=('parameters', 'a network'), unet=('conv_in', 'a UNet'),
+    ae=('latent_shape', 'an Autoencoder'), autoencoder=_PIPE, images=('pixels', 'Images, as open_images does'),
+    p=('ae_widths', 'a Preset'), extractor=('name', 'an Extractor'),
+    model=('get', 'the config of one of diffusers, a dict'))
+
+def checked(**given): # by the names that they have everywhere: those in `_KNOWN`, and the sizes of networks and latents
+    "The last one; raises `UserError` for what is no such thing, or no whole number above 0 (a tuple of them: widths)"
+    for k, v in given.items():
+        if k in _KNOWN and not hasattr(v, _KNOWN[k][0]): raise UserError(f'{k} is {v!r:.80}: give {_KNOWN[k][1]}')
+        if k in _KNOWN: continue
+        several = k in ('widths', 'sizes', 'shape')
+        if several and not (isinstance(v, (list, tuple)) and v):
+            raise UserError(f'{k} is {v!r:.80}: give whole numbers above 0 in a tuple')
+        for o in v if several else (v,): number(1, _MOST.get(k, 10**5), **{k: o})
+        if k == 'kernel' and v % 2 == 0: raise UserError(f'kernel is {v}: give an odd number, such as {v + 1}')
     return v
+
+def multiples(of, **given): # a whole number; one argument by its name: a whole number, or several
+    "Raises `UserError` for what is no multiple of it, and names one that is"
+    (k, v), = given.items()
+    each = v if isinstance(v, (list, tuple)) else (v,)
+    near = {' x '.join(str(max(of, (o + more)//of*of)) for o in each): 0 for more in (0, of - 1)}
+    if any(o % of for o in each): raise UserError(f"{k} is {v}: give multiples of {of}, such as {' or '.join(near)}")
 
 def numbers(n, low=-math.inf, **given): # how many; what they exceed; one argument by its name, a list or tensor
     "A list of `n` finite floats; raises `UserError` for anything else"

@@ -13,8 +13,8 @@ from dataclasses import asdict
 from functools import lru_cache
 from .core import UserError, artefact, default_device, fingerprint, load_component, read_json
 from .core import save_component
-from .data import FEW
-from .autoencoder import batches_for, channel_stats, quality, some_pixels
+from .data import FEW, some_pixels
+from .autoencoder import batches_for, channel_stats, quality
 from .noisify import Process, weights_hash
 from .few_step import Shortcut
 from .pipeline import LatentDiffusionPipeline, folder_of, layers_of, zoo
