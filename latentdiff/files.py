@@ -289,8 +289,8 @@ def _raw(picture, name): # {'bytes', 'path'}, of which one may be None, or None;
     "The file that a row holds, or names; an empty one, to be skipped and counted, where it does neither"
     if not picture or picture['bytes'] is picture['path'] is None: return b''
     if picture['bytes'] is not None: return picture['bytes']
-    path, home = picture['path'], os.path.realpath(name)
-    if os.path.isdir(name) and os.path.realpath(path).startswith(home + os.sep) and not no_file(path): return bytes_of(path)
+    path, within = picture['path'], os.path.realpath(name) + os.sep
+    if os.path.isdir(name) and os.path.realpath(path).startswith(within) and not no_file(path): return bytes_of(path)
     if not re.match(rf'(zip://[^:]*::)?hf://datasets/{re.escape(name)}[@/]', path):
         raise UserError(f'{name} names {path!r:.200} as a picture, which is not in it: take another data set')
     with fsspec.open(path, 'rb') as f: raw = f.read(LARGEST + 1)
@@ -352,7 +352,8 @@ def hub_folder(spec, n): # 'owner/name', '?image=..&label=..&caption=..&split=..
         classes = _classes_of(features, cols['label'])
         rows = rows.cast_column(cols['image'], HubImage(decode=False))
         with whole_folder(folder, first=True) as new:
-            if not _save_rows(rows, cols, classes, n, new, name): raise UserError(f'{name} has no rows in its split {split}')
+            if not _save_rows(rows, cols, classes, n, new, name):
+                raise UserError(f'{name} has no rows in its split {split}')
     except UserError: raise
     except (OSError, TypeError, AttributeError, ImportError, HTTPError, *DAMAGED) as e:   # those of every reader
         raise UserError(f'{name} cannot be had ({one_line(e)}): check the network, or pass a folder') from None
