@@ -431,7 +431,8 @@ def train_cli(
         done = made(r.folder/('denoiser' if r.condition else 'unet'))
         if not done: raise UserError(f'{run} has no finished denoiser: run latentdiff-train without --more first.')
         had = done['settings'].get('steps') if isinstance(done.get('settings'), dict) else None
-        r.settings['steps'] = number(1, 10**9, **{f'steps in the made.json of {run}': had}) + more
+        had = number(1, 10**9, **{f'steps in the made.json of {run}': had})
+        r.settings['steps'] = number(1, 10**9, **{'steps, with --more,': had + more})
         r.p = preset_of(r.settings)
     r.go(('denoiser', 'pipeline'))
 

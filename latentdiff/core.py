@@ -12,7 +12,7 @@ __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT',
 
 # %% ../nbs/parts/core.ipynb #c004
 from .disk import UserError, clear_away, data_home, file_md5, on_disk, rank, read_json, read_text, remove
-from .disk import replace_folder, runs_home, whole_folder, world, write_json, write_whole
+from .disk import replace_folder, runs_home, utf8, whole_folder, world, write_json, write_whole
 from .checks import checked, multiples, number, numbers, one_of, positions, spread   # others ask core for all of them
 import hashlib, importlib, json, os, sys, time, tomllib   # after disk, which minds Ctrl-C
 from contextlib import contextmanager, nullcontext, suppress
@@ -166,7 +166,8 @@ def settings_of(data=None, preset=None, size=None, minutes=None, seed=0, n=None,
     p = preset_of(dict(preset=preset, data=data, size=size, n=n, autoencoder=autoencoder))
     if From is None and (autoencoder or p.data.split('/')[0] in DATASETS): From = 'none'  # else it will be seen
     rates = {k: v for k, v in dict(ae_lr=ae_lr, lr=lr).items() if v}
-    whole = lambda d, file='': str(Path(d).resolve()) if d and d not in DATASETS and os.path.exists(Path(d)/file) else d
+    there = lambda d, file: d and d not in DATASETS and os.path.exists(Path(d)/file)
+    whole = lambda d, file='': utf8(path=str(Path(d).resolve())) if there(d, file) else d
     return dict(data=whole(p.data), preset=p.name, size=p.size, minutes=minutes, seed=seed, n=p.n,
                 autoencoder=whole(p.ae_pretrained), condition=None if condition == 'none' else condition,
                 steps=steps, ae_steps=ae_steps, **{'from': whole(From, 'model_index.json')}, **rates)

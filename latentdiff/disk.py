@@ -6,7 +6,7 @@
 __all__ = ['FULL', 'world', 'rank', 'Stopped', 'last_words', 'stop_politely', 'UserError', 'data_home', 'runs_home', 'DiskError',
            'size_of', 'room_at', 'on_disk', 'enough', 'free_memory', 'reserve', 'remove', 'matching', 'clear_away',
            'put_beside', 'write_whole', 'write_json', 'read_text', 'read_json', 'file_md5', 'replace_folder',
-           'whole_folder', 'new_place', 'new_places', 'refused', 'check_call', 'printable', 'plain_output',
+           'whole_folder', 'new_place', 'new_places', 'refused', 'utf8', 'check_call', 'printable', 'plain_output',
            'one_line_errors']
 
 # %% ../nbs/parts/disk.ipynb #k001
@@ -260,6 +260,13 @@ def refused(e): # an exception
     where = e.filename if e.filename is not None else 'the current folder, or what is printed'
     return UserError(f'{where}: {e.strerror or e}: choose another place, or see to it that it can be read and written')
 
+def utf8(**given): # a text or a path, by its name
+    "It, if it is UTF-8; else raises `UserError`"
+    (k, v), = given.items()
+    try: str(v).encode()
+    except UnicodeEncodeError: raise UserError(f'{k} is {str(v)!r:.200}, which is not UTF-8: rename it.') from None
+    return v
+
 def check_call(options): # dict
     "`UserError` for an empty place, for a name that no other program could write down, and for a number that is none"
     if not (told := os.environ.get('WORLD_SIZE', '1')).isdecimal():
@@ -267,8 +274,7 @@ def check_call(options): # dict
     for k, v in options.items():
         if v == '' and k not in ('Class', 'prompt', 'negative'):   # who reads these says it better
             raise UserError(f'--{k} is empty: say something, or leave it away.')
-        if isinstance(v, str) and v.encode(errors='replace') != v.encode(errors='surrogateescape'):
-            raise UserError(f'{k} is {v!r}, which is not UTF-8: rename it.')
+        if isinstance(v, str): utf8(**{k: v})
 
 def printable(text):
     "In one line, and without what would steer a terminal"

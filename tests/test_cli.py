@@ -181,6 +181,9 @@ def test_training_on_ends_where_the_longer_training_ends(cli, run, tmp_path):
     "40 steps and --more 20 are 60 steps, and latentdiff-run then draws and scores anew."
     folder = shutil.copytree(run.folder, tmp_path/'run')
     assert cli('train', folder, '--more', 20).rc == 0
+    written = (folder/'run.json').read_bytes()
+    one_line(cli('train', folder, '--more', 10**9), '--more', '1,000,000,000')
+    assert (folder/'run.json').read_bytes() == written
     long = shutil.copytree(run.folder, tmp_path/'long', ignore=shutil.ignore_patterns('unet', 'checkpoints', 'samples', 'scores', 'report.html', 'metrics.json'))
     d = json.loads((long/'run.json').read_text())
     d['settings']['steps'] = 60

@@ -598,6 +598,8 @@ def test_names_and_seeds_are_looked_at_first(tmp_path):
     from latentdiff.core import read_toml, to_toml
     assert '--out is empty' in one_line(lambda: check_call(dict(out=''))) and '--npz' in one_line(lambda: check_call(dict(n=3, npz='')))
     assert 'UTF-8' in one_line(lambda: check_call(dict(data=os.fsdecode(b'caf\xe9'))))
+    (strange := tmp_path/os.fsdecode(b'nu\xff')/'photos').mkdir(parents=True)
+    assert 'UTF-8' in one_line(lambda: settings_of(str(strange), 'tiny'))   # as from within that folder
     check_call(dict(data='café', out='x', n=3, prompt=''))
     for seed in (2**63, -2**63 - 1, .5): assert 'seed' in one_line(lambda: settings_of('rooms', 'tiny', seed=seed))
     assert settings_of('rooms', 'tiny', seed=-2**63)['seed'] == -2**63
