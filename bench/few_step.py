@@ -163,13 +163,13 @@ def main():
     rows += [(f'student {o}', net, shortcut, k) for o, net in students.items() for k in a.student]
     rows += [('consistency', other, jumps, k) for k in a.student if other]
     for name, net, sampler, steps in rows:
-        start, scores = time.time(), []
+        start, scores = time.monotonic(), []
         for seed in range(3 if steps < 200 else 1):
             px = pipe.decode(drawn(pipe, net, a.n, steps, sampler, seed), 128)
             scores.append(kid(features(judge, px), real))
             if seed == 0: save_png(image_grid(px[:40], nrow=10), folder/f'{name.replace(" ", "")}-{steps}.png')
         m, se = mean(scores) if len(scores) > 1 else scores[0]
-        print(f'{name:11} {steps:3} evaluations: KID {m:.4f} ± {se:.4f}; of each seed {", ".join(f"{k:.4f} ± {e:.4f}" for k, e in scores)}; {time.time() - start:.0f} s', flush=True)
+        print(f'{name:11} {steps:3} evaluations: KID {m:.4f} ± {se:.4f}; of each seed {", ".join(f"{k:.4f} ± {e:.4f}" for k, e in scores)}; {time.monotonic() - start:.0f} s', flush=True)
     if a.pack: pack(pipe, students[a.seeds[0]], a.pack, run(a.seeds[0]), images, lat, judge)
 
 if __name__ == '__main__': main()

@@ -22,8 +22,8 @@ class Clock(Callback):
         self.k += 1
         if self.k % 20: return
         if torch.cuda.is_available(): torch.cuda.synchronize()
-        if self.k == 20: self.start = time.time()
-        spent = time.time() - self.start
+        if self.k == 20: self.start = time.monotonic()
+        spent = time.monotonic() - self.start
         if spent < self.seconds: return
         self.rate = (self.k - 20)/spent
         raise CancelFitException

@@ -418,7 +418,7 @@ def _download_taef2():
     folder.mkdir(parents=True, exist_ok=True)
     for part, md5 in _TAEF2_MD5.items():
         f, pth = folder/f'{part}.safetensors', folder/f'{part}.pth'
-        if f.exists(): continue
+        if os.path.exists(f): continue
         _hub(torch.hub.download_url_to_file, _TAEF2_URL.format(part), dst=str(pth), progress=False)
         if file_md5(pth) != md5: raise UserError(f'{pth} is not the published file: try again later')
         write_whole(f, safetensors.torch.save(torch.load(pth, weights_only=True)))
@@ -438,8 +438,8 @@ def open_autoencoder(spec): # a saved folder, one of TAEF2 weights, 'taef2', or 
     "The autoencoder that `spec` names, in eval mode; raises `UserError` if there is none"
     folder = there(spec)
     if str(spec) == 'taef2': return TAEF2.from_pretrained()
-    if folder and (folder/'encoder.safetensors').is_file(): return TAEF2.from_pretrained(folder)
-    if folder and folder.is_dir(): config = network_config(folder)
+    if folder and os.path.isfile(folder/'encoder.safetensors'): return TAEF2.from_pretrained(folder)
+    if folder and os.path.isdir(folder): config = network_config(folder)
     elif re.fullmatch(r'\w[\w.-]*/[\w.-]+', str(spec)): config = _hub(AutoencoderKL.load_config, spec)
     else: raise UserError(f'{spec!r:.200} is neither a folder nor a Hub id like owner/name')
     cls = find_class(config.get('_class_name'))
@@ -457,7 +457,7 @@ def some_pixels(images, split, seed, most=None): # `Images`; 'train' or 'valid';
 def make_autoencoder(folder, images, p, seed=0, device=None): # of the run; `Images`; a `Preset`; of chance; None: GPU
     "The autoencoder of a run, in eval mode: made once, in autoencoder/ (ours) or vae/ (diffusers'), then loaded"
     folder, device, parents = Path(folder), device or default_device(), dict(images=images.fingerprint)
-    found = agreed(next((o for o in ('autoencoder', 'vae') if (folder/o).exists()), None))
+    found = agreed(next((o for o in ('autoencoder', 'vae') if os.path.exists(folder/o)), None))
     with first_ahead(): ready = open_autoencoder(p.ae_pretrained) if p.ae_pretrained and not found else None
     path = folder/(found or ('vae' if isinstance(ready, PretrainedKL) else 'autoencoder'))
     settings, kw = dict(seed=seed, pretrained=p.ae_pretrained), dict(bs=p.bs, kl_weight=p.ae_kl)

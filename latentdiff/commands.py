@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['data', 'training', 'autoencoder', 'noisify', 'unet', 'sampling', 'kid_eval', 'conditioning', 'pipeline', 'report',
            'source', 'QUICK', 'SCORES', 'GOALS', 'run_cli', 'encode_cli', 'Run', 'to_hwc', 'write_npz', 'train_cli',
-           'told_by', 'check_kind', 'write_pngs', 'sample_cli', 'eval_cli']
+           'told_by', 'write_pngs', 'sample_cli', 'eval_cli']
 
 # %% ../nbs/90_commands.ipynb #c004
-from .disk import enough, new_place, new_places, one_line_errors   # first: it minds Ctrl-C
+from .disk import enough, matching, new_place, new_places, one_line_errors, put_beside   # it minds Ctrl-C
 import importlib, io, json, math, os, platform, sys
 from functools import wraps
 from pathlib import Path
@@ -40,10 +40,10 @@ class Run:
     def read(self, settings):
         "The settings in run.json, or these if the folder is new; `UserError` if the folder belongs to something else"
         f, other = self.folder/'run.json', 'choose another folder with --out.'
-        if not f.exists():
-            begun = {'config.toml', 'skipped.json'} | {o.name for o in self.folder.glob('.*')}   # and killed at once
-            foreign = {o.name for o in self.folder.glob('*')} - begun and not [*self.folder.glob('*/made.json')]
-            if not foreign and (self.folder.is_dir() or not os.path.lexists(self.folder)): return settings
+        if not os.path.exists(f):
+            begun = {'config.toml', 'skipped.json'} | {o.name for o in matching(self.folder, '.*')} # and killed at once
+            foreign = {o.name for o in matching(self.folder, '*')} - begun and not [*self.folder.glob('*/made.json')]
+            if not foreign and (os.path.isdir(self.folder) or not os.path.lexists(self.folder)): return settings
             raise UserError(f'{self.folder} exists and is not a run folder: {other}')
         d = read_json(f, f'delete the folder, or {other}')
         old = d.get('settings')
@@ -184,7 +184,7 @@ def denoiser(self:Run):
 def pipeline(self:Run):
     "The three parts as one; `model_index.json` says that they are there"
     pipe = pipeline.LatentDiffusionPipeline(self.autoencoder, *self.denoiser, self.p.size)
-    if not (self.folder/'model_index.json').exists(): pipe.write_index(self.folder)
+    if not os.path.exists(self.folder/'model_index.json'): pipe.write_index(self.folder)
     return pipe
 
 # %% ../nbs/90_commands.ipynb #c023
@@ -192,12 +192,12 @@ def to_hwc(px):
     "An array (n,h,w,c), as image files have it, of a tensor (n,c,h,w)"
     return px.permute(0, 2, 3, 1).contiguous().numpy()
 
-def write_npz(path, px):
+def write_npz(path, px, put=None): # as for `write_whole`
     "The uint8 array (n,h,w,c) in one .npz, complete or not at all"
     f = io.BytesIO()
     np.savez_compressed(f, px)
     Path(path).parent.mkdir(parents=True, exist_ok=True)   # it may have gone while images were drawn
-    write_whole(path, f.getvalue())
+    write_whole(path, f.getvalue(), put)
 
 @patch(as_prop=True)
 def sampling(self:Run):
@@ -213,14 +213,15 @@ def samples(self:Run):
     settings = dict(n=self.p.n_eval, **self.how)
     if self.condition: settings |= dict(condition=self.condition, guidance=self.asked['guidance'])
     parents = {k: made(self.folder/k)['fingerprint'] for k in self.pipeline.parts()}
-    folder = artefact(self.folder/'samples', self.draw, parents, settings, remake=True)
+    folder = artefact(self.folder/'samples', self.draw, parents, settings, cheap=True)
     return self.once('samples', lambda: data.npz_pixels(folder/'samples.npz'))
 
 @patch
 def draw(self:Run, folder):
     "Fill `folder`: the samples, a grid of the first 64, the way from noise to image of the first three"
-    px = self.pipeline.pixels(self.p.n_eval, **self.how, **self.asked)
-    write_npz(folder/'samples.npz', to_hwc(px))
+    new = lambda: to_hwc(self.pipeline.pixels(self.p.n_eval, **self.how, **self.asked))
+    if not os.path.exists(folder/'samples.npz'): write_npz(folder/'samples.npz', new())
+    px = data.npz_pixels(folder/'samples.npz')
     report.save_png(self.grid(px), folder/'grid.png')
     report.save_png(report.path_picture(self.pipeline, self.p.sample_steps, self.seed, **self.asked), folder/'path.png')
 
@@ -249,7 +250,7 @@ def scores(self:Run):
     "KID and FID against held-out images with their floors, a dict"
     parents = dict(images=self.images.fingerprint, judge=self.judge.name, n=len(self.samples))
     parents['samples'] = made(self.folder/'samples')['fingerprint']
-    return made(artefact(self.folder/'scores', self.evaluate, parents, dict(seed=self.seed), remake=True))['facts']
+    return made(artefact(self.folder/'scores', self.evaluate, parents, dict(seed=self.seed), cheap=True))['facts']
 
 @patch
 def by_guidance(self:Run, folder, f, idxs): # as for `evaluate`; features of some training images, and which these are
@@ -298,7 +299,7 @@ def metrics(self:Run):
 def report(self:Run):
     "The path of report.html, with metrics.json beside it; written again only if the scores are new"
     page, f, of = self.folder/'report.html', self.folder/'metrics.json', fingerprint(scores=self.scores)
-    if page.exists() and f.exists() and unsealed(f, f'delete {f}').get('made_from') == of: return page
+    if os.path.exists(page) and os.path.exists(f) and unsealed(f, f'delete {f}').get('made_from') == of: return page
     m = self.metrics()
     write_whole(page, report.report(self.folder, self.options(), m))
     write_json(f, sealed({**m, 'made_from': of}), indent=1)
@@ -348,15 +349,16 @@ def announce(self:Run):
     gb = 1.3*training.peak_gb(self.device) + 2*min(1.5e9, len(self.images)*self.images.channels*p.size**2)/1e9
     print(f'training takes about {(p.ae_steps*a + p.steps*d)/60:.1f} min and {gb:.1f} GB on this machine as it is now: '
           f'{p.ae_steps if a else 0:,} steps of the autoencoder, {p.steps:,} of the denoiser', flush=True)
-    if self.device.type == 'cpu':
-        with first_ahead(): enough('This run', self.folder/'run.json', memory=1e9*(gb - training.peak_gb()))
+    latents = 4*len(self.images)*p.latent_channels*(p.size//8)**2   # two bytes each, and mirrored
+    memory = 1e9*(gb - training.peak_gb()) if self.device.type == 'cpu' else 0
+    with first_ahead(): enough('This run', self.folder/'run.json', latents, memory)
 
 @patch
 def go(self:Run, goals=GOALS):
     "Make what is not there yet; `UserError` if another process is at it"
     with first_ahead():
-        if not self.folder.exists(): new_place(self.folder, '--out')
-    fresh, _ = agreed(not (self.folder/'run.json').exists()), self.condition
+        if not os.path.exists(self.folder): new_place(self.folder, '--out')
+    fresh, _ = agreed(not os.path.exists(self.folder/'run.json')), self.condition
     if fresh:                       # errors in data and settings come before anything is written
         self.begin()
         self.fix_steps()
@@ -369,7 +371,7 @@ def go(self:Run, goals=GOALS):
         if fresh and self.images.skipped: write_json(self.folder/'skipped.json', self.images.skipped, indent=1)
         if fresh or read_json(self.folder/'run.json', 'delete it').get('settings') != self.settings: self.write()
         for k in goals: getattr(self, k)
-    if not (self.folder/'run.json').exists(): raise UserError(f'{self.folder} is gone: repeat the command.')
+    if not os.path.exists(self.folder/'run.json'): raise UserError(f'{self.folder} is gone: repeat the command.')
     done = 'is finished: nothing to do' if before == stamp() else f'{training.peak_gb(self.device):.1f} GB at most'
     print(f'{self.folder} {done}')
 
@@ -422,7 +424,7 @@ def train_cli(
     "Train a denoiser on the latents in a run folder; the folder is then a pipeline to sample from"
     above_zero(more=more)
     hint = 'make one with latentdiff-run or latentdiff-encode.'
-    if not Path(run).is_dir(): raise UserError(f'There is no run folder {run}: {hint}')
+    if not os.path.isdir(run): raise UserError(f'There is no run folder {run}: {hint}')
     r = Run(run, read_json(Path(run)/'run.json', f'this is not a run folder; {hint}').get('settings', {}))
     if not made(r.folder/'latents'): raise UserError(f'{run} has no latents: run latentdiff-encode on it first.')
     if more:
@@ -442,19 +444,13 @@ def told_by(Class, prompt, guidance, negative):
         if not v.strip(' ,'): raise UserError(f'--{k} is empty: say what to draw, or leave it away.')
     told = {k: v for k, v in (('guidance', guidance), ('negative', negative)) if v is not None}
     if told and not given: raise UserError(f'--{[*told][0]} needs --class or --prompt: say what to draw.')
-    if Class: told['cond'] = [o.strip() for o in Class.split(',')]
+    if Class: told['cond'] = source.listed(Class)
     return told | {'cond': prompt} if prompt else told
 
-def check_kind(pipe, run, Class, prompt):
-    "`UserError` if `pipe` was not trained with what it is told"
-    for v, kind, what in ((Class, 'class', 'classes'), (prompt, 'text', 'captions')):
-        if v and kind not in (source.told_of(pipe) or '').split(' and '):
-            raise UserError(f'{run} was trained without {what}: leave the option away.')
-
-def write_pngs(folder, px):
+def write_pngs(folder, px, put=None): # as for `whole_folder`
     "One PNG an image, 00000.png onwards, in a folder that appears when it is complete"
     from PIL import Image
-    with whole_folder(folder) as new:
+    with whole_folder(folder, put=put) as new:
         for i, x in enumerate(progress(px)):
             Image.fromarray(x.squeeze(-1) if x.shape[-1] == 1 else x).save(new/f'{i:05d}.png')
 
@@ -469,7 +465,7 @@ def sample_cli(
     sampler:str=None,       # ddpm, ddim, euler, heun, dpmpp_2m, dpmpp_2m_sde, unipc; default: as above, else dpmpp_2m
     seed:int=0,             # of the noise
     bs:int=16,              # images at a time; images are the same to the bit only for the same number
-    Class:str=None,         # what to draw, in a run that was trained with classes; several with commas between
+    Class:str=None,         # what to draw, in a run that was trained with classes; several with commas between, such as 'a,"b, c"'
     prompt:str=None,        # the same in words, in a run that was trained with captions
     guidance:float=None,    # how much to exaggerate what is asked for; 1: not at all; default: as above, else 2
     negative:str=None       # class or words to stay away from
@@ -481,16 +477,18 @@ def sample_cli(
     told = told_by(Class, prompt, guidance, negative)
     with first_ahead(): new_places(out=out, npz=npz)
     pipe = pipeline.LatentDiffusionPipeline.from_pretrained(run)
-    check_kind(pipe, run, Class, prompt)
+    source.check_told(pipe, run, Class, prompt)
     size = n*pipe.size**2*3
     memory = size + 8*n*math.prod(pipe.latent_shape)
     with first_ahead():
         for o in filter(None, (out, npz)): enough(f'Drawing {n:,} images', o, size, memory)
     print(f'{n:,} images into {out or npz}: {pipeline.expectation(pipe, n, steps, sampler, bs, **told)}', flush=True)
     px = to_hwc(pipe.pixels(n, steps, sampler, seed, bs, **told))
-    with first_ahead(): new_places(out=out, npz=npz)   # nobody else has put something there meanwhile
-    if npz: write_npz(npz, px)
-    if out and not rank(): write_pngs(out, px)
+    taken = []
+    for write, place in ((write_npz, npz), (write_pngs, out)) if not rank() else ():
+        try: place and write(place, px, put_beside)
+        except UserError as e: taken.append(str(e))   # the other one is written all the same
+    if taken: raise UserError('; '.join(taken))
 
 # %% ../nbs/90_commands.ipynb #c049
 @call_parse
@@ -509,9 +507,10 @@ def eval_cli(
     if min(len(a), len(b)) < 8:
         raise UserError(f'{len(a)} and {len(b)} images are too few to score: give eight of each, better a thousand.')
     judge = kid_eval.EfficientNetFeatures()
-    print(f'{len(a):,} images against {len(b):,}, at {size} px, by {judge.name}', file=sys.stderr, flush=True)
+    for o in (a, b):
+        left = ''.join(f'\n  {name}: {why}' for name, why in o.skipped[:5])
+        print(f'{o!r}{left}', file=sys.stderr)
+    print(f'compared at {size} px, by {judge.name}', file=sys.stderr, flush=True)
     d = json.dumps(kid_eval.evaluate(a, b, judge, seed=seed), indent=1)
     print(d)
-    if out:
-        new_place(out, '--out')
-        write_whole(out, d)
+    if out: write_whole(out, d, put_beside)

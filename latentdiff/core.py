@@ -8,11 +8,12 @@ __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT',
            'preset_of', 'check_settings', 'settings_of', 'stream', 'Bar', 'progress', 'every', 'agreed', 'share',
            'gathered', 'first_ahead', 'to_toml', 'check_kinds', 'read_toml', 'beside_file', 'weights_name',
            'not_finite', 'save_component', 'find_class', 'read_weights', 'load_weights', 'network_config',
-           'load_component', 'fingerprint', 'sealed', 'unsealed', 'made', 'artefact', 'locked', 'exercise']
+           'load_component', 'fingerprint', 'sealed', 'unsealed', 'made', 'content_of', 'altered', 'check_contents',
+           'artefact', 'locked', 'exercise']
 
 # %% ../nbs/parts/core.ipynb #c004
-from .disk import UserError, clear_away, data_home, file_md5, on_disk, rank, read_json, remove, replace_folder
-from .disk import runs_home, whole_folder, world, write_json, write_whole   # the rooms ask for them here
+from .disk import UserError, clear_away, data_home, file_md5, on_disk, rank, read_json, read_text, remove
+from .disk import replace_folder, runs_home, whole_folder, world, write_json, write_whole   # the rooms ask for them here
 import hashlib, importlib, json, math, os, sys, time, tomllib   # after disk, which minds Ctrl-C
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -221,17 +222,17 @@ def stream(seed, *what): # a whole number, any size or sign; what the stream is 
 class Bar:
     "A progress bar that shows itself after two seconds; where nobody looks, it prints `what` once instead"
     def __init__(self, total, what=''): # steps; said where there is no terminal and no notebook
-        self.total, self.what, self.done, self.start, self.bar = total, what, 0, time.time(), None
+        self.total, self.what, self.done, self.start, self.bar = total, what, 0, time.monotonic(), None
 
     def step(self, *_):
         "One more step is done"
         self.done += 1
         if self.bar: return self.bar.update(self.done)
-        if time.time() - self.start < 2 or self.done == self.total: return
+        if time.monotonic() - self.start < 2 or self.done == self.total: return
         if IN_NOTEBOOK or sys.stdout and sys.stdout.isatty():
             self.bar = progress_bar(range(self.total), total=self.total, leave=False)
             self.bar.update(0)
-            self.bar.start_t = self.start
+            self.bar.start_t -= time.monotonic() - self.start
         elif self.what:
             print(self.what, flush=True)
             self.what = ''
@@ -302,7 +303,7 @@ def check_kinds(path, d, kinds): # of the file; the dict in it; the type of each
 
 def read_toml(path, kinds): # of the file; as above
     "The dict in a TOML file, whose kinds are checked"
-    try: d = tomllib.loads(Path(path).read_text(encoding='utf-8'))
+    try: d = tomllib.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f'{path} cannot be read as TOML: {str(e).splitlines()[0]}') from None
     return check_kinds(path, d, kinds)
@@ -360,7 +361,7 @@ def read_weights(path): # .safetensors
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     again = 'save or download it again'
-    if not Path(path).is_file(): raise UserError(f'{path} is missing: {again}')
+    if not os.path.isfile(path): raise UserError(f'{path} is missing: {again}')
     try: state = load_file(path)
     except SafetensorError as e: raise UserError(f'{path} is damaged ({e}): {again}') from e
     if bad := not_finite(state): raise UserError(f'{path} holds {bad[0]} that is not finite: {again}')
@@ -393,6 +394,7 @@ def load_component(folder): # as `save_component` left it
         why = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise UserError(f'{folder}/config.json does not describe a network ({why}): save it again') from e
     load_weights(module, Path(folder)/weights_name(module))
+    check_contents(folder)
     return module.eval().requires_grad_(False)
 
 # %% ../nbs/parts/core.ipynb #c033
@@ -414,7 +416,7 @@ def unsealed(path, hint): # of a JSON file; what to do if it is damaged
 def made(path):
     "What made.json says of the artefact at `path`: settings, parents, facts, seconds; {} if there is none"
     f = Path(path)/'made.json'
-    return unsealed(f, f'delete {path} and run the command again') if f.is_file() else {}
+    return unsealed(f, f'delete {path} and run the command again') if os.path.isfile(f) else {}
 
 def _difference(old, new):
     "The first thing that two notes disagree on, in words; None if they agree"
@@ -427,30 +429,73 @@ def _difference(old, new):
     kinds = isinstance(old.get('facts'), dict) and type(old.get('seconds')) in (int, float)
     if not kinds or old.get('fingerprint') != fingerprint(**new): return 'a damaged made.json'
 
+_PIECE, _PIECES = 1 << 16, 1024   # bytes; so many pieces of a large file are read, evenly apart
+
+def content_of(path): # of a file
+    "A fingerprint of its bytes, of which 64 MB are read at most; its size counts too"
+    size = os.path.getsize(path)
+    h = hashlib.sha256(str(size).encode())
+    with open(path, 'rb') as f:
+        for i in range(min(_PIECES, -(-size//_PIECE))):
+            f.seek(i*_PIECE if size <= _PIECE*_PIECES else i*(size - _PIECE)//(_PIECES - 1))
+            h.update(f.read(_PIECE))
+    return h.hexdigest()[:16]
+
+def _contents(folder):
+    "{name: fingerprint} of the files in it, but not of hidden ones and notes"
+    files = (o for o in sorted(folder.glob('*')) if o.name[0] != '.' and o.name not in ('made.json', 'making.json'))
+    return {o.name: content_of(o) for o in files if os.path.isfile(o)}
+
+def altered(path, note): # an artefact's folder; what `made` says of it
+    "The names of its files that are not the ones that were made; none where an earlier version has not noted them"
+    told = note.get('contents')
+    is_it = lambda o, mark: os.path.isfile(o) and content_of(o) == mark
+    return [k for k, mark in (told if isinstance(told, dict) else {}).items() if not is_it(Path(path)/k, mark)]
+
+def check_contents(path): # of a folder that may be an artefact
+    "`UserError` if a file in it is not the one that was made there, such as the weights of another run"
+    if not (other := altered(path, made(path))): return
+    why = f'{Path(path)/other[0]} is not the file that was made there: it was changed, or comes from elsewhere'
+    raise UserError(f'{why}; put the right one back, or delete {path} to make it again')
+
 # %% ../nbs/parts/core.ipynb #c034
 def artefact(path, make,        # the folder; make(folder) fills one, maybe begun before; returns facts (a dict)
              parents, settings, # dicts: name -> fingerprint of what it is made from; what else the result depends on
              remake=False,      # what was made from something else: make it again and say so; False: `UserError`
-             version=1):        # of the recipe: one more when the same settings give something else
+             version=1,         # of the recipe: one more when the same settings give something else
+             cheap=False):      # `remake`, and make again what was deleted or changed in it, which a loader refuses
     "Make the artefact at `path` unless it is there and made from the same; returns `path`"
     path = Path(path)
     want = json.loads(json.dumps(dict(settings=settings, parents=parents, version=version), default=str))
-    there, old = agreed((path.exists(), made(path)))
+    there, old = agreed((os.path.exists(path), made(path)))
     if there and not old: raise UserError(f'{path} was not made by this version of latentdiff: choose another')
     differs = old and _difference(old, want)
-    if differs and not remake:
+    if differs and not (remake or cheap):
         raise UserError(f'{path} was made with {differs}: delete it to make it again, or choose another folder')
     if differs: print(f'{path.name} was made with {differs}: it is made again', flush=True)
-    if differs or not old:
-        with locked(path.parent), on_disk(path): _make(path, make, want)
+    lost = agreed(altered(path, old) if cheap and not differs else [])
+    if lost: print(f"{path.name} has lost {', '.join(lost)}, or they were changed: made again", flush=True)
+    if differs or lost or not old:
+        with locked(path.parent), on_disk(path):
+            if lost and not rank(): _reopen(path, want, lost)
+            _make(path, make, want)
     if rank(): return path
     clear_away(path, 'new', 'old')   # of a process that was killed just when it was done
     with suppress(OSError): (path/'making.json').unlink()
     return path
 
+def _work(path): return path.with_name(f'.{path.name}.making')
+
+def _reopen(path, want, lost): # the names of its files that shall be made again
+    "Make the artefact one that was begun, and still lacks these"
+    write_json(path/'making.json', want)
+    remove(_work(path))
+    path.rename(_work(path))
+    for o in (*lost, 'made.json'): remove(_work(path)/o)
+
 def _begin(work, want):
     "An empty folder with a note of what it is for, unless an earlier call has begun just that"
-    begun = read_json(work/'making.json', f'delete {work}') if (work/'making.json').is_file() else None
+    begun = read_json(work/'making.json', f'delete {work}') if os.path.isfile(work/'making.json') else None
     if begun == want: return
     remove(work)
     work.mkdir()
@@ -458,12 +503,13 @@ def _begin(work, want):
 
 def _make(path, make, want):
     "Fill a folder beside `path`, going on in the one that an earlier call has left, and put it in place"
-    work, start = path.with_name(f'.{path.name}.making'), time.time()
+    work, start = _work(path), time.monotonic()
     with first_ahead(), on_disk(path):
         if not rank(): _begin(work, want)
     if not agreed(made(work)):
         note = {**want, 'fingerprint': fingerprint(**want), 'facts': make(work) or {}}
-        write_json(work/'made.json', sealed({**note, 'seconds': round(time.time() - start, 1)}), indent=1)
+        if not rank(): note |= dict(contents=_contents(work), seconds=round(time.monotonic() - start, 1))
+        write_json(work/'made.json', sealed(note), indent=1)
     with first_ahead(), on_disk(path): replace_folder(work, path)   # now it is there for all
 
 # %% ../nbs/parts/core.ipynb #c036

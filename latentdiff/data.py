@@ -19,8 +19,9 @@ from fastai.data.all import Categorize, Datasets, TensorImage, URLs, show_image
 from torchvision.datasets import FashionMNIST, MNIST
 from torchvision.utils import make_grid
 from .core import UserError, data_home, default_device, fingerprint, first_ahead, number, one_of, positions, progress
+from .disk import enough, matching
 from .files import (SUFFIXES, at_hand, bytes_of, captions_in, files_below, hub_folder, known_folder, name_below,
-                              no_file, npz_pixels, one_line, pixels_or_why, shard_names, shard_samples, unpacked)
+                              no_file, npz_pixels, one_line, pixels_or_why, shard_names, shard_samples, there, unpacked)
 from .rooms import ROOM_FACTORS, draw_rooms, room_caption, room_codes
 
 # %% ../nbs/00_data.ipynb #c023
@@ -93,8 +94,8 @@ def show_images(
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
     for ax, im in zip(axs.flat, pixels): ax.imshow(im.permute(1, 2, 0), interpolation='nearest')
-    for ax, t in zip(axs.flat, titles): ax.set_title(t, fontsize=9, pad=2)
-    for ax, r in zip(axs[:,0], rows): ax.set_ylabel(r, rotation=0, ha='right', va='center', fontsize=9)
+    for ax, t in zip(axs.flat, titles): ax.set_title(t, fontsize=9, pad=2, parse_math=False)
+    for ax, r in zip(axs[:,0], rows): ax.set_ylabel(r, rotation=0, ha='right', va='center', fontsize=9, parse_math=False)
     plt.show()
 
 # %% ../nbs/00_data.ipynb #c127
@@ -184,6 +185,7 @@ class RoomImages(Images):
     "`n` rooms (10,000 unless said), labelled by the colour of the bed, with captions"
     def __init__(self, size, n=None, channels=None, seed=0):
         n, self.seed = n or 10_000, seed
+        enough(f'A set of {n:,} rooms', data_home()/'rooms', memory=600*n)   # names and captions, not yet made
         super().__init__('rooms', [f'room-{seed}-{i:06d}' for i in range(n)], size, channels or 3, stamp='rooms v1')
         codes, _ = room_codes(seed, np.arange(n))
         named = {f: [ROOM_FACTORS[f][k] for k in v] for f, v in codes.items()}
@@ -293,7 +295,7 @@ LSUN_HUB = 'pcuenq/lsun-bedrooms' # the archive's pictures, shuffled, in pieces
 
 def bedroom_folder(n): # how many, None: all
     "Where LSUN's bedrooms are: found in `data_home()`, the first `n` from the Hub, or all from fast.ai's archive"
-    if n is None or any((data_home()/'lsun_bedroom').glob('*')):
+    if n is None or any(matching(data_home()/'lsun_bedroom', '*')):
         return known_folder('lsun_bedroom', URLs.LSUN_BEDROOMS, f"try --data hub:{LSUN_HUB}, or LATENTDIFF_PRESET=tiny")
     try: return hub_folder(LSUN_HUB, n)
     except UserError as e: raise UserError(f'{e}; LATENTDIFF_PRESET=tiny needs no download') from None
@@ -337,12 +339,12 @@ def open_images(
     if data.split('/')[0] in ('stanford_cars', 'smallnorb'):
         from latentdiff.labs_data import CarImages, NorbImages
         return CarImages(**how) if data == 'stanford_cars' else NorbImages(**how, only=data.split('/')[1:])
-    if '{' in data and data.split('?')[0].endswith('.tar'):
+    if '{' in data and data.split('?')[0].endswith('.tar') and not there(data):
         return StreamImages(data, shard_samples(shard_names(data, seed)), size, n, channels)
     path = at_hand(data)
     try:
         if path.suffix == '.npz': return ArrayImages(path, **how)
-        folder = path if path.is_dir() else unpacked(path)
+        folder = path if os.path.isdir(path) else unpacked(path)
     except UserError as e:   # a bad download is no better the next time; on a full disk it is not to blame
         if data_home()/'downloads' in path.parents and not isinstance(e, OSError): path.unlink()
         raise

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['FULL', 'world', 'rank', 'Stopped', 'last_words', 'stop_politely', 'UserError', 'data_home', 'runs_home', 'DiskError',
-           'size_of', 'room_at', 'on_disk', 'enough', 'free_memory', 'reserve', 'remove', 'clear_away', 'write_whole',
-           'write_json', 'read_json', 'file_md5', 'replace_folder', 'whole_folder', 'new_place', 'new_places',
-           'refused', 'check_call', 'plain_output', 'one_line_errors']
+           'size_of', 'room_at', 'on_disk', 'enough', 'free_memory', 'reserve', 'remove', 'matching', 'clear_away',
+           'put_beside', 'write_whole', 'write_json', 'read_text', 'read_json', 'file_md5', 'replace_folder',
+           'whole_folder', 'new_place', 'new_places', 'refused', 'check_call', 'printable', 'plain_output',
+           'one_line_errors']
 
 # %% ../nbs/parts/disk.ipynb #k001
 import os, signal, sys
@@ -53,7 +54,7 @@ def stop_politely():
 stop_politely()
 
 # %% ../nbs/parts/disk.ipynb #d006
-import errno, glob, hashlib, io, json, math, platform, re, shutil, tempfile, zlib
+import errno, glob, hashlib, io, itertools, json, math, platform, re, shutil, tempfile, zlib
 from contextlib import contextmanager, suppress
 from functools import wraps
 
@@ -89,7 +90,7 @@ def size_of(n): return f'{n/1e9:,.1f} GB' if n >= 1e9 else f'{n/1e6:,.1f} MB'  #
 def room_at(path): # where something is to be written
     "(bytes free, the folder that is there already, what to set to write on another disk)"
     path, home = (Path(os.path.abspath(o)) for o in (path, data_home()))
-    there = next(o for o in path.parents if o.is_dir())
+    there = next(o for o in path.parents if os.path.isdir(o))
     way = 'set LATENTDIFF_DATA' if home in path.parents else 'choose one with --out, or set LATENTDIFF_RUNS'
     return shutil.disk_usage(there).free, there, f'go to another disk: {way}'
 
@@ -127,8 +128,13 @@ def free_memory():
 def reserve(path, size): # of a file; bytes
     "Give it so many bytes on the disk now: a memory map of a file with holes dies with SIGBUS where the disk is full"
     if rank(): return
-    with on_disk(path, size), open(path, 'r+b' if Path(path).exists() else 'w+b') as f:
-        if hasattr(os, 'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, size)
+    with on_disk(path, size), open(path, 'r+b' if os.path.exists(path) else 'w+b') as f:
+        had, full = os.path.getsize(path), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if size - had > room_at(path)[0]: raise full
+        try: hasattr(os, 'posix_fallocate') and os.posix_fallocate(f.fileno(), 0, size)
+        except OSError:
+            f.truncate(had)   # ext4 keeps what it has found so far, which is all there is
+            raise
 
 # %% ../nbs/parts/disk.ipynb #d013
 _HERE = f'{zlib.crc32(platform.node().encode()):08x}'   # this machine: others may see the same disk
@@ -143,17 +149,29 @@ def _gone(writer): # as `_beside` names it
 
 def remove(path):
     "Delete a file, a folder, or a link, but not what a link leads to; nothing happens where nothing is"
-    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
+    if os.path.isdir(path) and not os.path.islink(path): shutil.rmtree(path, ignore_errors=True)
     else:
         with suppress(OSError): path.unlink()
 
+def matching(folder, pattern): # as for glob
+    "The paths in it; none where one may not look"
+    with suppress(PermissionError): yield from Path(folder).glob(pattern)
+
 def clear_away(path, *kinds): # 'part', 'new', 'old'
     "Delete what killed processes have left half made beside `path`, and what any has moved out of the way"
-    for o in path.parent.glob(f'.{glob.escape(path.name)}.*') if not rank() else ():
+    for o in matching(path.parent, f'.{glob.escape(path.name)}.*') if not rank() else ():
         writer, _, kind = o.name.removeprefix(f'.{path.name}.').partition('.')
         if kind in kinds and (kind == 'old' or _gone(writer)): remove(o)
 
-def write_whole(path, data): # of the file, whose folder exists; str or bytes
+def put_beside(new, path): # what is finished, and the place that was free when it was begun
+    "Put `new` at `path`; if somebody has taken that meanwhile, under another name, which a `UserError` tells"
+    names = itertools.chain([path], (path.with_name(f'{path.stem}-{k}{path.suffix}') for k in itertools.count(2)))
+    place = next(o for o in names if not os.path.lexists(o))
+    new.rename(place)
+    clear_away(path, 'part', 'new')
+    if place != path: raise UserError(f'{path} was taken by somebody else meanwhile, so the result is in {place}')
+
+def write_whole(path, data, put=None): # of the file, whose folder exists; str or bytes; such as `put_beside`
     "Write a file in one step, with the permissions that any new file gets"
     if rank(): return
     path, data = Path(path), data.encode() if isinstance(data, str) else data
@@ -161,7 +179,7 @@ def write_whole(path, data): # of the file, whose folder exists; str or bytes
     with on_disk(path, len(data)):
         try:
             tmp.write_bytes(data)
-            os.replace(tmp, path)
+            (put or os.replace)(tmp, path)
         finally: remove(tmp)
     clear_away(path, 'part')
 
@@ -169,9 +187,15 @@ def write_json(path, d, indent=None): # of the file; a dict or list; spaces a le
     "Write `d` as JSON in one step"
     write_whole(path, json.dumps(d, indent=indent))
 
+def read_text(path):
+    "The text of a file, without its byte order mark; raises `OSError`, and `UserError` where the memory does not suffice"
+    if not os.path.isfile(path) and os.path.exists(path): raise OSError('no file, but something else')
+    enough(f'Reading {path}', path, memory=8*os.stat(path).st_size)
+    return Path(path).read_text(encoding='utf-8-sig')
+
 def read_json(path, hint): # of the file; what to do if there is none
     "The dict in a JSON file; `UserError` that ends in `hint` if there is none"
-    try: d = json.loads(Path(path).read_text())
+    try: d = json.loads(read_text(path))
     except FileNotFoundError: raise UserError(f'{path} is missing: {hint}') from None
     except (OSError, ValueError, RecursionError): raise UserError(f'{path} cannot be read: {hint}') from None
     if not isinstance(d, dict): raise UserError(f'{path} holds no settings: {hint}')
@@ -186,13 +210,13 @@ def replace_folder(new, path): # a finished folder, and the place it takes, besi
     "Put `new` at `path`; what was there is deleted"
     if rank(): return
     old = _beside(path, 'old')
-    if path.exists(): path.rename(old)
+    if os.path.exists(path): path.rename(old)
     new.rename(path)
     remove(old)
     clear_away(path, 'old', 'new')
 
 @contextmanager
-def whole_folder(path, first=False): # True: what another process has put there meanwhile is the same, and stays
+def whole_folder(path, first=False, put=None): # True: what is there by then is the same, and stays; as above
     "A fresh folder to fill, which takes its place at `path` only if nothing goes wrong"
     path = Path(path)
     new = _beside(Path(tempfile.gettempdir())/path.name if rank() else path, 'new')   # that of the others nobody keeps
@@ -201,7 +225,7 @@ def whole_folder(path, first=False): # True: what another process has put there 
             remove(new)
             new.mkdir(parents=True)
             yield new
-            if not (first and path.exists()): replace_folder(new, path)
+            if not (first and os.path.exists(path)): (put or replace_folder)(new, path)
         finally: remove(new)
 
 # %% ../nbs/parts/disk.ipynb #d018
@@ -214,8 +238,9 @@ def new_place(path, option):
         path.parent.mkdir(parents=True, exist_ok=True)
         _beside(path, 'part').touch()
         _beside(path, 'part').unlink()
-    except OSError as e:
-        raise UserError(f'{str(path):.200} cannot be written ({e.strerror}): choose another with {option}.') from None
+    except (OSError, RecursionError) as e:
+        why = getattr(e, 'strerror', None) or 'too many folders'
+        raise UserError(f'{str(path):.200} cannot be written ({why}): choose another with {option}.') from None
 
 def new_places(**places): # the options without their dashes; None: not asked for
     "The same for several, none of which may lie in another"
@@ -240,9 +265,13 @@ def check_call(options): # dict
     if not (told := os.environ.get('WORLD_SIZE', '1')).isdecimal():
         raise UserError(f'WORLD_SIZE is {told!r}, no number of processes: unset it')
     for k, v in options.items():
-        if k in ('out', 'npz') and v == '': raise UserError(f'--{k} is empty: name a place, or leave it away.')
+        if v == '' and k not in ('Class', 'prompt', 'negative'): raise UserError(f'--{k} is empty: say something, or leave it away.')
         if isinstance(v, str) and v.encode(errors='replace') != v.encode(errors='surrogateescape'):
             raise UserError(f'{k} is {v!r}, which is not UTF-8: rename it.')
+
+def printable(text):
+    "In one line, and without what would steer a terminal"
+    return ''.join(o if o.isprintable() else repr(o)[1:-1] for o in ' '.join(text.split()))
 
 def plain_output():
     "In a file or a pipe: whole lines at once, and no progress bars"
@@ -267,6 +296,6 @@ def one_line_errors(f):
             if not (why := refused(e)): raise
             if isinstance(e, OSError) and why is not e and e.filename is None:   # what was printed is lost
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            raise SystemExit(f"latentdiff-{f.__name__.removesuffix('_cli')}: {' '.join(str(why).split())}") from None
+            raise SystemExit(f"latentdiff-{f.__name__.removesuffix('_cli')}: {printable(str(why))}") from None
         except KeyboardInterrupt as e: raise SystemExit(last_words(*e.args)) from None
     return _f

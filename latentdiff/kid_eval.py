@@ -10,7 +10,7 @@ __all__ = ['RELEASES', 'poly_kernel', 'kernel_sums', 'pair_variance', 'cross_mom
            'GreyClassifier', 'train_classifier', 'ClassifierFeatures', 'make_judge']
 
 # %% ../nbs/50_kid_eval.ipynb #c004
-import hashlib, math, pickle, time
+import hashlib, math, os, pickle, time
 from pathlib import Path
 
 import numpy as np, torch, torch.nn.functional as F
@@ -209,7 +209,7 @@ def evaluate(fake, real,       # images or features, as `features` takes them
              floor_from=None,  # more real images, for the floor; None splits `real` into halves
              seed=0) -> dict:
     "KID and FID of generated against real images, and of real against real: the floor that no generator should beat"
-    start, seed = time.time(), number(seed=seed)
+    start, seed = time.monotonic(), number(seed=seed)
     sets = dict(fake=fake, real=real, floor_from=real if floor_from is None else floor_from)
     sizes = {k: side(o, k) for k, o in sets.items()}
     for k, o in sizes.items():
@@ -221,7 +221,7 @@ def evaluate(fake, real,       # images or features, as `features` takes them
     (k, se), (k0, se0) = kid(f, r), kid(a, b)
     scores = dict(kid=k, kid_se=se, kid_floor=k0, kid_floor_se=se0, fid=fid(f, r), fid_floor=fid(a, b))
     return dict(**scores, n_fake=len(f), n_real=len(r), n_floor=(len(a), len(b)), extractor=extractor.name,
-                device=str(extractor.device), seed=seed, seconds=round(time.time() - start, 1))
+                device=str(extractor.device), seed=seed, seconds=round(time.monotonic() - start, 1))
 
 # %% ../nbs/50_kid_eval.ipynb #c108
 def nearest_neighbours(fake,  # (n,d) features, or images of any one range, which are compared pixel by pixel
@@ -348,7 +348,7 @@ def inception_weights(url=RELEASES + 'v0.2.0/weights-inception-2015-12-05-672682
     path = data_home()/'inception-2015-12-05-6726825d.pth'
     try: torch.hub.load_state_dict_from_url(url, path.parent, check_hash=True, file_name=path.name, weights_only=True)
     except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        if path.exists(): raise UserError(f'{path} is damaged: delete it and try again') from e
+        if os.path.exists(path): raise UserError(f'{path} is damaged: delete it and try again') from e
         why = str(e).splitlines()[0]
         raise UserError(f'no weights from {url} ({why}): try again, or save the file as {path}') from e
     return path

@@ -10,6 +10,7 @@ import gzip, hashlib, math, os, numpy as np, pandas as pd, scipy.io, struct, tor
 from pathlib import Path
 from fastai.data.external import URLs
 from .core import UserError, data_home, file_md5, write_whole
+from .disk import matching
 from .data import FileImages, Images, fit_pixels, pick, split_of
 from .files import download, known_folder, unpacked
 
@@ -56,7 +57,7 @@ class CarImages(FileImages):
     "Stanford Cars: the names as `captions`, the body types as `labels`"
     def __init__(self, size, n=None, channels=None, seed=0):
         root = known_folder('stanford_cars', URLs.CARS, 'put the photographs, or their archive, into stanford_cars')
-        folder = next((o for o in sorted(root.rglob('cars_train')) if o.is_dir()), root)
+        folder = next((o for o in sorted(root.rglob('cars_train')) if os.path.isdir(o)), root)
         super().__init__(folder, size, n, channels, seed, 'stanford_cars')
         names = car_names(folder)
         lost = [o for o in self.names if Path(o).name not in names]
@@ -109,7 +110,7 @@ def _norb_array(path, md5):
 def _norb_sets(folder): # with NAME-dat.mat, NAME-cat.mat, NAME-info.mat, or as .gz; None: the published set
     "Yield (side, dat, cat, info), the side by what the file names say; raises `UserError`"
     home, stems = Path(folder or data_home()/'smallnorb'), dict(zip(NORB['stems'].values(), NORB['md5'].values()))
-    if folder: stems = {o.name.split('-dat.mat')[0]: {} for o in sorted(home.glob('*-dat.mat*'))}
+    if folder: stems = {o.name.split('-dat.mat')[0]: {} for o in sorted(matching(home, '*-dat.mat*'))}
     if not stems: raise UserError(f"no smallNORB in '{home}': it should hold NAME-dat.mat, NAME-cat.mat, NAME-info.mat")
     for stem, md5 in stems.items():
         dat, cat, info = (_norb_array(home/f'{stem}-{k}.mat', md5.get(k)) for k in ('dat', 'cat', 'info'))

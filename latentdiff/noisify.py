@@ -9,7 +9,7 @@ __all__ = ['SCHEDULES', 'TARGETS', 'TIMES', 'FILES', 'PREDICTION_TYPES', 'BETA_S
            'NoisifyCB', 'process_of', 'other_noise', 'save_process']
 
 # %% ../nbs/20_noisify.ipynb #c003
-import functools, hashlib, inspect, json, math, shutil, time, warnings
+import functools, hashlib, inspect, json, math, os, shutil, time, warnings
 import numpy as np, torch
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -17,8 +17,8 @@ from pathlib import Path
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from fastai.basics import Callback, patch
 from .autoencoder import fit_bs
-from .core import UserError, agreed, artefact, default_device, first_ahead, made, number, one_of, progress
-from .core import rank, read_json, sealed, share, stream, unsealed, world, write_json
+from .core import UserError, agreed, artefact, check_contents, default_device, first_ahead, made, number
+from .core import one_of, progress, rank, read_json, sealed, share, stream, unsealed, world, write_json
 from .data import from_uint8, kind_of, like
 from .disk import reserve
 
@@ -281,7 +281,7 @@ FILES = 'latents.f16', 'mirrored.f16'
 def _encode_rest(ae, images, folder, shape, flip, bs, save_every=5.):
     "Fill the files in `folder`, from the row where an earlier call stopped; of several processes each its batches"
     count,n = folder/'done.json', len(images)
-    said = read_json(count, f'delete {folder}').get('done') if count.is_file() else 0
+    said = read_json(count, f'delete {folder}').get('done') if os.path.isfile(count) else 0
     done = agreed(number(0, n, **{f'done in {count}': said}))
     with first_ahead():
         for f in FILES[:1+flip]: reserve(folder/f, 2*math.prod(shape))
@@ -323,6 +323,7 @@ class Latents:
         if not _sound(m): raise UserError(f'{self.folder}/manifest.json is not whole: delete and encode again')
         self.fingerprint = made(folder).get('fingerprint') # of what they were made of
         self.mean,self.mirrored = (*(self._map(f) for f in FILES[:1+m['mirrored']]), None)[:2]
+        check_contents(self.folder)
         self.names,self.classes,self.captions = m['names'],m['classes'],m['captions']
         self.labels = None if m['labels'] is None else torch.tensor(m['labels'])
         valid = torch.isin(torch.arange(len(self)), torch.tensor(m['valid']))
@@ -335,7 +336,7 @@ class Latents:
 
     def _map(self, name):
         f,shape = self.folder/name, tuple(self.manifest['shape'])
-        if f.is_file() and f.stat().st_size==2*math.prod(shape): return np.memmap(f, np.float16, 'r', shape=shape)
+        if os.path.isfile(f) and f.stat().st_size==2*math.prod(shape): return np.memmap(f, np.float16, 'r', shape=shape)
         raise UserError(f"{f} is missing or has the wrong size: delete {self.folder} and encode again")
 
     def __len__(self): return self.manifest['shape'][0]

@@ -21,11 +21,13 @@ from huggingface_hub import create_repo, snapshot_download, upload_folder
 from huggingface_hub.errors import HTTPError
 from .core import UNFIT, WEIGHTS, UserError, default_device, gathered, load_component, number, numbers
 from .core import read_json, save_component, share, weights_name, write_json, write_whole
+from .files import ON_HUB
 from .data import check_images, image_grid, to_uint8
+from .disk import enough
 from .autoencoder import Autoencoder, fit_bs, open_autoencoder
 from .noisify import Process, other_noise, process_of, save_process
 from .unet import AnyUNet2D, OtherNetwork, first_line
-from .card import ON_HUB, PIPELINES, SCHEDULERS, check_index, model_card, names_class
+from .card import PIPELINES, SCHEDULERS, check_index, model_card, names_class
 from .conditioning import guide
 from .sampling import SAMPLER, SAMPLERS, denoise_path, evaluations, levels, sample, start_noise, time_steps
 from .few_step import Shortcut, shortcut, unipc
@@ -311,7 +313,7 @@ def write_index(self:LatentDiffusionPipeline, folder):
         saved, ours = name(f'{k}/config.json'), type(part)
         d[k] = [ours.__module__, saved] if saved == ours.__name__ else ['diffusers', saved]
     scheduler = 'scheduler/scheduler_config.json'
-    if (Path(folder)/scheduler).exists(): d['scheduler'] = ['diffusers', name(scheduler)]
+    if os.path.exists(Path(folder)/scheduler): d['scheduler'] = ['diffusers', name(scheduler)]
     if self.own_scheduler: d['sampler'] = 'scheduler'
     write_json(Path(folder)/'model_index.json', d, indent=1)
 
@@ -372,7 +374,7 @@ def our_parts(folder, d): # as `save_pretrained` left it; its model_index.json, 
     number(1, _MOST, **{f"size in {folder/'model_index.json'}": d.get('size')})
     autoencoder, denoiser = (load_part(folder/k, d[k][1]) for k in names)
     process, scheduler = Process.load(folder/'process'), None
-    if (folder/'scheduler').exists():
+    if os.path.exists(folder/'scheduler'):
         scheduler = load_scheduler(folder)
         if differs := other_noise(scheduler, process): raise UserError(f'{folder}: {differs}: take both from one run')
     return autoencoder, denoiser, process, d['size'], scheduler if d.get('sampler') == 'scheduler' else None
@@ -469,14 +471,17 @@ def their_parts(folder, d): # of a pipeline of diffusers; its model_index.json, 
 
 # %% ../nbs/80_pipeline.ipynb #n102
 def expectation(pipe, n, steps, sampler, bs, **told):
-    "What drawing `n` images will take, in words, from the time of one step of a batch"
+    "What drawing `n` images will take, in words, from the time of one step of a batch of up to 16"
     steps, by, _ = pipe.how(steps, sampler).values()
     name = by if isinstance(by, str) else getattr(by, '__name__', type(by).__name__)
-    pipe.draw(bs, 1, sampler, bs=bs, **told)
-    start = time.time()
-    pipe.draw(bs, 1, sampler, bs=bs, **told)
-    seconds = (time.time() - start)*-(-n//bs)*evaluations(pipe.sampler_of(sampler), steps)
-    gb = peak_gb(pipe.device) + 2*n*3*pipe.size**2/1e9
+    few, before = min(bs, 16), peak_gb(pipe.device)
+    pipe.draw(few, 1, sampler, bs=few, **told)
+    start = time.monotonic()
+    pipe.draw(few, 1, sampler, bs=few, **told)
+    seconds = (time.monotonic() - start)*bs/few*-(-n//bs)*evaluations(pipe.sampler_of(sampler), steps)
+    more = (peak_gb(pipe.device) - before)*(bs/few - 1)   # of a whole batch, in proportion
+    if pipe.device.type == 'cpu': enough(f'Drawing {bs:,} at a time', os.curdir, memory=1e9*more)
+    gb = peak_gb(pipe.device) + more + 2*n*3*pipe.size**2/1e9
     return f'{name}, {steps} steps on {pipe.device}, at most about {seconds:.0f} s and {gb:.1f} GB'
 
 class KIDCurve(Callback):

@@ -41,8 +41,8 @@ def labelled(im, cols, rows):
     fig = Figure((w + left, h + top), dpi=100)
     ax = fig.add_axes([left/(w + left), 0, w/(w + left), h/(h + top)])
     ax.imshow(im, aspect='auto', interpolation='nearest')
-    ax.set_xticks((np.arange(len(cols)) + .5)*im.width/len(cols), cols, fontsize=9)
-    ax.set_yticks((np.arange(len(rows)) + .5)*im.height/len(rows), rows, fontsize=9)
+    ax.set_xticks((np.arange(len(cols)) + .5)*im.width/len(cols), cols, fontsize=9, parse_math=False)
+    ax.set_yticks((np.arange(len(rows)) + .5)*im.height/len(rows), rows, fontsize=9, parse_math=False)
     ax.xaxis.tick_top()
     ax.tick_params(length=0)
     for o in ax.spines.values(): o.set_visible(False)
@@ -150,7 +150,9 @@ figure{margin:0 0 1.2rem}
 
 def figure(path, caption, cls=''):
     "An HTML figure with the picture inside it as base64; small ones are shown three times as large"
-    data, width = base64.b64encode(path.read_bytes()).decode(), Image.open(path).width
+    try: data, width = base64.b64encode(path.read_bytes()).decode(), Image.open(path).width
+    except OSError as e:
+        raise UserError(f'{path} cannot be read ({e.strerror or e}): delete {path.parent} to make it again') from None
     width = min(900, width*max(1, min(3, 900//width)))
     img = f'<img class="{cls}" width="{width}" src="data:image/png;base64,{data}" alt="{escape(caption)}">'
     return f'<figure>{img}<figcaption>{escape(caption)}</figcaption></figure>'

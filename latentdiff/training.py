@@ -8,7 +8,7 @@ __all__ = ['adamw', 'randn_rows', 'largest_divisor', 'zero_init', 'peak_gb', 'as
            'seconds_per_step', 'decay_start', 'rate', 'Checkpoint', 'StepByStep', 'Keeper', 'fit_steps', 'trackers']
 
 # %% ../nbs/parts/training.ipynb #c004
-import fastai.callback.schedule, fastai.learner, json, safetensors.torch, sys, tempfile, time, timeit
+import fastai.callback.schedule, fastai.learner, json, os, safetensors.torch, sys, tempfile, time, timeit
 import torch, torch.distributed as dist, torch.nn.functional as F
 from functools import partial
 from importlib.util import find_spec
@@ -18,10 +18,9 @@ from fastai.basics import AvgSmoothLoss, Callback, CancelFitException, DataLoade
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from .core import UNFIT, UserError, agreed, default_device, first_ahead, not_finite, number, rank
 from .core import read_weights, stream, world, write_whole
-from .data import as_images, shifted, show_images
-from .disk import enough
+from .data import as_images, kind_of, shifted, show_images
+from .disk import enough, matching
 from .muon import Muon, muon, orthogonalise   # other modules ask for them here
-from .data import kind_of
 
 # %% ../nbs/parts/training.ipynb #c007
 def largest_divisor(n, most): # a whole number, at least 1; the answer is no larger than this
@@ -331,12 +330,12 @@ class Checkpoint:
         self.clear()
 
     def clear(self): # away what a killed process left half written
-        for part in self.folder.glob('.*.part') if not rank() else (): part.unlink(missing_ok=True)
+        for part in matching(self.folder, '.*.part') if not rank() else (): part.unlink(missing_ok=True)
 
     def note(self, name):
         "The note of a checkpoint of this training; None if there is none"
         f = self.path(name)
-        if not f.is_file(): return None
+        if not os.path.isfile(f): return None
         try:
             with safetensors.safe_open(f, 'pt') as o: note = json.loads(o.metadata()['note'])
             if note['made_from'] != self.made_from: return None
@@ -348,10 +347,16 @@ class Checkpoint:
     def load(self, steps, exact=False): # of the whole training; `exact`: not one of another length, validated elsewhere
         "(tensors, note) of the most advanced checkpoint that such a training passes through, or None"
         self.clear()
-        passes = lambda n: not exact and n['k'] <= min(decay_start(n['steps']), decay_start(steps))
-        notes = {o: n for o in ('last', 'stable') if (n := self.note(o)) and (n['steps'] == steps or passes(n))}
-        name = max(notes, key=lambda o: notes[o]['k'], default=None)
-        return name and (read_weights(self.path(name)), notes[name])
+        short = lambda n: not exact and n['k'] <= min(decay_start(n['steps']), decay_start(steps))
+        passes, found, damaged = lambda n: n and (n['steps'] == steps or short(n)), [], []
+        for o in ('last', 'stable'):
+            try: found += [(read_weights(self.path(o)), n)] if passes(n := self.note(o)) else []
+            except UserError as e: damaged.append(e)
+        best = max(found, key=lambda o: o[1]['k'], default=None)
+        for e in damaged:
+            if not best: raise e
+            print(f"{str(e).rsplit(': ', 1)[0]}; the training goes on from another, at step {best[1]['k']}", flush=True)
+        return best
 
 # %% ../nbs/parts/training.ipynb #c024
 class _Batches:
@@ -371,6 +376,8 @@ class StepByStep(Callback):
         self.ends = sorted({round(steps*(i + 1)/rounds) for i in range(rounds)} - {0})
 
     def left(self): return [o for o in self.ends if o > self.k]
+    def before_epoch(self): self.begun = time.monotonic()
+    def after_epoch(self): self.recorder.start_epoch = time.time() - (time.monotonic() - self.begun)   # what it prints
     def before_train(self): self.learn.dl = _Batches(self.learn.dls.train, self.seed, self.k, self.left()[0])
     def before_validate(self): torch.manual_seed(stream(self.seed, 'validation'))
 

@@ -111,7 +111,7 @@ def longer(train,          # train(steps) -> an artefact
         secs = note['seconds']/(steps - (1 - again)*before)
         print(f'{path.name}: {1e3*secs:.0f} ms a step, {note["facts"]}', flush=True)
         if not keep(path): break
-        before, steps = steps, next_steps(steps, most, times, again, secs, until - time.time())
+        before, steps = steps, next_steps(steps, most, times, again, secs, until - time.monotonic())
 
 def packed(path, place, **more): # an artefact; a folder of the pipeline; what else the card shall know
     "Save it in half precision; what the card says of it"
@@ -368,7 +368,7 @@ def main(argv=None, s=Settings()):
     a.add_argument('--minutes', type=float, default=float('inf'), help='a training that would end later is not begun')
     a.add_argument('--seed', type=int, default=0)
     a = a.parse_args(argv)
-    until, folder, seed = time.time() + 60*a.minutes, runs_home()/NAME, a.seed
+    until, folder, seed = time.monotonic() + 60*a.minutes, runs_home()/NAME, a.seed
     results = a.out or folder
     place = results/NAME if a.out else HERE/'latentdiff'/'zoo'/NAME
     place.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from latentdiff.commands import Run, settings_of
 from latentdiff.core import UserError, locked, preset
 from latentdiff.data import open_images
 from latentdiff.files import npz_pixels
-from latentdiff.report import report
+from latentdiff.report import figure, report
 from processes import command
 
 @pytest.fixture(scope='session')
@@ -62,6 +62,14 @@ def test_report_needs_no_other_file(run):
     page = (run.folder/'report.html').read_text()
     assert page.count('src="data:image/png;base64,') == 5 and 'name=viewport' in page and stands_alone(page)
 
+@pytest.mark.parametrize('holds', [None, b'', b'GIF'])
+def test_a_picture_of_the_report_that_is_gone_or_none(holds, tmp_path):
+    "In a run of an earlier version, which has not noted its pictures: one line that says how to get them again"
+    f = tmp_path/'scores'/'pairs.png'
+    f.parent.mkdir()
+    if holds is not None: f.write_bytes(holds)
+    with pytest.raises(UserError, match=f'{f} cannot be read .*: delete {f.parent} to make it again'): figure(f, 'pairs')
+
 @pytest.mark.parametrize('into,alone', [('base64,AAAAhttpAAAA', True), ('base64," src="http://x/', False), ('base64,"><script>', False)])
 def test_what_a_picture_spells_is_no_link(into, alone):
     assert stands_alone('<img src="data:image/png;base64,AAAA">'.replace('base64,', into)) is alone
@@ -97,16 +105,17 @@ def test_run_of_the_first_version_is_refused(cli, tmp_path):
     (tmp_path/'run.json').write_text(json.dumps(dict(settings={}, stages={})))
     one_line(cli('run', '--preset', 'tiny', '--out', tmp_path), '0.1', '--out')
 
-def test_interrupted_run_goes_on(cli, run, tmp_path):
-    "Without its last parts, a run makes those and no other."
-    folder = shutil.copytree(run.folder, tmp_path/'run')
-    shutil.rmtree(folder/'scores')
-    for f in ('metrics.json', 'report.html'): (folder/f).unlink()
-    stamp = lambda k: (folder/k/'made.json').stat().st_mtime_ns
-    before = [stamp(k) for k in ('autoencoder', 'latents', 'unet', 'samples')]
+@pytest.mark.parametrize('lost,says', [(('scores', 'metrics.json', 'report.html'), ''), (('samples/grid.png', 'scores/pairs.png', 'report.html'), 'samples has lost grid.png')], ids=['parts', 'pictures'])
+def test_interrupted_run_goes_on(cli, run, tmp_path, lost, says):
+    "Without its last parts, or pictures of its report, a run makes those and no other."
+    folder, kept = shutil.copytree(run.folder, tmp_path/'run'), ('autoencoder/made.json', 'latents/made.json', 'unet/made.json', 'samples/samples.npz')
+    for o in lost: shutil.rmtree(folder/o) if (folder/o).is_dir() else (folder/o).unlink()
+    stamp = lambda k: (folder/k).stat().st_mtime_ns
+    before = [*map(stamp, kept)]
     r = cli('run', *run.args, '--out', folder)
-    assert r.rc == 0 and (folder/'report.html').exists(), r
-    assert [stamp(k) for k in ('autoencoder', 'latents', 'unet', 'samples')] == before
+    assert r.rc == 0 and (folder/'report.html').exists() and says in r.out, r
+    assert [*map(stamp, kept)] == before
+    for o in ('samples/grid.png', 'scores/pairs.png'): assert (folder/o).read_bytes() == (run.folder/o).read_bytes()
     same = [json.loads((f/'metrics.json').read_text()) for f in (folder, run.folder)]
     assert same[0]['kid'] == pytest.approx(same[1]['kid'], rel=1e-3)
 
@@ -244,8 +253,11 @@ def test_sample_seeds(cli, run, drawn, tmp_path):
 
 def test_eval_of_one_set_against_itself(cli, drawn, tmp_path):
     "A folder and an array with the same images: FID 0, KID not above 0 (it is unbiased, so a set is closer to itself than to a fresh draw)."
-    r = cli('eval', drawn/'pngs', drawn/'all.npz', '--out', tmp_path/'scores.json')
+    pngs = shutil.copytree(drawn/'pngs', tmp_path/'pngs')
+    (pngs/'broken.png').write_bytes(b'x'), (pngs/'more').symlink_to(drawn/'pngs')
+    r = cli('eval', pngs, drawn/'all.npz', '--out', tmp_path/'scores.json')
     assert r.rc == 0, r.err
+    for w in ('pngs: 8 images', '2 skipped', 'broken.png: not a picture', 'more/: a link to a folder', 'all: 8 images'): assert w in r.err, r.err
     d = json.loads(r.out)
     assert d == json.loads((tmp_path/'scores.json').read_text())
     assert abs(d['fid']) < 1e-3 and d['kid'] <= 0 and d['n_fake'] == d['n_real'] == 8

@@ -86,7 +86,7 @@ def test_streams_are_what_they_were():
 
 class FakeTime:
     now = 0.
-    def time(self): return self.now
+    def monotonic(self): return self.now
 
 @pytest.fixture
 def clock(monkeypatch):
@@ -105,6 +105,7 @@ def test_progress_says_once_what_takes_long(clock, capsys):
 def test_a_bar_shows_itself_where_somebody_looks(clock, capsys, monkeypatch):
     drawn = []
     class Drawn:
+        start_t = 0.
         def __init__(self, *args, **kw): drawn.append(kw['total'])
         def update(self, k): drawn.append(k)
         def on_iter_end(self): drawn.append('end')
@@ -291,6 +292,45 @@ def test_what_is_not_ours_is_refused_and_kept(what, tmp_path):
     if what == 'damaged note': (f/'made.json').write_text('{')
     with pytest.raises(UserError) as e: make(f, Maker())
     assert one_line(e) and f.exists() and here(tmp_path) == ['a']
+
+def test_what_a_file_holds_is_known_by_64_MB_of_it(tmp_path):
+    "All of a small one; of a larger one its size, both ends and 1,022 pieces between them: half of it exchanged, or one byte more, is noticed"
+    f, seen = tmp_path/'x', {}
+    for size in (0, 1, 65_536, 65_537, 200_000):
+        for flip in {0, size//2, size - 1} if size else {0}:
+            f.write_bytes(bytes(flip) + b'x' + bytes(max(0, size - flip - 1)) if size else b'')
+            seen[size, flip] = core.content_of(f)
+    for size in (2**26 + 1, 10**9):
+        with f.open('wb') as o: o.truncate(size)
+        seen[size, None] = core.content_of(f)
+        for at, what in ((0, b'x'), (size - 1, b'x'), (size//3, b'x'*2**21)):
+            with f.open('r+b') as o:
+                o.seek(at)
+                o.write(what)
+                o.flush()
+                seen[size, at] = core.content_of(f)
+                o.seek(at)
+                o.write(bytes(len(what)))
+    assert len({*seen.values()}) == len(seen) == 19 and all(len(o) == 16 for o in seen.values())
+
+def test_what_was_deleted_or_changed_is_made_again_and_nothing_else(tmp_path, capsys):
+    "Where the caller says so; killed on the way, too. The others stay as they are"
+    def make(folder, calls=[]):
+        calls.append(1)
+        for k in 'abc':
+            if not (folder/k).exists(): (folder/k).write_text(f'{k}{len(calls)}')
+    again = lambda **kw: artefact(tmp_path/'x', make, {}, {}, **kw)
+    holds = lambda: ''.join((tmp_path/'x'/k).read_text() for k in 'abc' if (tmp_path/'x'/k).exists())
+    again()
+    (tmp_path/'x'/'a').unlink()
+    (tmp_path/'x'/'b').write_text('mine')
+    again()
+    assert holds() == 'minec1' and not capsys.readouterr().out
+    with pytest.raises(UserError, match='x/a is not the file that was made there'): core.check_contents(tmp_path/'x')
+    again(cheap=True)
+    assert holds() == 'a2b2c1' and capsys.readouterr().out.count('x has lost a, b, or they were changed: made again') == 1 and here(tmp_path) == ['.lock', 'x'] and here(tmp_path/'x') == ['a', 'b', 'c', 'made.json']
+    again(cheap=True)
+    assert holds() == 'a2b2c1' and not core.check_contents(tmp_path/'x')
 
 def test_a_finished_artefact_asks_for_no_lock(tmp_path):
     "It may lie in a folder where one may only read"

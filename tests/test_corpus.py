@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from diffusers import UNet2DModel
 from fastcore.script import anno_parser
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load as load_bytes, load_file, save, save_file
 from latentdiff import autoencoder as A, commands as M, core as C, data as D, files as F, noisify as N, pipeline as P, report, sampling, training, unet
 from latentdiff.core import UserError
 from latentdiff.labs_data import NorbImages, car_names, read_norb
@@ -245,6 +245,25 @@ WEIGHTS = dict(empty=lambda s: b'', seven=lambda s: b'\0'*7, huge_header=lambda 
     bytes=lambda s: save({k: v.to(torch.int8) for k, v in s.items()}), bools=lambda s: save({k: v > 0 for k, v in s.items()}), ints=lambda s: save(one(s, lambda x: x.long())), holed=lambda s: save(one(s, holed)), infinite=lambda s: save(one(s, lambda x: x/0)),
     other_shape=lambda s: save(one(s, lambda x: x[:1].clone())), flat=lambda s: save(one(s, lambda x: x.flatten())), lost=lambda s: save(dict([*s.items()][1:])), strange=lambda s: save({**s, 'more': torch.zeros(1)}), renamed=lambda s: save({f'x.{k}': v for k, v in s.items()}))
 OF = 'autoencoder/autoencoder.safetensors', 'unet/diffusion_pytorch_model.safetensors'
+
+ANOTHERS = dict(weights=(OF[0], load, lambda b: save({k: x + .01 for k, x in load_bytes(b).items()})), network=(OF[1], load, lambda b: save({k: x + .01 for k, x in load_bytes(b).items()})),
+    config=('autoencoder/config.json', load, lambda b: changed(b, 'latent_std', [1.5]*4).encode()), latents=('latents/latents.f16', train, lambda b: b[::-1]), mirrored=('latents/mirrored.f16', train, lambda b: b[:-1] + bytes([b[-1] ^ 1])))
+
+@pytest.mark.parametrize('what', ANOTHERS)
+def test_a_file_of_another_run_is_noticed(what, folder, short):
+    "Of the same shape, sound in every way, put there by hand: one line that names it; of a run whose notes say nothing of contents it is taken"
+    file, reader, other = ANOTHERS[what]
+    f, note = folder/file, (folder/file).parent/'made.json'
+    good, said = f.read_bytes(), note.read_text()
+    f.write_bytes(other(good))
+    try:
+        with pytest.raises(UserError, match=f'{f} is not the file that was made there.*delete {f.parent} to make it again'): reader(folder)
+        note.write_text(json.dumps({k: v for k, v in json.loads(said).items() if k not in ('contents', 'seal')}))
+        assert answer(load, folder) == 'no word'
+    finally:
+        f.write_bytes(good)
+        note.write_text(said)
+    assert answer(load, folder) == 'no word'
 
 def answer_to_weights(folder, file, kind):
     f = folder/file

@@ -1,6 +1,6 @@
 "Killed, stopped, starved of disk: what is finished is kept, what is half done is never taken for the whole, and the same command goes on."
 import json, os, random, signal, subprocess, sys, threading
-import pytest
+import numpy as np, pytest
 from filelock import FileLock
 from pathlib import Path
 from fastcore.basics import AttrDict
@@ -292,6 +292,18 @@ def test_a_file_gets_its_room_and_keeps_what_it_holds(tmp_path, monkeypatch):
     reserve(tmp_path/'old', 10)
     assert (tmp_path/'old').read_bytes() == b'done' + bytes(6)
 
+@pytest.mark.skipif(not hasattr(os, 'posix_fallocate'), reason='needs posix_fallocate')
+@pytest.mark.parametrize('size,taken', [(10**15, 0), (9_000_000, 5_000_000)], ids=['more than there is', 'more than is found'])
+def test_a_disk_that_has_no_room_for_a_file_is_not_filled(tmp_path, monkeypatch, size, taken):
+    "More than is free is not even tried; ext4 keeps what it has found when there is not enough, and the file gives that back"
+    def give(fd, at, size):
+        os.ftruncate(fd, taken)
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(os, 'posix_fallocate', give if taken else lambda *o: pytest.fail('tried'))
+    for had in (b'', b'done'):
+        (tmp_path/'x').write_bytes(had)
+        assert 'to be written' in one_line(lambda: disk.reserve(tmp_path/'x', size)) and (tmp_path/'x').read_bytes() == had
+
 # --- before the work
 
 def one_line(do):
@@ -299,7 +311,7 @@ def one_line(do):
     assert '\n' not in str(e.value) and len(str(e.value)) < 500
     return str(e.value)
 
-@pytest.mark.parametrize('where', ['x'*300, '/proc/x', '/proc/x/y', 'x'*250, 'file/x', 'file'])
+@pytest.mark.parametrize('where', ['x'*300, '/proc/x', '/proc/x/y', 'x'*250, 'file/x', 'file', 'x/'*2000])
 def test_where_nothing_can_be_written_is_found_at_once(tmp_path, where):
     "A name that is too long, or too long with what a half-written file has more; a system's own folder; below a file"
     (tmp_path/'file').write_text('mine')
@@ -589,8 +601,30 @@ def test_names_and_seeds_are_looked_at_first(tmp_path):
     check_call(dict(data='café', out='x', n=3, prompt=''))
     for seed in (2**63, -2**63 - 1, .5): assert 'seed' in one_line(lambda: settings_of('rooms', 'tiny', seed=seed))
     assert settings_of('rooms', 'tiny', seed=-2**63)['seed'] == -2**63
-    (tmp_path/'a.toml').write_text(to_toml(dict(data='a\x7fb')), encoding='utf-8')
+    (tmp_path/'a.toml').write_text(to_toml(dict(data='a\x7fb')), encoding='utf-8-sig')   # as an editor on Windows does
     assert read_toml(tmp_path/'a.toml', dict(data=str)) == dict(data='a\x7fb')
+    for k in ('config', 'autoencoder', 'preset'): assert f'--{k} is empty' in one_line(lambda: check_call({k: ''}))
+    assert 'too many folders' in one_line(lambda: new_place(tmp_path.joinpath(*'a'*1500), '--out'))
+
+def test_what_has_no_end_is_not_read(tmp_path, monkeypatch):
+    "A device, a pipe, a file of a hundred gigabytes of nothing, an array that unpacks to as much: one line each, at once"
+    from latentdiff.core import read_json, read_toml
+    from latentdiff.files import npz_pixels
+    os.mkfifo(tmp_path/'pipe')
+    (tmp_path/'large').touch()
+    os.truncate(tmp_path/'large', 10**12)
+    for o in ('/dev/zero', tmp_path/'pipe', tmp_path/'large'):
+        assert 'cannot be read' in one_line(lambda: read_json(o, 'copy it again')) and 'cannot be read' in one_line(lambda: read_toml(o, {}))
+    for o in ('/dev/zero', tmp_path/'pipe'): assert 'cannot be read' in one_line(lambda: npz_pixels(o))
+    np.savez_compressed(tmp_path/'bomb.npz', np.zeros((100, 256, 256, 3), np.uint8))
+    monkeypatch.setattr(disk, 'free_memory', lambda: 1e7)
+    assert 'needs 19.7 MB of memory' in one_line(lambda: npz_pixels(tmp_path/'bomb.npz'))
+
+def test_nothing_steers_the_terminal(capfd):
+    @one_line_errors
+    def a_cli(): raise UserError('a\x1b[31mb\x07')
+    with pytest.raises(SystemExit) as e: a_cli()
+    assert e.value.code == r'latentdiff-a: a\x1b[31mb\x07'
 
 def test_who_comes_second_to_a_folder_changes_nothing(tmp_path):
     "Both have seen that it is new; only one of them begins"
@@ -603,17 +637,27 @@ def test_who_comes_second_to_a_folder_changes_nothing(tmp_path):
     assert 'seed 0, not 1' in one_line(lambda: b.go(()))
     assert json.loads((tmp_path/'run'/'run.json').read_text())['settings']['seed'] == 0
 
-def test_a_place_that_was_taken_meanwhile_is_left_alone(tmp_path, monkeypatch):
+@pytest.mark.parametrize('when', ['drawing', 'writing'])
+def test_a_place_that_was_taken_meanwhile_is_left_alone_and_what_was_drawn_is_kept(tmp_path, monkeypatch, when):
+    "While images are drawn, or while they are written: they lie beside it under another name, which is said, each of both kinds"
     import torch
-    from latentdiff.commands import sample_cli
+    from latentdiff import commands
     from latentdiff.pipeline import LatentDiffusionPipeline
-    def pixels(self, n, *args, **kw):
-        (tmp_path/'out').mkdir()
+    def take():
+        for o in ('out', 'out-2'): (tmp_path/o).mkdir()
         (tmp_path/'out'/'theirs').write_text('x')
+        (tmp_path/'a.npz').write_text('theirs')
+    def pixels(self, n, *args, **kw):
+        if when == 'drawing': take()
         return torch.zeros(n, 1, 32, 32, dtype=torch.uint8)
     monkeypatch.setattr(LatentDiffusionPipeline, 'pixels', pixels)
-    assert 'exists' in one_line(lambda: sample_cli.__wrapped__('fashion_mnist32', n=1, steps=1, out=str(tmp_path/'out')))
-    assert [o.name for o in (tmp_path/'out').iterdir()] == ['theirs']
+    if when == 'writing': monkeypatch.setattr(commands.np, 'savez_compressed', lambda f, px, save=commands.np.savez_compressed: (save(f, px), take()))
+    out, npz = tmp_path/'out', tmp_path/'a.npz'
+    said = one_line(lambda: commands.sample_cli.__wrapped__('fashion_mnist32', n=1, steps=1, out=str(out), npz=str(npz)))
+    assert f'{out} was taken' in said and str(tmp_path/'out-3') in said and f'{npz} was taken' in said and str(tmp_path/'a-2.npz') in said
+    assert [o.name for o in out.iterdir()] == ['theirs'] and npz.read_text() == 'theirs' and not [*(tmp_path/'out-2').iterdir()]
+    assert [o.name for o in (tmp_path/'out-3').iterdir()] == ['00000.png'] and commands.np.load(tmp_path/'a-2.npz')['arr_0'].shape == (1, 32, 32, 1)
+    assert {o.name for o in tmp_path.iterdir()} == {'out', 'out-2', 'out-3', 'a.npz', 'a-2.npz'}
 
 def test_a_part_that_is_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):
     "Also where it stands in the way of a training that begins"
@@ -657,6 +701,43 @@ def test_minutes_without_end_write_nothing(tmp_path):
     r = Run(tmp_path/'run', settings_of('rooms', 'tiny', n=120, minutes=1e9))
     r.step_times = lambda: (.01, .01)
     assert 'steps is' in one_line(lambda: r.go(())) and not (tmp_path/'run'/'run.json').exists()
+
+def test_latents_that_the_disk_cannot_hold_are_found_before_any_training(tmp_path, monkeypatch):
+    from collections import namedtuple
+    from latentdiff.commands import Run
+    r = Run(tmp_path/'run', settings_of('rooms', 'tiny', n=120))
+    r.step_times = lambda: (.01, .01)
+    monkeypatch.setattr(disk.shutil, 'disk_usage', lambda path: namedtuple('Usage', 'total used free')(10, 5, 10_000))
+    assert 'This run needs 0.0 MB of disk' in one_line(r.announce)   # 30,720 bytes
+
+BEHIND = """
+import os, sys
+from pathlib import Path
+from latentdiff import autoencoder, commands, core, data, disk, files, noisify, pipeline, training
+tmp = Path(sys.argv[1])
+shut = tmp/'shut'/'x'
+shut.mkdir(parents=True)
+for o in ('run.json', 'a.zip', 'last.safetensors'): (shut/o).write_text('{}')
+(tmp/'shut').chmod(0)
+if not os.geteuid(): os.seteuid(65534)
+os.environ['LATENTDIFF_DATA'] = str(shut/'data')
+calls = dict(room_at=lambda: disk.room_at(shut/'y'), enough=lambda: disk.enough('x', shut/'y'), on_disk=lambda: disk.write_json(shut/'y', {}), new_place=lambda: disk.new_place(shut/'y', '--out'),
+    reserve=lambda: disk.reserve(shut/'y', 9), remove=lambda: disk.remove(shut), whole=lambda: disk.whole_folder(shut/'y').__enter__(), replace=lambda: core.artefact(shut, lambda o: {}, {}, {}), made=lambda: core.made(shut),
+    read_weights=lambda: core.read_weights(shut/'last.safetensors'), load=lambda: core.load_component(shut), checkpoint=lambda: training.Checkpoint(shut, 'x').load(9), latents=lambda: noisify.Latents(shut),
+    data=lambda: data.open_images(shut, 16), archive=lambda: data.open_images(shut/'a.zip', 16), known=lambda: data.open_images('mnist', 16), cars=lambda: data.open_images('stanford_cars', 16), download=lambda: files.download('http://127.0.0.1:9/a.zip', shut/'a.zip'),
+    autoencoder=lambda: autoencoder.open_autoencoder(shut), pipeline=lambda: pipeline.LatentDiffusionPipeline.from_pretrained(shut), run=lambda: commands.Run(shut, core.settings_of('rooms', 'tiny')).go(()), train=lambda: commands.train_cli.__wrapped__(str(shut)))
+for k, do in calls.items():
+    try: do()
+    except (core.UserError, SystemExit) as e: print('fine' if '\\n' not in str(e) else e, k)
+    except Exception as e: print(repr(e), k)
+    else: print('fine', k)
+"""
+
+@posix
+def test_what_lies_behind_a_closed_folder_is_one_line(server, tmp_path):
+    "Whatever looks whether it is there, by a user who may not enter the folder above it"
+    r = server.code(BEHIND, tmp_path)
+    assert r.rc == 0 and len(r.out.splitlines()) >= 22 and {l for l in r.out.splitlines() if not l.startswith('fine ')} == set(), r
 
 def test_an_array_whose_header_is_no_end_of_brackets(tmp_path):
     import io, zipfile

@@ -1,5 +1,5 @@
 "The pipeline object, its folder, and the small pieces behind the commands."
-import base64, io, json
+import base64, io, itertools, json
 from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -348,6 +348,22 @@ def test_what_is_left_open_is_as_the_denoiser_says():
     got = p(2, callback_on_step_end=lambda pipe, i, *_: calls.append(i), **kw).images
     assert calls == [0, 1] and torch.equal(got, p(2, num_inference_steps=2, sampler=shortcut, **{**kw, 'generator': seeded()}).images)
     assert expectation(p, 2, None, None, 2).startswith('shortcut, 2 steps')
+
+def test_a_large_batch_is_measured_on_a_small_one(monkeypatch):
+    "Time and memory of a whole batch, though one image is asked for: what does not fit is said before it is tried"
+    from latentdiff import pipeline as P
+    p, drawn, peak = small(), [], [1.]
+    def draw(n, steps, sampler, bs, **told):
+        drawn.append((n, bs))
+        peak[0] = 1.5
+    p.draw = draw
+    monkeypatch.setattr(P, 'peak_gb', lambda device: peak[0])
+    monkeypatch.setattr('latentdiff.disk.free_memory', lambda: 100e9)
+    monkeypatch.setattr(P.time, 'monotonic', lambda ticks=itertools.count(): .25*next(ticks))
+    assert expectation(p, 1, 10, 'euler', 320) == 'euler, 10 steps on cpu, at most about 50 s and 11.0 GB' and drawn == [(16, 16)]*2
+    peak[0] = 1.
+    monkeypatch.setattr('latentdiff.disk.free_memory', lambda: 1e9)
+    assert 'Drawing 4,096 at a time needs 127.5 GB of memory' in one_line(expectation, p, 1, 10, 'euler', 4096)
     told = quick(told=True)
     assert torch.equal(told.draw(2, bs=2, cond='cat'), told.draw(2, 2, 'shortcut', bs=2, cond='cat', guidance=1.))
     told.denoiser = torch.compile(told.denoiser, backend='eager')

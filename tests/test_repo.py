@@ -49,6 +49,11 @@ def test_links_name_the_repository_of_settings():
     assert links and {l for _,l in links} == {here}
     assert all(f"/blob/{CFG['branch']}/" in m for p in docs for m in re.findall(r'colab\.research\.google\.com/github/\S+', p.read_text()))
 
+def test_durations_are_not_taken_from_a_clock_that_can_be_set():
+    "Of what is exported, taught and measured; fastai's own clock, which we set right, is the one exception"
+    sources = [*((f.name, f.read_text()) for d in ('latentdiff', 'scripts', 'bench') for f in (ROOT/d).glob('*.py')), *((f.name, ''.join(''.join(c['source']) for c in json.loads(f.read_text())['cells'])) for f in notebooks())]
+    assert {name for name, text in sources if 'time.time()' in text} == {'training.py', 'training.ipynb'}
+
 def test_commands_lead_somewhere():
     "Each console script names a function that there is, and `python -m latentdiff` has them all."
     for command in CFG['console_scripts'].split():

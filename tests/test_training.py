@@ -478,6 +478,20 @@ def test_a_damaged_checkpoint_is_one_line(how, tmp_path):
     with pytest.raises(UserError, match='delete it') as e: keep.load(2)
     assert '\n' not in str(e.value)
 
+@pytest.mark.parametrize('how,which,k', [('cut off', 'last', 30), ('no note', 'last', 30), ('not finite', 'last', 30), ('empty', 'stable', 34)])
+def test_beside_a_damaged_checkpoint_the_other_one_is_gone_on_from(how, which, k, tmp_path, capsys):
+    "To the very weights, whichever it is; said in one line"
+    keep, whole = Checkpoint(tmp_path, 'this', every=0), trained('average')
+    with pytest.raises(KeyboardInterrupt): trained('average', keep, cbs=[Plug('before_batch', 34)])
+    f = keep.path(which)
+    with safe_open(f, 'pt') as o: note = o.metadata()
+    if how in ('cut off', 'empty'): f.write_bytes(f.read_bytes()[:-50] if how == 'cut off' else b'')
+    else: save_file({n: x*float('nan') if how == 'not finite' and x.is_floating_point() else x for n, x in load_file(f).items()}, f, None if how == 'no note' else note)
+    capsys.readouterr()
+    again = trained('average', keep)
+    said = [l for l in capsys.readouterr().out.splitlines() if str(f) in l]
+    assert len(said) == 1 and f'goes on from another, at step {k}' in said[0] and same(state(again), state(whole))
+
 def test_a_checkpoint_of_another_version_is_one_line(tmp_path):
     "Whatever it lacks, in its note or among its tensors; without it, the training starts again"
     keep, f, says = Checkpoint(tmp_path, 'this', every=0), tmp_path/'last.safetensors', 'delete it, and this training starts again'
