@@ -14,8 +14,8 @@ from dataclasses import asdict
 from functools import lru_cache
 from .core import UserError, artefact, default_device, fingerprint, load_component, read_json
 from .core import save_component
-from .data import FEW
-from .autoencoder import batches_for, channel_stats, quality, some_pixels
+from .data import FEW, some_pixels
+from .autoencoder import batches_for, channel_stats, quality
 from .noisify import Process, weights_hash
 from .few_step import Shortcut
 from .pipeline import LatentDiffusionPipeline, folder_of, layers_of, zoo
@@ -39,7 +39,7 @@ def check_told(pipe, name, Class, prompt): # a pipeline and its name; the option
 def listed(names): # 'dress, "top, long"'
     "The names between commas, with quotes around one that holds a comma; raises `UserError`"
     try: return [o.strip() for o in next(csv.reader([names], skipinitialspace=True))]
-    except csv.Error: raise UserError(f'--class is {names!r:.80}: give names in one line, with commas between') from None
+    except csv.Error: raise UserError(f'--class is {names!r:.80}: give names in a line, with commas between') from None
 
 @lru_cache(1)
 def opened_once(name, files): # as for `from_pretrained`; what lies there: a folder that has changed is opened anew
