@@ -276,7 +276,7 @@ def beside_file(given, path, kinds): # options; TOML file, None: there is none; 
     beaten = {o for k in given for o in rivals.get(k, ())}
     return {k: v for k, v in told.items() if k not in beaten} | given
 
-# %% ../nbs/parts/core.ipynb #n906
+# %% ../nbs/parts/core.ipynb #v912
 class _EitherWay(argparse.Action):
     "An option that may be written with `-` or `_`"
     def __init__(self, option_strings, dest, **kw):
