@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT', 'default_device', 'Preset', 'preset',
            'run_folder', 'above_zero', 'preset_of', 'check_settings', 'settings_of', 'stream', 'Bar', 'progress',
            'every', 'agreed', 'share', 'gathered', 'first_ahead', 'to_toml', 'check_kinds', 'read_toml', 'beside_file',
-           'weights_name', 'not_finite', 'save_component', 'find_class', 'read_weights', 'load_weights',
+           'either_way', 'weights_name', 'not_finite', 'save_component', 'find_class', 'read_weights', 'load_weights',
            'network_config', 'load_component', 'fingerprint', 'sealed', 'unsealed', 'made', 'content_of', 'altered',
            'check_contents', 'artefact', 'locked', 'exercise']
 
@@ -14,11 +14,12 @@ __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT',
 from .disk import UserError, clear_away, data_home, file_md5, on_disk, rank, read_json, read_text, remove
 from .disk import replace_folder, runs_home, utf8, whole_folder, world, write_json, write_whole
 from .checks import checked, multiples, number, numbers, one_of, positions, spread   # others ask core for all of them
-import hashlib, importlib, json, os, sys, time, tomllib   # after disk, which minds Ctrl-C
+import argparse, hashlib, importlib, json, os, sys, time, tomllib   # after disk, which minds Ctrl-C
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Annotated
 
 from fastcore.imports import IN_NOTEBOOK
 from fastprogress.fastprogress import progress_bar
@@ -275,6 +276,17 @@ def beside_file(given, path, kinds): # options; TOML file, None: there is none; 
     rivals = {'minutes': STEPS, **dict.fromkeys(STEPS, ('minutes',))}
     beaten = {o for k in given for o in rivals.get(k, ())}
     return {k: v for k, v in told.items() if k not in beaten} | given
+
+# %% ../nbs/parts/core.ipynb #v912
+class _EitherWay(argparse.Action):
+    "An option that may be written with `-` or `_`"
+    def __init__(self, option_strings, dest, **kw):
+        super().__init__([f"--{dest.replace('_', '-')}", f'--{dest}'], dest, **kw)
+    def __call__(self, parser, namespace, value, option_string=None): setattr(namespace, self.dest, value)
+
+def either_way(kind): # of the value
+    "The annotation of such an option of a command, whatever the age of fastcore"
+    return Annotated[kind, dict(action=_EitherWay)]
 
 # %% ../nbs/parts/core.ipynb #c027
 WEIGHTS = 'diffusion_pytorch_model.safetensors'  # what diffusers looks for

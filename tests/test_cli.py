@@ -267,7 +267,7 @@ def test_eval_of_one_set_against_itself(cli, drawn, tmp_path):
 
 def test_encode_then_train_then_sample(cli, tmp_path):
     folder = tmp_path/'run'
-    r = cli('encode', '--data', 'rooms', '--preset', 'tiny', '--n', 120, '--ae-steps', 6, '--steps', 6, '--out', folder)   # how well is not asked
+    r = cli('encode', '--data', 'rooms', '--preset', 'tiny', '--n', 120, '--ae_steps', 6, '--steps', 6, '--out', folder)   # how well is not asked
     assert r.rc == 0 and (folder/'latents/manifest.json').exists() and not (folder/'unet').exists(), r.err
     one_line(cli('sample', folder, '--npz', tmp_path/'a.npz'), 'model_index.json', 'latentdiff-train')
     assert cli('train', folder).rc == 0
