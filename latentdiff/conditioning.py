@@ -8,7 +8,7 @@ __all__ = ['CrossAttention', 'ConditionalUNet', 'conditional', 'ClassConditioner
            'check_condition', 'class_conditioner', 'text_conditioner', 'make_conditional', 'StyleConditioner']
 
 # %% ../nbs/60_conditioning.ipynb #c005
-import json, torch, torch.nn.functional as F
+import json, re, torch, torch.nn.functional as F
 from functools import lru_cache
 from importlib.util import find_spec
 from torch import nn
@@ -107,9 +107,10 @@ class ClassConditioner(nn.Module, ConfigMixin):
     def number(self, label): # a class's name or number
         classes = list(self.config.classes)
         if label in classes: return classes.index(label)
-        if isinstance(label, str) and label.isdecimal(): label = int(label)
+        if isinstance(label, str) and label.isdecimal() and len(label) < 10: label = int(label)
         if isinstance(label, int) and 0 <= label < len(classes): return label
-        raise UserError(f"no class {label!r}: give 0 to {len(classes)-1} or one of {', '.join(map(str, classes))}")
+        names = ', '.join(f'"{o}"' if ',' in str(o) else str(o) for o in classes)
+        raise UserError(f'no class {label!r}: give 0 to {len(classes)-1} or one of {names}')
 
     def forward(self, labels): # (b,) int64, -1: of no class; or a list of names or numbers -> tokens (b, 1, dim), mask
         if not hasattr(labels, '__len__') or isinstance(labels, str) or not len(labels):
@@ -299,9 +300,9 @@ class TextConditioner(nn.Module, ConfigMixin):
     def rows(self, captions): # list of str, an empty one says nothing -> (b,) int64
         "The rows of captions in the table, to train with. Encodes what is new; `UserError` for what is no caption"
         captions = [captions] if isinstance(captions, str) or not hasattr(captions, '__len__') else list(captions)
-        bad = [o for o in captions if not isinstance(o, str)]
+        bad = [o for o in captions if not isinstance(o, str) or re.search('[\ud800-\udfff]', o)]
         if bad or not captions:
-            raise UserError(f'captions are a list of strings; this has {repr(bad[0])[:60] if bad else "none"}')
+            raise UserError(f'captions are a list of Unicode strings; this has {repr(bad[0])[:60] if bad else "none"}')
         new = [o for o in dict.fromkeys(captions) if o not in self.places]
         for i in range(0, len(new), 256): self.add(new[i:i+256])
         return torch.tensor([self.places[o] for o in captions])

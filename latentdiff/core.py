@@ -12,8 +12,8 @@ __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT',
            'artefact', 'locked', 'exercise']
 
 # %% ../nbs/parts/core.ipynb #c004
-from .disk import UserError, clear_away, data_home, file_md5, on_disk, rank, read_json, remove, replace_folder
-from .disk import runs_home, whole_folder, world, write_json, write_whole   # the rooms ask for them here
+from .disk import UserError, clear_away, data_home, file_md5, on_disk, rank, read_json, read_text, remove
+from .disk import replace_folder, runs_home, whole_folder, world, write_json, write_whole   # the rooms ask for them here
 import hashlib, importlib, json, math, os, sys, time, tomllib   # after disk, which minds Ctrl-C
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -303,7 +303,7 @@ def check_kinds(path, d, kinds): # of the file; the dict in it; the type of each
 
 def read_toml(path, kinds): # of the file; as above
     "The dict in a TOML file, whose kinds are checked"
-    try: d = tomllib.loads(Path(path).read_text(encoding='utf-8'))
+    try: d = tomllib.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f'{path} cannot be read as TOML: {str(e).splitlines()[0]}') from None
     return check_kinds(path, d, kinds)

@@ -21,7 +21,7 @@ from torchvision.utils import make_grid
 from .core import UserError, data_home, default_device, fingerprint, first_ahead, number, one_of, positions, progress
 from .disk import enough, matching
 from .files import (SUFFIXES, at_hand, bytes_of, captions_in, files_below, hub_folder, known_folder, name_below,
-                              no_file, npz_pixels, one_line, pixels_or_why, shard_names, shard_samples, unpacked)
+                              no_file, npz_pixels, one_line, pixels_or_why, shard_names, shard_samples, there, unpacked)
 from .rooms import ROOM_FACTORS, draw_rooms, room_caption, room_codes
 
 # %% ../nbs/00_data.ipynb #c023
@@ -94,8 +94,8 @@ def show_images(
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
     for ax, im in zip(axs.flat, pixels): ax.imshow(im.permute(1, 2, 0), interpolation='nearest')
-    for ax, t in zip(axs.flat, titles): ax.set_title(t, fontsize=9, pad=2)
-    for ax, r in zip(axs[:,0], rows): ax.set_ylabel(r, rotation=0, ha='right', va='center', fontsize=9)
+    for ax, t in zip(axs.flat, titles): ax.set_title(t, fontsize=9, pad=2, parse_math=False)
+    for ax, r in zip(axs[:,0], rows): ax.set_ylabel(r, rotation=0, ha='right', va='center', fontsize=9, parse_math=False)
     plt.show()
 
 # %% ../nbs/00_data.ipynb #c127
@@ -339,7 +339,7 @@ def open_images(
     if data.split('/')[0] in ('stanford_cars', 'smallnorb'):
         from latentdiff.labs_data import CarImages, NorbImages
         return CarImages(**how) if data == 'stanford_cars' else NorbImages(**how, only=data.split('/')[1:])
-    if '{' in data and data.split('?')[0].endswith('.tar'):
+    if '{' in data and data.split('?')[0].endswith('.tar') and not there(data):
         return StreamImages(data, shard_samples(shard_names(data, seed)), size, n, channels)
     path = at_hand(data)
     try:

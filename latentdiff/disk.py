@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FULL', 'world', 'rank', 'Stopped', 'last_words', 'stop_politely', 'UserError', 'data_home', 'runs_home', 'DiskError',
            'size_of', 'room_at', 'on_disk', 'enough', 'free_memory', 'reserve', 'remove', 'matching', 'clear_away',
-           'put_beside', 'write_whole', 'write_json', 'read_json', 'file_md5', 'replace_folder', 'whole_folder',
-           'new_place', 'new_places', 'refused', 'check_call', 'plain_output', 'one_line_errors']
+           'put_beside', 'write_whole', 'write_json', 'read_text', 'read_json', 'file_md5', 'replace_folder',
+           'whole_folder', 'new_place', 'new_places', 'refused', 'check_call', 'printable', 'plain_output',
+           'one_line_errors']
 
 # %% ../nbs/parts/disk.ipynb #k001
 import os, signal, sys
@@ -186,9 +187,15 @@ def write_json(path, d, indent=None): # of the file; a dict or list; spaces a le
     "Write `d` as JSON in one step"
     write_whole(path, json.dumps(d, indent=indent))
 
+def read_text(path):
+    "The text of a file, without its byte order mark; raises `OSError`, and `UserError` where the memory does not suffice"
+    if not os.path.isfile(path) and os.path.exists(path): raise OSError('no file, but something else')
+    enough(f'Reading {path}', path, memory=8*os.stat(path).st_size)
+    return Path(path).read_text(encoding='utf-8-sig')
+
 def read_json(path, hint): # of the file; what to do if there is none
     "The dict in a JSON file; `UserError` that ends in `hint` if there is none"
-    try: d = json.loads(Path(path).read_text())
+    try: d = json.loads(read_text(path))
     except FileNotFoundError: raise UserError(f'{path} is missing: {hint}') from None
     except (OSError, ValueError, RecursionError): raise UserError(f'{path} cannot be read: {hint}') from None
     if not isinstance(d, dict): raise UserError(f'{path} holds no settings: {hint}')
@@ -232,7 +239,7 @@ def new_place(path, option):
         _beside(path, 'part').touch()
         _beside(path, 'part').unlink()
     except (OSError, RecursionError) as e:
-        why = getattr(e, 'strerror', 'too deep')
+        why = getattr(e, 'strerror', None) or 'too many folders'
         raise UserError(f'{str(path):.200} cannot be written ({why}): choose another with {option}.') from None
 
 def new_places(**places): # the options without their dashes; None: not asked for
@@ -258,9 +265,13 @@ def check_call(options): # dict
     if not (told := os.environ.get('WORLD_SIZE', '1')).isdecimal():
         raise UserError(f'WORLD_SIZE is {told!r}, no number of processes: unset it')
     for k, v in options.items():
-        if k in ('out', 'npz') and v == '': raise UserError(f'--{k} is empty: name a place, or leave it away.')
+        if v == '' and k not in ('Class', 'prompt', 'negative'): raise UserError(f'--{k} is empty: say something, or leave it away.')
         if isinstance(v, str) and v.encode(errors='replace') != v.encode(errors='surrogateescape'):
             raise UserError(f'{k} is {v!r}, which is not UTF-8: rename it.')
+
+def printable(text):
+    "In one line, and without what would steer a terminal"
+    return ''.join(o if o.isprintable() else repr(o)[1:-1] for o in ' '.join(text.split()))
 
 def plain_output():
     "In a file or a pipe: whole lines at once, and no progress bars"
@@ -285,6 +296,6 @@ def one_line_errors(f):
             if not (why := refused(e)): raise
             if isinstance(e, OSError) and why is not e and e.filename is None:   # what was printed is lost
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            raise SystemExit(f"latentdiff-{f.__name__.removesuffix('_cli')}: {' '.join(str(why).split())}") from None
+            raise SystemExit(f"latentdiff-{f.__name__.removesuffix('_cli')}: {printable(str(why))}") from None
         except KeyboardInterrupt as e: raise SystemExit(last_words(*e.args)) from None
     return _f

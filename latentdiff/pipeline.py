@@ -21,12 +21,13 @@ from huggingface_hub import create_repo, snapshot_download, upload_folder
 from huggingface_hub.errors import HTTPError
 from .core import UNFIT, WEIGHTS, UserError, default_device, gathered, load_component, number, numbers
 from .core import read_json, save_component, share, weights_name, write_json, write_whole
+from .files import ON_HUB
 from .data import check_images, image_grid, to_uint8
 from .disk import enough
 from .autoencoder import Autoencoder, fit_bs, open_autoencoder
 from .noisify import Process, other_noise, process_of, save_process
 from .unet import AnyUNet2D, OtherNetwork, first_line
-from .card import ON_HUB, PIPELINES, SCHEDULERS, check_index, model_card, names_class
+from .card import PIPELINES, SCHEDULERS, check_index, model_card, names_class
 from .conditioning import guide
 from .sampling import SAMPLER, SAMPLERS, denoise_path, evaluations, levels, sample, start_noise, time_steps
 from .few_step import Shortcut, shortcut, unipc
@@ -470,7 +471,7 @@ def their_parts(folder, d): # of a pipeline of diffusers; its model_index.json, 
 
 # %% ../nbs/80_pipeline.ipynb #n102
 def expectation(pipe, n, steps, sampler, bs, **told):
-    "What drawing `n` images will take, in words, from the time of one step of a batch"
+    "What drawing `n` images will take, in words, from the time of one step of a batch of up to 16"
     steps, by, _ = pipe.how(steps, sampler).values()
     name = by if isinstance(by, str) else getattr(by, '__name__', type(by).__name__)
     few, before = min(bs, 16), peak_gb(pipe.device)

@@ -13,6 +13,7 @@ from latentdiff.conditioning import (ClassConditioner, Conditioned, ConditionalU
 from latentdiff.core import UserError, load_component, preset, save_component
 from latentdiff.data import from_uint8
 from latentdiff.noisify import Process
+from latentdiff.source import listed
 from latentdiff.sampling import euler, optimal_denoiser, sample, start_noise, time_steps
 from latentdiff.unet import SelfAttention, UNet, train_denoiser
 
@@ -141,6 +142,13 @@ def test_class_tokens():
 def test_unknown_class(bad):
     with pytest.raises(UserError, match='give 0 to 2 or one of cat, dog, cow') as e: ClassConditioner(['cat', 'dog', 'cow'], 8)(bad)
     one_line(e)
+
+def test_names_with_commas():
+    "A list of classes can be read, and what it shows can be given"
+    c = ClassConditioner(['a, b', 'c'], 8)
+    with pytest.raises(UserError, match='one of "a, b", c'): c.number('a')
+    assert [c.number(o) for o in listed('"a, b",c')] == [0, 1] and listed('a, b') == ['a', 'b']
+    with pytest.raises(UserError, match='--class .*commas'): listed('a\nb')
 
 def test_style_forgets_where():
     "The same thing on the same ground, moved: the same tokens. Another colour: other tokens."

@@ -702,14 +702,16 @@ def test_rooms_are_drawn_once_if_they_fit(monkeypatch, fits):
 
 # --- the Hub
 
-def hub_of(folder, n=6, path=None, rename={}, **features):
-    "A folder of parquet such as the Hub keeps: `n` rooms with the columns that `features` name"
+def hub_of(folder, n=6, path=None, rename={}, told={}, **features):
+    "A folder of parquet such as the Hub keeps: `n` rooms with the columns that `features` name; what some rows hold instead"
+    import pyarrow.parquet as pq
     from datasets import Dataset, Features, Image as HubImage
     rows = [{rename.get(k, k): v for k, v in dict(image=dict(bytes=png(i), path=path and path.format(i)), label=i % 3 - 1,
                                                   text=f'room, number {i}', other=i).items() if k == 'image' or k in features} for i in range(n)]
+    for i, row in enumerate(rows): row.update(told.get(i, {}))
     folder.mkdir(parents=True)
     kinds = {rename.get('image', 'image'): HubImage(), **{rename.get(k, k): v for k, v in features.items()}}
-    Dataset.from_list(rows, Features(kinds)).to_parquet(folder/'train-00000.parquet')
+    pq.write_table(Dataset.from_list(rows, Features(kinds)).data.table, folder/'train-00000.parquet')   # to_parquet would fetch what the rows name
     return str(folder)
 
 def test_the_first_n_of_the_hub(tmp_path, home):
@@ -738,6 +740,44 @@ def test_columns_can_be_named(tmp_path, home):
     for column in ('caption=names', 'image=picture'): assert 'only photo, title' in one_line(open_images, f'hub:{spec}?{column}', 32)
     assert 'cannot be had' in one_line(open_images, f'hub:{spec}?split=test', 32)
     assert not [o for o in home.rglob('*') if '.new' in o.name]
+
+def test_odd_rows_of_the_hub(tmp_path, home):
+    "A class without a name, two that would share a folder, a suffix of another kind: nothing outside the folder, nothing mixed. No picture: skipped"
+    from datasets import ClassLabel, Sequence, Value
+    names = '', 'a/b', 'a-b', '..', 'A-B', '.'
+    told = {i: dict(label=i) for i in range(6)}
+    spec = hub_of(tmp_path/'x', path='{:05d}.sh', told=told | {6: dict(image=None), 7: dict(label=-1)}, n=8, label=ClassLabel(names=[*names]))
+    images = open_images(f'hub:{spec}', 32, n=8)
+    assert images.classes == ['-', '- 2', '- 3', 'A-B 3', 'a-b', 'a-b 2'] and not [*tmp_path.rglob('*.sh')]
+    assert sorted(o.name for o in next(home.glob('hub-*')).rglob('*.*')) == [*(f'{i:06d}.png' for i in range(6)), '000006.jpg', '000007.png', 'metadata.jsonl']
+    assert [n.split('/')[-1] for n, _ in images.skipped] == ['000006.jpg'] and images.labels.tolist().count(-1) == 1
+    spec = hub_of(tmp_path/'y', told={i: dict(label='cat' if i % 2 else 'a, b', text=['x'*200_000, 'no']) for i in range(6)}, label=Value('string'), text=Sequence(Value('string')))
+    images = open_images(f'hub:{spec}?label=label', 32, n=6)
+    assert images.classes == ['a, b', 'cat'] and {*map(len, images.captions)} == {200_000}
+    spec = hub_of(tmp_path/'z', told={i: dict(label=.5) for i in range(6)}, label=Value('float32'))
+    assert 'whole numbers' in one_line(open_images, f'hub:{spec}?label=label', 32, n=6)
+
+@pytest.mark.parametrize('path', ['/etc/passwd', '/dev/zero', 'file:///etc/passwd', 'simplecache::/etc/passwd', 'http://127.0.0.1:1/x.png', 'zip://x::/etc/passwd',
+                                  'hf://datasets/a/b/x.png', '{}/../secret.png', '{}/fifo.png'])
+def test_a_data_set_names_no_file_of_this_machine(path, tmp_path, home):
+    "What a row names, and does not hold, lies in the data set itself"
+    spec = tmp_path/'x'
+    (tmp_path/'secret.png').write_bytes(png(0))
+    hub_of(spec, told={1: dict(image=dict(bytes=None, path=path.format(spec)))})
+    os.mkfifo(spec/'fifo.png')
+    assert 'is not in it' in one_line(open_images, f'hub:{spec}', 32, n=6) and not [*home.glob('hub-*')]
+
+def test_a_data_set_names_its_own_files(tmp_path, home):
+    spec = tmp_path/'x'
+    hub_of(spec, told={1: dict(image=dict(bytes=None, path=str(spec/'a.png')))})
+    (spec/'a.png').write_bytes(png(1))
+    assert len(open_images(f'hub:{spec}', 32, n=6)) == 6
+
+@pytest.mark.parametrize('name,body,says', [('a.json', b'{"a": "b"}', 'no column of pictures'), ('a.tar', b'none', 'cannot be had'), ('a.zip', b'none', 'cannot be had'), ('a.h5', b'none', 'cannot be had')])
+def test_a_folder_that_is_no_data_set_is_one_line(name, body, says, tmp_path, home):
+    put(tmp_path/'x'/name, body)
+    assert says in one_line(open_images, f"hub:{tmp_path/'x'}", 32, n=6)
+    assert 'owner/name' in one_line(open_images, 'hub:json', 32, n=6)
 
 def test_bedrooms_of_the_hub(tmp_path, home, monkeypatch):
     "So many from the Hub; from the archive where there is one; without both, one line with the way out"

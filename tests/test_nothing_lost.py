@@ -1,6 +1,6 @@
 "Killed, stopped, starved of disk: what is finished is kept, what is half done is never taken for the whole, and the same command goes on."
 import json, os, random, signal, subprocess, sys, threading
-import pytest
+import numpy as np, pytest
 from filelock import FileLock
 from pathlib import Path
 from fastcore.basics import AttrDict
@@ -601,8 +601,30 @@ def test_names_and_seeds_are_looked_at_first(tmp_path):
     check_call(dict(data='café', out='x', n=3, prompt=''))
     for seed in (2**63, -2**63 - 1, .5): assert 'seed' in one_line(lambda: settings_of('rooms', 'tiny', seed=seed))
     assert settings_of('rooms', 'tiny', seed=-2**63)['seed'] == -2**63
-    (tmp_path/'a.toml').write_text(to_toml(dict(data='a\x7fb')), encoding='utf-8')
+    (tmp_path/'a.toml').write_text(to_toml(dict(data='a\x7fb')), encoding='utf-8-sig')   # as an editor on Windows does
     assert read_toml(tmp_path/'a.toml', dict(data=str)) == dict(data='a\x7fb')
+    for k in ('config', 'autoencoder', 'preset'): assert f'--{k} is empty' in one_line(lambda: check_call({k: ''}))
+    assert 'too many folders' in one_line(lambda: new_place(tmp_path.joinpath(*'a'*1500), '--out'))
+
+def test_what_has_no_end_is_not_read(tmp_path, monkeypatch):
+    "A device, a pipe, a file of a hundred gigabytes of nothing, an array that unpacks to as much: one line each, at once"
+    from latentdiff.core import read_json, read_toml
+    from latentdiff.files import npz_pixels
+    os.mkfifo(tmp_path/'pipe')
+    (tmp_path/'large').touch()
+    os.truncate(tmp_path/'large', 10**12)
+    for o in ('/dev/zero', tmp_path/'pipe', tmp_path/'large'):
+        assert 'cannot be read' in one_line(lambda: read_json(o, 'copy it again')) and 'cannot be read' in one_line(lambda: read_toml(o, {}))
+    for o in ('/dev/zero', tmp_path/'pipe'): assert 'cannot be read' in one_line(lambda: npz_pixels(o))
+    np.savez_compressed(tmp_path/'bomb.npz', np.zeros((100, 256, 256, 3), np.uint8))
+    monkeypatch.setattr(disk, 'free_memory', lambda: 1e7)
+    assert 'needs 19.7 MB of memory' in one_line(lambda: npz_pixels(tmp_path/'bomb.npz'))
+
+def test_nothing_steers_the_terminal(capfd):
+    @one_line_errors
+    def a_cli(): raise UserError('a\x1b[31mb\x07')
+    with pytest.raises(SystemExit) as e: a_cli()
+    assert e.value.code == r'latentdiff-a: a\x1b[31mb\x07'
 
 def test_who_comes_second_to_a_folder_changes_nothing(tmp_path):
     "Both have seen that it is new; only one of them begins"

@@ -7,7 +7,7 @@ import numpy as np, pytest, torch
 from latentdiff import autoencoder as A, conditioning as G, core as C, data as D, few_step as E, files as F, kid_eval as K, noisify as N, pipeline as P, rooms as R, sampling as S, training as T, unet as U
 from latentdiff.core import UserError, made, save_component
 from errors import one_line
-from latentdiff import few_step, sampling, training, unet
+from latentdiff import few_step, report, sampling, training, unet
 
 nan, inf = math.nan, math.inf
 X = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))*2 - 1    # images
@@ -136,7 +136,7 @@ CALLS |= {
     **each(U.loss_by_level, 'n_levels', 0, -1, 'a', net=UNET, process=FLOW, z=Z8), **each(U.loss_by_level, 'seed', *SEEDS, net=UNET, process=FLOW, z=Z8), **each(U.loss_by_level, 'z', None, Z8.numpy(), net=UNET, process=FLOW),
     **each(U.denoiser_learner, 'z_train', None, Z8.numpy(), Z8.long(), net=UNET, process=FLOW, z_valid=Z8, device='cpu'), **each(U.denoiser_learner, 'bs', 0, -1, .5, net=UNET, process=FLOW, z_train=Z8, z_valid=Z8, device='cpu'), **each(U.denoiser_learner, 'seed', .5, nan, True, net=UNET, process=FLOW, z_train=Z8, z_valid=Z8, device='cpu'),
     **each(G.ConditionalUNet, 'dim', 0, -1, 1.5, widths=(8,), depth=1), **each(G.ClassConditioner, 'classes', [], None, 5), **each(G.ClassConditioner, 'dim', 0, -1, 1.5, classes='ab'), **each(CATS.forward, 'labels', None, [], 5, title='ClassConditioner.forward'), **each(CATS.forward, 'labels', ['cow'], [5], [-7], torch.tensor([9]), title='ClassConditioner.forward', says='no class'),
-    **each(G.Conditioned, 'drop', -1, 2, nan, None, net=TOLD.net), **each(G.guide, 'scale', nan, inf, None, True, net=TOLD, cond=['cat']*3), **each(G.guide, 'cond', [], 5, net=TOLD, says='labels'), **each(G.TextConditioner, 'model', None, 5, []), **each(G.TextConditioner, 'max_tokens', 0, -1, 1.5), **each(G.TextConditioner().rows, 'captions', None, [], [5], 5, title='rows'),
+    **each(G.Conditioned, 'drop', -1, 2, nan, None, net=TOLD.net), **each(G.guide, 'scale', nan, inf, None, True, net=TOLD, cond=['cat']*3), **each(G.guide, 'cond', [], 5, net=TOLD, says='labels'), **each(G.TextConditioner, 'model', None, 5, []), **each(G.TextConditioner, 'max_tokens', 0, -1, 1.5), **each(G.TextConditioner().rows, 'captions', None, [], [5], 5, ['\ud800'], title='rows'),
     **each(G.train_reader, 'pixels', None, PX[:0], codes=torch.zeros(6, 2).long()), **each(G.train_reader, 'codes', None, torch.zeros(5, 2).long(), torch.zeros(6).long(), torch.zeros(6, 2), -torch.ones(6, 2).long(), pixels=PX), **each(G.FactorReader([2]).read, 'images', None, X[:0], X[:, :1], X.numpy(), title='FactorReader.read'),
     **each(E.autoguide, 'scale', nan, None, inf, net=UNET, weak=UNET), **each(E.unipc, 'ts', [], [1.], x=Z8, **DRAW), **each(E.unipc, 'order', 0, -1, x=Z8, ts=[1., 0.], **DRAW), **each(E.shortcut, 'ts', [], [1.], x=Z8, **DRAW), **each(E.draw_steps, 'n', -1, .5, None),
     **each(T.DeviceLoader, 'bs', 0, -1, .5, x=X, device='cpu'), **each(T.DeviceLoader, 'seed', .5, 'a', nan, x=X, device='cpu'), **each(C.stream, 'seed', *SEEDS), **each(C.preset, 'name', 5, ['x'], 'x', says='no preset'), **each(C.preset, 'size', 0, -1, 1.5, 10**6, name='tiny'),
@@ -301,7 +301,7 @@ NPZS = dict(empty=b'', text=b'<html>not found</html>', pickle=pickle.dumps(Plant
     bools=npz_of(arr_0=PIXELS4 > 0), text_array=npz_of(arr_0=np.array(['a'])), flat=npz_of(arr_0=PIXELS4[0]), deep=npz_of(arr_0=PIXELS4[None]), none=npz_of(arr_0=PIXELS4[:0]),
     no_pixels=npz_of(arr_0=PIXELS4[:, :0]), chw=npz_of(arr_0=PIXELS4.transpose(0, 3, 1, 2)), rgba=npz_of(arr_0=np.zeros((4, 8, 8, 4), np.uint8)), nothing=npz_of(),
     two=npz_of(a=PIXELS4, b=PIXELS4), no_array=zip_of([('arr_0.txt', 'hello')]), bad_array=zip_of([('arr_0.npy', 'hello')]), half=npz_of(arr_0=PIXELS4)[:300],
-    promise=npz_with_header((10**6, 10**6, 10**3, 3)), more=npz_with_header((10, 8, 8, 3)), negative=npz_with_header((-4, 8, 8, 3)), folder=zip_of([('arr_0.npy/', '')]))
+    promise=npz_with_header((10**6, 10**6, 10**3, 3)), more=npz_with_header((10, 8, 8, 3)), negative=npz_with_header((-4, 8, 8, 3)), wide=npz_with_header((2**70, 0, 64, 3)), folder=zip_of([('arr_0.npy/', '')]))
 
 @pytest.mark.parametrize('kind', NPZS)
 def test_an_npz_without_pictures_is_one_line(kind, tmp_path, monkeypatch):
@@ -469,7 +469,7 @@ def test_the_rest_of_another_file_is_not_put_behind_the_beginning_of_this(header
     (tmp_path/'a.bin.part.tag').write_text('"v1"')
     assert F.download(f'http://127.0.0.1:{liar.server_port}/a.bin', tmp_path/'a.bin').read_bytes() == BODY
 
-@pytest.mark.parametrize('text', ['{"file_name": "a.png", "text": ' + DEEP + '}', '{"file_name": "a.png", "text": 5}', '{"file_name": 5, "text": "a"}', '{"file_name": "a.png", "text": ["a"]}', '[]', '\0', DEEP])
+@pytest.mark.parametrize('text', ['{"file_name": "a.png", "text": ' + DEEP + '}', '{"file_name": "a.png", "text": 5}', '{"file_name": 5, "text": "a"}', '{"file_name": "a.png", "text": ["a"]}', '{"file_name": "a.png", "text": "\\ud800"}', '[]', '\0', DEEP])
 def test_a_table_of_captions_that_is_none_is_one_line(text, tmp_path):
     (tmp_path/'s').mkdir()
     (tmp_path/'s'/'a.png').write_bytes(PNG)
@@ -498,6 +498,15 @@ def test_a_clock_that_is_set_back_gives_no_negative_times(monkeypatch, tmp_path)
     bar.start -= 3
     bar.step()
     assert shown and -60 < bar.bar.start_t <= -3
+
+def test_names_are_no_formulas():
+    "Two dollars in a name of a class or in a caption, shown as they are"
+    import matplotlib.pyplot as plt
+    name = r'$\foo$'
+    report.labelled(report.image_grid(torch.zeros(2, 3, 8, 8)), [name, 'b'], [name])
+    D.show_images(torch.zeros(2, 3, 8, 8), rows=[name], cols=[name, 'b'])
+    plt.gcf().canvas.draw()
+    plt.close('all')
 
 def test_sets_of_other_sizes_are_not_compared():
     "By their size in pixels, whether they are tensors or opened; features have none"
