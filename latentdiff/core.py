@@ -12,8 +12,8 @@ __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT',
            'artefact', 'locked', 'exercise']
 
 # %% ../nbs/parts/core.ipynb #c004
-from .disk import UserError, clear_away, data_home, file_md5, on_disk, rank, read_json, read_text, remove
-from .disk import replace_folder, runs_home, whole_folder, world, write_json, write_whole   # the rooms ask for them here
+from .disk import UserError, clear_away, data_home, file_md5, on_disk, patience, rank, read_json, read_text
+from .disk import remove, replace_folder, runs_home, whole_folder, world, write_json, write_whole   # asked for here
 import hashlib, importlib, json, math, os, sys, time, tomllib   # after disk, which minds Ctrl-C
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -254,8 +254,11 @@ def every(o):
     if world() == 1: return [o]
     try: from accelerate import PartialState, utils
     except ImportError: raise UserError("several processes need accelerate: pip install 'latentdiff[multi]'") from None
-    try: PartialState(cpu=default_device().type == 'cpu')   # the first time the processes meet
-    except ValueError as e: raise UserError(f'no way to the other processes ({e}): use accelerate launch') from None
+    try:   # the first time the processes meet
+        with patience(f'waiting for {world() - 1} more: if this process is alone, unset WORLD_SIZE and RANK'):
+            PartialState(cpu=default_device().type == 'cpu')
+    except ValueError as e:
+        raise UserError(f'no way to the other processes ({e}): use accelerate launch, or unset WORLD_SIZE') from None
     return utils.gather_object([o])
 
 def agreed(o=None):
