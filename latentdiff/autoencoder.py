@@ -7,13 +7,12 @@ __all__ = ['AEBlock', 'conv_encoder', 'conv_decoder', 'as_double', 'PSNR', 'ssim
            'posterior_sample', 'Autoencoder', 'channel_stats', 'fit_bs', 'batches_for', 'KLAutoencoder', 'pca_start',
            'kl_loss', 'AELoss', 'quality', 'Reconstruct', 'ValidMetric', 'ae_learner', 'train_autoencoder',
            'PretrainedKL', 'PretrainedTiny', 'TAEBlock', 'taef2_encoder', 'taef2_decoder', 'TAEF2', 'open_autoencoder',
-           'some_pixels', 'make_autoencoder', 'efficientnet_lite0', 'FeatureLoss', 'sharpen_decoder',
-           'PatchDiscriminator', 'hinge_loss', 'adaptive_weight', 'Adversary']
+           'make_autoencoder', 'efficientnet_lite0', 'FeatureLoss', 'sharpen_decoder', 'PatchDiscriminator',
+           'hinge_loss', 'adaptive_weight', 'Adversary']
 
 # %% ../nbs/10_autoencoder.ipynb #c004
 import importlib.util, os, re, safetensors.torch, torch, torch.nn.functional as F
 from functools import partial
-from pathlib import Path
 from torch import nn
 from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -21,17 +20,17 @@ from torcheval.metrics import Mean
 from torchvision.transforms.functional import gaussian_blur
 
 # %% ../nbs/10_autoencoder.ipynb #c005
-from fastai.basics import Callback, DataLoaders, Metric, patch
+from fastai.basics import Callback, DataLoaders, Metric, Path, patch
 from fastai.callback.training import GradientClip
-from .core import UNFIT, WEIGHTS, UserError, agreed, artefact, data_home, default_device, file_md5
-from .core import find_class, fingerprint, first_ahead, load_component, load_weights, network_config
+from .core import UNFIT, WEIGHTS, UserError, agreed, artefact, checked, data_home, default_device, file_md5
+from .core import find_class, fingerprint, first_ahead, load_component, load_weights, multiples, network_config
 from .core import number, numbers, save_component, stream, write_whole
-from .data import FEW, FITS, as_images, check_images, like
-from .files import there
+from .data import FEW, as_images, check_images, kind_of, like, some_pixels
+from .files import download, one_line, there
 from .training import Checkpoint, DeviceLoader, Graphed, Learner, adamw, fit_steps, muon, randn_rows, zero_init
 
 # %% ../nbs/10_autoencoder.ipynb #c040
-def _conv(cin, cout, stride=1): return nn.Conv2d(cin, cout, 3, stride, padding=1)
+def _conv(cin, cout, stride=1): return nn.Conv2d(checked(cin=cin), checked(cout=cout), 3, stride, padding=1)
 
 def _norm_act(c): return [nn.GroupNorm(8, c), nn.SiLU()]
 
@@ -40,6 +39,7 @@ class AEBlock(nn.Module):
     "x + f(x), where f is two times (GroupNorm, SiLU, 3x3 convolution); starts as the identity"
     def __init__(self, c): # channels, a multiple of 8
         super().__init__()
+        multiples(8, c=checked(c=c))
         self.f = nn.Sequential(*_norm_act(c), _conv(c, c), *_norm_act(c), zero_init(_conv(c, c)))
     def forward(self, x): return x + self.f(x)
 
@@ -47,6 +47,7 @@ class AEBlock(nn.Module):
 def conv_encoder(cin, widths,         # channels of the image and at each level; height and width halve between levels
                  patch, depth, cout): # side of the square of pixels to fold; residual blocks a level; channels out
     "(b,cin,h,w) -> (b,cout,h/f,w/f) with f = patch * 2**(len(widths)-1)"
+    multiples(8, widths=checked(cout=cout, cin=cin, patch=patch, widths=widths)), number(0, 100, depth=depth)
     layers = [nn.PixelUnshuffle(patch), _conv(cin*patch**2, widths[0])]
     for i, w in enumerate(widths):
         if i: layers.append(_conv(widths[i-1], w, stride=2))
@@ -56,6 +57,7 @@ def conv_encoder(cin, widths,         # channels of the image and at each level;
 # %% ../nbs/10_autoencoder.ipynb #c051
 def conv_decoder(cin, widths, patch, depth, cout): # latent channels; as the encoder's, walked backwards; image channels
     "(b,cin,h,w) -> (b,cout,h*f,w*f): the encoder's mirror"
+    multiples(8, widths=checked(cout=cout, cin=cin, patch=patch, widths=widths)), number(0, 100, depth=depth)
     layers = [_conv(cin, widths[-1])]
     for i, w in reversed(list(enumerate(widths))):
         layers += [AEBlock(w) for _ in range(depth)]
@@ -65,13 +67,14 @@ def conv_decoder(cin, widths, patch, depth, cout): # latent channels; as the enc
 # %% ../nbs/10_autoencoder.ipynb #c019
 def as_double(x):
     "`x` in float64, on the CPU if its device has none"
+    like(x=x)
     return (x.cpu() if x.device.type == 'mps' else x).double()
 
 class PSNR(Mean):
     "Peak signal-to-noise ratio in dB, pooled: from one mean squared error over everything seen"
     def __init__(self, data_range=2., device=None): # 2 for images in [-1,1]; where the sums are kept, None: the CPU
-        super().__init__(device=device)
-        self.data_range = data_range
+        super().__init__(device=default_device('cpu' if device is None else device))
+        self.data_range = number(1e-6, 1e6, False, data_range=data_range)
 
     @torch.no_grad()
     def update(self, x, y):
@@ -87,7 +90,8 @@ def _blur(x): return gaussian_blur(gaussian_blur(x, (11, 1), 1.5), (1, 11), 1.5)
 # %% ../nbs/10_autoencoder.ipynb #c026
 def ssim_map(x, y, data_range=2.): # images (b,c,h,w), 6x6 or larger; 2 for those in [-1,1]
     "Structural similarity of every pixel, float64 (Wang et al. 2004, eq. 13)"
-    like(x=x, y=y)
+    like(x=check_images(x, most=1e30, uint8=False, name='x'), y=y), number(1e-6, 1e6, False, data_range=data_range)
+    if min(x.shape[2:]) < 6: raise UserError(f'x is {kind_of(x)}: give pictures of 6 x 6 pixels or more')
     x, y = as_double(x), as_double(y)
     mx, my = _blur(x), _blur(y)
     vx, vy, cov = (_blur(x*x) - mx*mx).clamp(min=0), (_blur(y*y) - my*my).clamp(min=0), _blur(x*y) - mx*my
@@ -113,6 +117,7 @@ def ssim(x, y):
 # %% ../nbs/10_autoencoder.ipynb #c034
 def patch_pca(x, f, k): # images (n,c,h,w) in [-1,1], side of a patch, components
     "Mean (c*f*f,), the first k principal directions (c*f*f,k), the standard deviations along them; float64"
+    checked(f=f, k=k), multiples(f, sides=tuple(check_images(x, most=1e30, name='x').shape[2:]))
     p = F.pixel_unshuffle(as_double(x), f).transpose(0, 1).flatten(1).T
     mean = p.mean(0)
     var, dirs = torch.linalg.eigh((p - mean).T@(p - mean)/len(p))
@@ -121,6 +126,7 @@ def patch_pca(x, f, k): # images (n,c,h,w) in [-1,1], side of a patch, component
 # %% ../nbs/10_autoencoder.ipynb #c054
 def posterior_sample(mean, logvar, generator=None, draw=torch.randn): # (b,...) both; on their device; of the noise
     "A draw from N(mean, exp(logvar)) through which gradients flow (Kingma and Welling 2014, eq. 10)"
+    like(mean=mean, logvar=logvar)
     eps = draw(*mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
     return mean + (0.5*logvar).exp()*eps
 
@@ -132,7 +138,7 @@ class Autoencoder(nn.Module, ConfigMixin):
 
     def __init__(self, latent_channels, latent_mean=None, latent_std=None): # or length; of raw channels, None: 0 and 1
         super().__init__()
-        self.latent_channels = n = number(1, latent_channels=latent_channels)
+        self.latent_channels = n = number(1, 10**5, latent_channels=latent_channels)
         if latent_mean is latent_std is None: latent_mean, latent_std = [0.]*n, [1.]*n
         self.register_buffer('latent_mean', torch.tensor(numbers(n, latent_mean=latent_mean)), False)
         self.register_buffer('latent_std', torch.tensor(numbers(n, 0, latent_std=latent_std)), False)
@@ -160,7 +166,7 @@ class Autoencoder(nn.Module, ConfigMixin):
     def decode(self, z): # latents as `encode` gives them
         "Images (b,c,h,w) float32 in [-1,1]"
         m, s = self.scale(z)
-        return self.decode_raw(z*s + m).clamp(-1, 1)
+        return self.decode_raw((z*s + m).to(torch.promote_types(s.dtype, torch.float32))).clamp(-1, 1)
 
     def forward(self, images):
         "(reconstruction, raw mean, raw logvar or None)"
@@ -170,13 +176,13 @@ class Autoencoder(nn.Module, ConfigMixin):
 
     def checked(self, images): # (b,c,h,w)
         "`images`; raises `UserError` unless height and width divide by `factor`"
-        f, (h, w) = self.factor, check_images(images, {self.config.get('in_channels', 3)}, 1e30, False).shape[-2:]
-        if h % f == w % f == 0: return images
-        near = ' or '.join(str(o) for d in (0, f) if (o := (h if h % f else w)//f*f + d))
-        raise UserError(f'this autoencoder needs sides in multiples of {f}, not {h}x{w}: resize or crop to {near}')
+        found = check_images(images, {self.config.get('in_channels', 3)}, 1e30, False)
+        multiples(self.factor, sides=tuple(found.shape[2:]))
+        return images.to(torch.promote_types(self.latent_mean.dtype, torch.float32))
 
     def latent_shape(self, size): # side of the image in pixels
         "Shape of one latent"
+        multiples(self.factor, size=number(1, 10**5, size=size))
         return (self.latent_channels, size//self.factor, size//self.factor)
 
     def set_scale(self, mean, std): # of each raw latent channel
@@ -192,8 +198,8 @@ def channel_stats(batches): # an iterable of tensors (b,c,...)
     for z in batches:
         z = as_double(z).transpose(0, 1).flatten(1)
         n, s1, s2 = n + z.shape[1], s1 + z.sum(1), s2 + z.square().sum(1)
-    mean = s1/n
-    return mean, (s2/n - mean**2).clamp(min=1e-12).sqrt()
+    if not n: raise UserError('batches are empty: give one tensor (b,c,...) or more')
+    return (mean := s1/n), (s2/n - mean**2).clamp(min=1e-12).sqrt()
 
 # %% ../nbs/10_autoencoder.ipynb #c089
 def fit_bs(size, bs=256): # pixels a side, and the most images
@@ -202,7 +208,7 @@ def fit_bs(size, bs=256): # pixels a side, and the most images
 
 def batches_for(ae, x, bs=256): # an `Autoencoder`; uint8 pixels or float images (n,c,h,w); images a step
     "`x` as float images on the device of `ae`, batch by batch"
-    for b in check_images(x, name='x').split(fit_bs(x.shape[-1], bs)): yield as_images(b, ae.latent_mean.device)
+    for b in check_images(x, name='x').split(fit_bs(x.shape[-1], bs)): yield as_images(b, next(ae.buffers()).device)
 
 # %% ../nbs/10_autoencoder.ipynb #c091
 @patch
@@ -220,9 +226,8 @@ class KLAutoencoder(Autoencoder):
     def __init__(self, in_channels=3, widths=(64, 128), patch=2, depth=1, # see `conv_encoder`
                  latent_channels=4, latent_mean=None, latent_std=None):   # of a latent; filled in by `fit_scale`
         super().__init__(latent_channels, latent_mean, latent_std)
-        if any(number(8, width=w) % 8 for w in widths or [0]): raise UserError(f'widths {widths}: give multiples of 8')
-        self.factor = f = number(1, patch=patch)*2**(len(widths) - 1)
-        self.encoder = conv_encoder(number(1, in_channels=in_channels), widths, patch, depth, 2*latent_channels)
+        self.factor = f = checked(in_channels=in_channels, widths=widths, patch=patch)*2**(len(widths) - 1)
+        self.encoder = conv_encoder(in_channels, widths, patch, depth, 2*latent_channels)
         self.decoder = conv_decoder(latent_channels, widths, patch, depth, in_channels)
         self.line_in = nn.Conv2d(in_channels, latent_channels, f, f)
         self.line_out = nn.ConvTranspose2d(latent_channels, in_channels, f, f)
@@ -230,7 +235,7 @@ class KLAutoencoder(Autoencoder):
         zero_init(self.decoder[-2])
 
     def encode_raw(self, images):
-        mean, logvar = self.encoder(self.checked(images)).chunk(2, dim=1)
+        mean, logvar = self.encoder(images := self.checked(images)).chunk(2, dim=1)
         return mean + self.line_in(images), logvar.clamp(-30, 20)
 
     def decode_raw(self, z): return self.line_out(z) + self.decoder(z)
@@ -239,8 +244,8 @@ class KLAutoencoder(Autoencoder):
 @torch.no_grad()
 def pca_start(ae, x, n=2000): # a `KLAutoencoder`; training images, uint8 or float in [-1,1]; look at the first so many
     "Set the straight lines to the best linear autoencoder of patches, with latents of variance 1"
-    f, k, c = ae.factor, ae.latent_channels, x.shape[1]
-    n = min(n, max(64, 25_000_000//x[0].numel()))  # in float64, large pictures fill the memory
+    f, k, c = checked(ae=ae).factor, ae.latent_channels, check_images(x, name='x').shape[1]
+    n = min(number(1, n=n), max(64, 25_000_000//x[0].numel()))  # in float64, large pictures fill the memory
     mean, dirs, std = patch_pca(as_images(x[:n]), f, k)
     ae.line_in.weight.copy_((dirs/std).T.view(k, c, f, f))
     ae.line_in.bias.copy_(-(mean@dirs)/std)
@@ -251,6 +256,7 @@ def pca_start(ae, x, n=2000): # a `KLAutoencoder`; training images, uint8 or flo
 # %% ../nbs/10_autoencoder.ipynb #c074
 def kl_loss(mean, logvar): # (b,c,h,w) both
     "KL(N(mean, exp(logvar)) || N(0,1)), averaged over all numbers (Kingma and Welling 2014, appendix B)"
+    like(mean=mean, logvar=logvar)
     return 0.5*(mean.square() + logvar.exp() - 1 - logvar).mean()
 
 # %% ../nbs/10_autoencoder.ipynb #c085
@@ -272,7 +278,7 @@ class AELoss:
 def quality(ae, x, bs=64): # an `Autoencoder`; uint8 pixels or float images (n,c,h,w); images a step
     "PSNR (dB, pooled) and SSIM of its reconstructions: dict(psnr, ssim, n)"
     p, s = PSNR(), SSIM()
-    for b in batches_for(ae.eval(), x, bs):
+    for b in batches_for(checked(ae=ae).eval(), x, bs):
         y = ae.decode(ae.encode(b))
         for m in (p, s): m.update(y, b)
     return dict(psnr=p.compute().item(), ssim=s.compute().item(), n=len(x))
@@ -296,11 +302,11 @@ def ae_learner(ae, x_train, x_valid,      # an `Autoencoder`; uint8 pixels (n,c,
                kl_weight=1e-3, feature_weight=0., device=None, cbs=(), # see `AELoss`; None: GPU if any; more callbacks
                opt_func=muon, crop=0):    # a fastai optimizer; move each picture by up to so many pixels
     "A Learner that reconstructs"
-    device, bs = device or default_device(), min(bs, 64, len(check_images(x_train, name='x_train')))
+    device, bs = default_device(device), min(number(1, bs=bs), 64, len(check_images(x_train, name='x_train')))
     dls = DataLoaders(DeviceLoader(x_train, bs=bs, shuffle=True, flip=flip, seed=seed, device=device, crop=crop),
                       DeviceLoader(check_images(x_valid, name='x_valid')[:250], bs=bs, seed=seed, device=device))
-    return Learner(dls, ae.to(device, memory_format=torch.channels_last), AELoss(kl_weight, feature_weight, device),
-                   opt_func=opt_func, metrics=[ValidMetric(PSNR), ValidMetric(SSIM)],
+    return Learner(dls, checked(ae=ae).to(device, memory_format=torch.channels_last),
+                   AELoss(kl_weight, feature_weight, device), opt_func, metrics=[*map(ValidMetric, (PSNR, SSIM))],
                    cbs=[Reconstruct(), GradientClip(1.), *cbs, Graphed()])
 
 # %% ../nbs/10_autoencoder.ipynb #c114
@@ -320,7 +326,7 @@ class PretrainedKL(Autoencoder):
     model_class, weights_name = AutoencoderKL, WEIGHTS
     @register_to_config
     def __init__(self, model, latent_mean=None, latent_std=None): # the model's config, a dict; see `fit_scale`
-        super().__init__(model['latent_channels'], latent_mean, latent_std)
+        super().__init__(checked(model=model).get('latent_channels'), latent_mean, latent_std)
         self.model = self.model_class.from_config(model)
         self.factor = 2**(len(self.model.config['block_out_channels']) - 1)
 
@@ -346,8 +352,7 @@ class PretrainedKL(Autoencoder):
 def _hub(load, spec, **kw):
     try: return load(spec, **kw)
     except (OSError, *UNFIT) as e:
-        why = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise UserError(f'cannot load the autoencoder {spec}: check name and network, or give a folder ({why})') from e
+        raise UserError(f'cannot load the autoencoder {spec} ({one_line(e)}): check the name, or give a folder') from e
 
 @patch(cls_method=True)
 def from_pretrained(cls:PretrainedKL, spec): # Hub id, or a folder in diffusers' layout
@@ -403,7 +408,8 @@ class TAEF2(Autoencoder):
     @register_to_config
     def __init__(self, width=64, latent_channels=32, latent_mean=None, latent_std=None): # see `fit_scale`
         super().__init__(latent_channels, latent_mean, latent_std)
-        self.encoder, self.decoder = taef2_encoder(width, latent_channels), taef2_decoder(width, latent_channels)
+        self.encoder = taef2_encoder(checked(width=width), latent_channels)
+        self.decoder = taef2_decoder(width, latent_channels)
 
     def encode_raw(self, images): return self.encoder(self.checked(images)*0.5 + 0.5), None
     def decode_raw(self, z): return self.decoder(z)*2 - 1
@@ -415,11 +421,10 @@ _TAEF2_MD5 = dict(encoder='a168d32457113f15cf806fb65418176f', decoder='f6e70fffe
 def _download_taef2():
     "Fetch both files into the data home, unless they are there; returns the folder"
     folder = data_home()/'taef2'
-    folder.mkdir(parents=True, exist_ok=True)
     for part, md5 in _TAEF2_MD5.items():
         f, pth = folder/f'{part}.safetensors', folder/f'{part}.pth'
         if os.path.exists(f): continue
-        _hub(torch.hub.download_url_to_file, _TAEF2_URL.format(part), dst=str(pth), progress=False)
+        download(_TAEF2_URL.format(part), pth)
         if file_md5(pth) != md5: raise UserError(f'{pth} is not the published file: try again later')
         write_whole(f, safetensors.torch.save(torch.load(pth, weights_only=True)))
         pth.unlink()
@@ -446,17 +451,10 @@ def open_autoencoder(spec): # a saved folder, one of TAEF2 weights, 'taef2', or 
     if not issubclass(cls, Autoencoder): raise UserError(f'{spec} holds a {cls.__name__}, not an autoencoder')
     return cls.from_pretrained(folder or spec) if issubclass(cls, PretrainedKL) else load_component(folder)
 
-# %% ../nbs/10_autoencoder.ipynb #c182
-def some_pixels(images, split, seed, most=None): # `Images`; 'train' or 'valid'; of the order; None: all that fit
-    "uint8 pixels (n,c,h,w) of a split, in a fixed random order"
-    rows, fit = getattr(images, f'{split}_idxs'), int(FITS//(images.channels*images.size**2))
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(stream(seed, 'pixels', split)))
-    return images.pixels(rows[order[:min(fit, number(1, most=fit if most is None else most))]])
-
 # %% ../nbs/10_autoencoder.ipynb #c184
 def make_autoencoder(folder, images, p, seed=0, device=None): # of the run; `Images`; a `Preset`; of chance; None: GPU
     "The autoencoder of a run, in eval mode: made once, in autoencoder/ (ours) or vae/ (diffusers'), then loaded"
-    folder, device, parents = Path(folder), device or default_device(), dict(images=images.fingerprint)
+    folder, device, parents = Path(folder), default_device(device), dict(images=checked(p=p, images=images).fingerprint)
     found = agreed(next((o for o in ('autoencoder', 'vae') if os.path.exists(folder/o)), None))
     with first_ahead(): ready = open_autoencoder(p.ae_pretrained) if p.ae_pretrained and not found else None
     path = folder/(found or ('vae' if isinstance(ready, PretrainedKL) else 'autoencoder'))
@@ -534,7 +532,7 @@ def sharpen_decoder(ae, x_train, x_valid, steps,            # a finished `KLAuto
 class PatchDiscriminator(nn.Sequential):
     "Images (b,c,h,w) -> one logit for each patch (b,1,h/8,w/8), high for real ones (Isola et al. 2017, section 3.2.2)"
     def __init__(self, cin=3, width=32): # channels of the images; of the first level
-        widths, layers = (cin, width, 2*width, 4*width), []
+        widths, layers = (checked(cin=cin), checked(width=width), 2*width, 4*width), []
         for i, (a, b) in enumerate(zip(widths, widths[1:])):
             layers += [nn.Conv2d(a, b, 4, 2, padding=1), *([nn.BatchNorm2d(b)] if i else []), nn.LeakyReLU(.2)]
         super().__init__(*layers, _conv(widths[-1], 1))

@@ -11,8 +11,7 @@ import os, re
 from pathlib import Path
 from huggingface_hub import ModelCardData
 from .core import UNFIT, UserError, number, read_json, unsealed
-from .files import ON_HUB
-from .unet import first_line
+from .files import ON_HUB, one_line
 
 # %% ../nbs/parts/card.ipynb #k910
 PIPELINES = 'LatentDiffusionPipeline', 'DDPMPipeline', 'DDIMPipeline', 'PNDMPipeline', 'LDMPipeline'
@@ -65,7 +64,7 @@ def notes_of(folder): # of a run
     s, m = (unsealed(folder/o, f'delete {folder/o}') for o in ('run.json', 'metrics.json'))
     try: return said_of(s['settings'], m)
     except UNFIT as e:
-        raise UserError(f'{folder}: run.json or metrics.json is damaged ({first_line(e)}): delete it') from e
+        raise UserError(f'{folder}: run.json or metrics.json is damaged ({one_line(e)}): delete it') from e
 
 def said_of(s, m): # the settings of a run; what was measured; dicts
     "The same from what these two say"

@@ -465,7 +465,7 @@ def sample_cli(
     sampler:str=None,       # ddpm, ddim, euler, heun, dpmpp_2m, dpmpp_2m_sde, unipc; default: as above, else dpmpp_2m
     seed:int=0,             # of the noise
     bs:int=16,              # images at a time; images are the same to the bit only for the same number
-    Class:str=None,         # what to draw, in a run that was trained with classes; several with commas between, such as 'a,"b, c"'
+    Class:str=None,         # what to draw, in a run that was trained with classes; several like 'a,"b, c"'
     prompt:str=None,        # the same in words, in a run that was trained with captions
     guidance:float=None,    # how much to exaggerate what is asked for; 1: not at all; default: as above, else 2
     negative:str=None       # class or words to stay away from
@@ -477,7 +477,7 @@ def sample_cli(
     told = told_by(Class, prompt, guidance, negative)
     with first_ahead(): new_places(out=out, npz=npz)
     pipe = pipeline.LatentDiffusionPipeline.from_pretrained(run)
-    source.check_kind(pipe, run, Class, prompt)
+    source.check_told(pipe, run, Class, prompt)
     size = n*pipe.size**2*3
     memory = size + 8*n*math.prod(pipe.latent_shape)
     with first_ahead():

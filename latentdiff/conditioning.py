@@ -17,7 +17,8 @@ from fastai.basics import DataLoaders, Path
 from .core import UNFIT, UserError, find_class, fingerprint, number, stream, write_json
 from .training import DeviceLoader, Learner, adamw, fit_steps, largest_divisor, rows_of, zero_init
 from .data import as_images, check_images, kind_of
-from .unet import UNet, first_line, make_denoiser, unet_for
+from .files import one_line
+from .unet import UNet, make_denoiser, unet_for
 
 # %% ../nbs/60_conditioning.ipynb #c018
 class CrossAttention(nn.Module):
@@ -258,7 +259,7 @@ def text_encoder(model): # 'minilm', a folder, or a Hub id such as 'laion/CLIP-V
         return AutoTokenizer.from_pretrained(where, **ours), encoder
     except (OSError, *UNFIT) as e:
         hint = "check name and network, or use 'minilm'"
-        raise UserError(f'cannot load the text encoder {model}: {hint} ({first_line(e)})') from e
+        raise UserError(f'cannot load the text encoder {model}: {hint} ({one_line(e)})') from e
 
 # %% ../nbs/60_conditioning.ipynb #c069
 class TextConditioner(nn.Module, ConfigMixin):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FITS', 'FEW', 'LSUN_HUB', 'to_uint8', 'from_uint8', 'as_images', 'kind_of', 'check_images', 'like', 'image_grid',
            'show_images', 'split_of', 'pick', 'Images', 'fit_pixels', 'shifted', 'RoomImages', 'IdxImages',
-           'FileImages', 'bedroom_folder', 'StreamImages', 'ArrayImages', 'open_images', 'side_of', 'Picture',
-           'image_dls']
+           'FileImages', 'bedroom_folder', 'StreamImages', 'ArrayImages', 'open_images', 'side_of', 'some_pixels',
+           'Picture', 'image_dls']
 
 # %% ../nbs/00_data.ipynb #c004
 import hashlib, math, os, unicodedata, zlib, gzip
@@ -18,7 +18,8 @@ from PIL import Image
 from fastai.data.all import Categorize, Datasets, TensorImage, URLs, show_image
 from torchvision.datasets import FashionMNIST, MNIST
 from torchvision.utils import make_grid
-from .core import UserError, data_home, default_device, fingerprint, first_ahead, number, one_of, positions, progress
+from .core import UserError, checked, data_home, default_device, fingerprint, first_ahead, number, one_of, positions
+from .core import progress, stream
 from .disk import enough, matching
 from .files import (SUFFIXES, at_hand, bytes_of, captions_in, files_below, hub_folder, known_folder, name_below,
                               no_file, npz_pixels, one_line, pixels_or_why, shard_names, shard_samples, there, unpacked)
@@ -95,7 +96,8 @@ def show_images(
         ax.spines[:].set_visible(False)
     for ax, im in zip(axs.flat, pixels): ax.imshow(im.permute(1, 2, 0), interpolation='nearest')
     for ax, t in zip(axs.flat, titles): ax.set_title(t, fontsize=9, pad=2, parse_math=False)
-    for ax, r in zip(axs[:,0], rows): ax.set_ylabel(r, rotation=0, ha='right', va='center', fontsize=9, parse_math=False)
+    for ax, r in zip(axs[:,0], rows):
+        ax.set_ylabel(r, rotation=0, ha='right', va='center', fontsize=9, parse_math=False)
     plt.show()
 
 # %% ../nbs/00_data.ipynb #c127
@@ -360,6 +362,13 @@ def side_of(path):
     h, w = some.pixels([0]).shape[-2:] if some.raw is None else some.raw.shape[-2:]
     if h != w: raise UserError(f'{path} holds pictures of {h}x{w}: cut them to squares first.')
     return min(2048, h)
+
+def some_pixels(images, split, seed, most=None): # `Images`; 'train' or 'valid'; of the order; None: all that fit
+    "uint8 pixels (n,c,h,w) of a split, in a fixed random order"
+    checked(images=images), one_of(('train', 'valid'), split=split)
+    rows, fit = getattr(images, f'{split}_idxs'), int(FITS//(images.channels*images.size**2))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(stream(seed, 'pixels', split)))
+    return images.pixels(rows[order[:min(fit, number(1, most=fit if most is None else most))]])
 
 # %% ../nbs/00_data.ipynb #c256
 class Picture(TensorImage):

@@ -8,30 +8,28 @@ __all__ = ['Denoiser', 'TimedNorm', 'TimedBlock', 'ResNetDenoiser', 'SegNet', 'a
 
 # %% ../nbs/35_denoisers.ipynb #c004
 from functools import partial
-import torch, torch.nn.functional as F
+import math, torch, torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from .core import UserError
+from .core import UserError, checked, multiples, number
+from .data import kind_of
 from .training import largest_divisor, seconds_per_step, zero_init
-from .unet import Downsample, SelfAttention, TimeMLP
+from .unet import Downsample, SelfAttention, TimeMLP, check_noisy
 
 # %% ../nbs/35_denoisers.ipynb #c021
 class Denoiser(nn.Module, ConfigMixin):
     "What the networks of this lesson share: a config that has `in_channels`, and the door"
-    config_name, multiple = 'config.json', 1 # every side of x must be a multiple of `multiple`
+    config_name, first, multiple = 'config.json', 'conv_in', 1 # its first layer; sides of x are multiples of `multiple`
 
     def forward(self,
         x,          # (b, c, n) or (b, c, h, w) noisy latent
         time,       # (b,) `process.time_input(t)`; not looked at by a network without `time_embedding`
         cond=None): # no conditioning here
         "The prediction, like x. One line of `UserError` for a condition, other channels, sides that do not fit"
-        name, c, n, k = type(self).__name__, self.config.in_channels, x.shape[1], self.multiple
-        if cond is not None: raise UserError(f'{name} takes no conditioning: leave cond=None')
-        if n != c: raise UserError(f'this {name} was made for {c} channels, not {n}: make one with in_channels={n}')
-        if any(n % k for n in x.shape[2:]):
-            raise UserError(f'{name} needs sides that are multiples of {k}, not {tuple(x.shape[2:])}: pad or resize')
+        if cond is not None: raise UserError(f'{type(self).__name__} takes no conditioning: leave cond=None')
+        check_noisy(x, time, getattr(self, self.first).weight, self.multiple)
         return self.predict(x, self.time_embedding(time) if self.time_embedding else None)
 
 # %% ../nbs/35_denoisers.ipynb #c023
@@ -39,6 +37,7 @@ class TimedNorm(nn.Module):
     "GroupNorm, scaled and shifted by time ('Diffusion models beat GANs', section 3); without `temb` a plain GroupNorm"
     def __init__(self, c, temb=None): # channels, length of the time embedding; None: do not listen to the time
         super().__init__()
+        checked(c=c, temb=1 if temb is None else temb)
         self.norm = nn.GroupNorm(largest_divisor(c, min(32, c//4)), c)
         self.proj = nn.Linear(temb, 2*c) if temb else None
 
@@ -54,7 +53,8 @@ class TimedBlock(nn.Module):
     def __init__(self, cin, cout, temb=None, # channels in and out, length of the time embedding; None: no time
                  dims=2, kernel=3): # 1: sequences (b, c, n), 2: images (b, c, h, w); odd width of both convolutions
         super().__init__()
-        conv, pad = (nn.Conv1d, nn.Conv2d)[dims-1], kernel//2
+        checked(cin=cin, cout=cout, kernel=kernel)
+        conv, pad = (nn.Conv1d, nn.Conv2d)[number(1, 2, dims=dims)-1], kernel//2
         self.norm1, self.norm2 = TimedNorm(cin), TimedNorm(cout, temb)
         self.conv1, self.conv2 = conv(cin, cout, kernel, padding=pad), zero_init(conv(cout, cout, kernel, padding=pad))
         self.shortcut = conv(cin, cout, 1) if cin != cout else nn.Identity()
@@ -73,6 +73,7 @@ class ResNetDenoiser(Denoiser):
         depth=2,            # residual blocks a resolution
         timed=True):        # False: the network is not told the noise level
         super().__init__()
+        checked(in_channels=in_channels, widths=widths, depth=depth)
         self.multiple, temb = 2**len(widths), 4*widths[0] if timed else None
         self.time_embedding = TimeMLP(widths[0], temb) if timed else None
         self.conv_in, cs = nn.Conv2d(in_channels, widths[0], 3, padding=1), (widths[0], *widths)
@@ -113,6 +114,7 @@ class SegNet(Denoiser):
         widths=(32,64,128), # channels at each resolution; each ends in a pooling
         depth=2):           # convolutions a resolution, on the way down and on the way up
         super().__init__()
+        checked(in_channels=in_channels, widths=widths, depth=depth)
         self.multiple, temb, cs = 2**len(widths), 4*widths[0], (widths[0], *widths)
         self.time_embedding = TimeMLP(widths[0], temb)
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
@@ -131,6 +133,7 @@ class SegNet(Denoiser):
 # %% ../nbs/35_denoisers.ipynb #c038
 def as_sequence(x): # (b, d), (b, c, n) or (b, c, h, w) -> (b, 1, d), (b, c, n) or (b, c, h*w)
     "The latent as a sequence: a flat one gets one channel, the rows of an image follow one another"
+    if not torch.is_tensor(x) or x.ndim < 2: raise UserError(f'x is {kind_of(x)}: give a batch of latents')
     return x[:, None] if x.ndim == 2 else x.flatten(2)
 
 class SequenceDenoiser(Denoiser):
@@ -148,6 +151,7 @@ class CNN1d(SequenceDenoiser):
         kernel=5,           # odd width of the convolutions
         timed=True):        # False: the network is not told the noise level
         super().__init__()
+        checked(in_channels=in_channels, width=width, depth=depth, kernel=kernel)
         temb, pad = 4*width if timed else None, kernel//2
         self.time_embedding = TimeMLP(width, temb) if timed else None
         self.conv_in = nn.Conv1d(in_channels, width, kernel, padding=pad)
@@ -168,6 +172,7 @@ class UNet1d(SequenceDenoiser):
         widths=(32,64,128), # channels at each length, from the full one down
         depth=1, kernel=5): # residual blocks a length, down and up; odd width of the convolutions in them
         super().__init__()
+        checked(in_channels=in_channels, widths=widths, depth=depth, kernel=kernel)
         self.multiple, temb, cs = 2**(len(widths) - 1), 4*widths[0], (widths[0], *widths)
         block = lambda cin, cout: TimedBlock(cin, cout, temb, 1, kernel)
         self.time_embedding = TimeMLP(widths[0], temb)
@@ -207,18 +212,16 @@ class MLPBlock(nn.Module):
 # %% ../nbs/35_denoisers.ipynb #c054
 class MLPDenoiser(Denoiser):
     "A residual MLP for flat latents: every number sees every other, and no two are neighbours"
+    first = 'linear_in'
     @register_to_config
     def __init__(self,
         in_channels=128,    # numbers in a flat latent
         width=512, depth=3): # numbers inside, residual blocks
         super().__init__()
+        checked(in_channels=in_channels, width=width, depth=depth)
         self.time_embedding, self.linear_in = TimeMLP(64, width), nn.Linear(in_channels, width)
         self.blocks = nn.ModuleList(MLPBlock(width, width) for _ in range(depth))
         self.norm_out, self.linear_out = nn.LayerNorm(width), zero_init(nn.Linear(width, in_channels))
-
-    def forward(self, x, time, cond=None): # (b, in_channels) noisy latent; the rest as in `Denoiser`
-        if x.ndim != 2: raise UserError(f'MLPDenoiser takes flat latents (b, d), not {tuple(x.shape)}: flatten them')
-        return super().forward(x, time, cond)
 
     def predict(self, x, emb): # (b, in_channels), (b, temb) -> like x
         h = self.linear_in(x)
@@ -228,7 +231,8 @@ class MLPDenoiser(Denoiser):
 # %% ../nbs/35_denoisers.ipynb #c056
 def sincos_places(h, w, dim, device=None): # tokens down and across; length of each vector, a multiple of 4
     "Fixed 2-D positions (h*w, dim), row by row: half says the column, half the row (MAE, He et al. 2021, app. A.1)"
-    if dim % 4: raise ValueError(f'2-D positions need a multiple of 4 numbers, not {dim}')
+    checked(h=h, w=w, dim=dim)
+    multiples(4, dim=dim)
     speed = 10000**(-torch.arange(dim//4, dtype=torch.float64)/(dim//4))
     wave = lambda n: torch.cat([(a := torch.arange(n)[:, None]*speed).sin(), a.cos()], dim=1)
     return torch.cat([wave(w).repeat(h, 1), wave(h).repeat_interleave(w, 0)], dim=1).float().to(device)
@@ -238,6 +242,8 @@ class DiTBlock(nn.Module):
     "Transformer block with adaLN-Zero: time shifts, scales, gates both branches (DiT, Peebles & Xie 2023, s. 3.2)"
     def __init__(self, width, heads): # length of a token, attention heads
         super().__init__()
+        checked(width=width, heads=heads)
+        multiples(heads, width=width)
         self.heads, self.norm = heads, nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.qkv, self.out = nn.Linear(width, 3*width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4*width), nn.GELU('tanh'), nn.Linear(4*width, width))
@@ -255,6 +261,7 @@ class DiTBlock(nn.Module):
 # %% ../nbs/35_denoisers.ipynb #c061
 class DiT(Denoiser):
     "A small diffusion transformer with adaLN-Zero ('Scalable diffusion models with transformers', 2023, section 3)"
+    first = 'patchify'
     @register_to_config
     def __init__(self,
         in_channels=4,     # channels of the latent
@@ -262,7 +269,8 @@ class DiT(Denoiser):
         width=128,         # length of a token, a multiple of 4 and of `heads`
         depth=4, heads=4): # transformer blocks, attention heads
         super().__init__()
-        if width % heads or width % 4: raise UserError(f'the width must be a multiple of 4 and of {heads}, not {width}')
+        checked(in_channels=in_channels, patch=patch, width=width, depth=depth, heads=heads)
+        multiples(math.lcm(4, heads), width=width)
         self.multiple, self.time_embedding = patch, TimeMLP(width, width)
         self.patchify = nn.Conv2d(in_channels, width, patch, stride=patch)
         self.blocks = nn.ModuleList(DiTBlock(width, heads) for _ in range(depth))

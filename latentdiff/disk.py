@@ -189,7 +189,7 @@ def write_json(path, d, indent=None): # of the file; a dict or list; spaces a le
     write_whole(path, json.dumps(d, indent=indent))
 
 def read_text(path):
-    "The text of a file, without its byte order mark; raises `OSError`, and `UserError` where the memory does not suffice"
+    "The text of a file, without its byte order mark; raises `OSError`, or `UserError` for more than memory holds"
     if not os.path.isfile(path) and os.path.exists(path): raise OSError('no file, but something else')
     enough(f'Reading {path}', path, memory=8*os.stat(path).st_size)
     return Path(path).read_text(encoding='utf-8-sig')
@@ -267,7 +267,8 @@ def check_call(options): # dict
         raise UserError(f'WORLD_SIZE is {told!r:.80}, no number of processes: unset it')
     if rank() >= world(): raise UserError(f'RANK is {rank()}, and WORLD_SIZE {world()}: unset both')
     for k, v in options.items():
-        if v == '' and k not in ('Class', 'prompt', 'negative'): raise UserError(f'--{k} is empty: say something, or leave it away.')
+        if v == '' and k not in ('Class', 'prompt', 'negative'):   # who reads these says it better
+            raise UserError(f'--{k} is empty: say something, or leave it away.')
         if isinstance(v, str) and v.encode(errors='replace') != v.encode(errors='surrogateescape'):
             raise UserError(f'{k} is {v!r}, which is not UTF-8: rename it.')
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'TARGETS', 'TIMES', 'FILES', 'PREDICTION_TYPES', 'BETA_SCHEDULES', 'NEUTRAL', 'OF_THE_NOISE',
-           'TARGETS_THERE', 'cosine_levels', 'log_abar_table', 'ddpm_levels', 'edm_levels', 'Process', 'check_process',
-           'check_level', 'check_latents', 'bcast', 'mix', 'weights_hash', 'prefetch', 'Latents', 'make_latents',
-           'NoisifyCB', 'process_of', 'other_noise', 'save_process']
+           'TARGETS_THERE', 'cosine_levels', 'log_abar_table', 'ddpm_levels', 'edm_levels', 'Process', 'check_level',
+           'check_latents', 'bcast', 'mix', 'weights_hash', 'prefetch', 'Latents', 'make_latents', 'NoisifyCB',
+           'process_of', 'other_noise', 'save_process']
 
 # %% ../nbs/20_noisify.ipynb #c003
 import functools, hashlib, inspect, json, math, os, shutil, time, warnings
@@ -17,7 +17,7 @@ from pathlib import Path
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from fastai.basics import Callback, patch
 from .autoencoder import fit_bs
-from .core import UserError, agreed, artefact, check_contents, default_device, first_ahead, made, number
+from .core import UserError, agreed, artefact, check_contents, checked, default_device, first_ahead, made, number
 from .core import one_of, progress, rank, read_json, sealed, share, stream, unsealed, world, write_json
 from .data import from_uint8, kind_of, like
 from .disk import reserve
@@ -147,11 +147,6 @@ def t_of_time(self:Process, time): # as `time_input` gives it, or diffusers' tim
     return (time + (self.schedule!='flow'))/self.steps
 
 # %% ../nbs/20_noisify.ipynb #L940
-def check_process(process):
-    "It; raises `UserError` if it is no `Process`"
-    if hasattr(process, 'levels'): return process
-    raise UserError(f"process is {process!r:.80}: give a Process, such as Process('flow')")
-
 def check_level(**given): # one argument by its name: a number, or a tensor of one
     "It as a float; raises `UserError` unless it is from 0 to 1"
     (k, v), = given.items()
@@ -177,7 +172,7 @@ def mix(p, x, q, y): # numbers (b,) or one, batches (b,...)
 def _levels_of(t, x): # what stands for levels; the batch they are for
     "`t` as a tensor beside `x`; raises `UserError` unless it is one level, or one a sample, from 0 to 1"
     t = torch.as_tensor(_as_level(t), device=x.device)
-    if t.is_cpu: number(0, 1, False, t=t.min().item()), number(0, 1, False, t=t.max().item())
+    if t.is_cpu and t.numel(): number(0, 1, False, t=t.min().item()), number(0, 1, False, t=t.max().item())
     if t.ndim and t.shape != x.shape[:1]: raise UserError(f't is {kind_of(t)}: give one level, or {len(x)} of them')
     return t
 
@@ -228,8 +223,8 @@ def x0_eps(self:Process, pred, x_t, t): # the answer; noised latents, not scaled
 @patch
 def sample_t(self:Process, n, generator=None, device=None): # how many; torch.Generator on `device` -> t (n,) in (0,1]
     "Training levels: even, or logit-normal (Esser et al. 2024), or log-normal in sigma (Karras et al. 2022, table 1)"
-    if self.times=='uniform': return 1-torch.rand(number(0, n=n), generator=generator, device=device)
-    z = torch.randn(number(0, n=n), generator=generator, device=device)
+    if self.times=='uniform': return 1-torch.rand(number(0, 10**9, n=n), generator=generator, device=device)
+    z = torch.randn(number(0, 10**9, n=n), generator=generator, device=device)
     if self.times=='logit_normal': return z.sigmoid()
     return self.t_of((math.log(2)-1.2 + 1.2*z).exp()).clamp(min=1/self.steps)
 
@@ -237,6 +232,7 @@ def sample_t(self:Process, n, generator=None, device=None): # how many; torch.Ge
 @patch
 def noisify(self:Process, x0, t=None, eps=None, generator=None): # latents (b,...); levels (b,) and noise; None: drawn
     "A training example per latent, (x_t, t, target): a level, noise, their mixture, and what the network should answer"
+    like(x0=x0)
     if t is None: t = self.sample_t(len(x0), generator, x0.device)
     if eps is None: eps = torch.randn(x0.shape, generator=generator, device=x0.device)
     return self.add_noise(x0, eps, t), t, self.target_of(x0, eps, t)
@@ -357,12 +353,13 @@ class Latents:
         both = [self.mean, self.mirrored] if split=='train' and self.mirrored is not None else [self.mean]
         rows = self.idxs(split).view(len(both), -1).numpy()
         z = np.concatenate([m[r] for m,r in zip(both, rows)])
-        return torch.from_numpy(z).to(device or default_device()).float()
+        return torch.from_numpy(z).to(default_device(device)).float()
 
 # %% ../nbs/20_noisify.ipynb #c051
 def make_latents(folder, images, ae, p, # of the run; `Images`; an `Autoencoder` on the device to work on; a `Preset`
                  flip=None):            # encode the mirror images too? None: of colour pictures
     "Encode every image once, on disk -> `Latents`; goes on where a call stopped; UserError if others lie in `folder`"
+    checked(images=images, ae=ae, p=p)
     flip = bool(images.channels==3 if flip is None else flip)
     shape = (len(images), *ae.latent_shape(images.size))
     def make(work):
@@ -404,8 +401,8 @@ NEUTRAL = dict( # settings that a process has no place for, and the values at wh
 
 def _settings(scheduler):
     "The settings that its class knows (others may be carried along); UserError for one that a process would lose"
-    if not hasattr(scheduler, 'config'): raise UserError(f'scheduler is {scheduler!r:.80}: give one of diffusers')
-    c = {k: v for k,v in scheduler.config.items() if k in inspect.signature(type(scheduler)).parameters}
+    c,known = checked(scheduler=scheduler).config, inspect.signature(type(scheduler)).parameters
+    c = {k: v for k,v in c.items() if k in known}
     for k,neutral in NEUTRAL.items():
         if c.get(k, neutral[0]) not in neutral: raise UserError(f"cannot convert {k}={c[k]!r}: only {k}={neutral[0]!r}")
     return c
@@ -435,7 +432,7 @@ OF_THE_NOISE = 'rescale_betas_zero_snr', 'use_dynamic_shifting', 'use_flow_sigma
 
 def process_of(scheduler): # of diffusers
     "The `Process` of its noise. How its loop clips, and where it puts the steps, is left out"
-    c, told_sigma = scheduler.config, scheduler.config.get('timestep_type') == 'continuous'
+    c, told_sigma = checked(scheduler=scheduler).config, scheduler.config.get('timestep_type') == 'continuous'
     flow = c.get('prediction_type') == 'flow_prediction' and c.get('use_flow_sigmas') and c.get('flow_shift')
     if (flow or type(scheduler).__name__ == 'FlowMatchLCMScheduler') and not c.get('use_dynamic_shifting'):
         return Process('flow', 'velocity', 'uniform', steps=c['num_train_timesteps'])
@@ -448,6 +445,7 @@ def process_of(scheduler): # of diffusers
 def other_noise(scheduler, process): # of diffusers; the `Process` that the network was trained with
     "How the noise of the scheduler differs from that of the network, in words; None: it does not"
     t, its = torch.linspace(0, 1, 9), process_of(scheduler)
+    checked(process=process)
     facts = lambda o: torch.stack([*o.levels(t), o.time_input(t)])
     if its.target == process.target and torch.allclose(facts(its), facts(process), rtol=1e-3, atol=1e-6): return
     of = lambda o: f'{o.schedule} noise and target {o.target}'

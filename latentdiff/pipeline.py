@@ -21,12 +21,12 @@ from huggingface_hub import create_repo, snapshot_download, upload_folder
 from huggingface_hub.errors import HTTPError
 from .core import UNFIT, WEIGHTS, UserError, default_device, gathered, load_component, number, numbers
 from .core import read_json, save_component, share, weights_name, write_json, write_whole
-from .files import ON_HUB
 from .data import check_images, image_grid, to_uint8
 from .disk import enough
 from .autoencoder import Autoencoder, fit_bs, open_autoencoder
 from .noisify import Process, other_noise, process_of, save_process
-from .unet import AnyUNet2D, OtherNetwork, first_line
+from .files import ON_HUB, one_line
+from .unet import AnyUNet2D, OtherNetwork
 from .card import PIPELINES, SCHEDULERS, check_index, model_card, names_class
 from .conditioning import guide
 from .sampling import SAMPLER, SAMPLERS, denoise_path, evaluations, levels, sample, start_noise, time_steps
@@ -97,7 +97,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             try: part.to(*args, **kw)
             except (RuntimeError, TypeError, AssertionError) as e:
                 where = ', '.join(map(str, (*args, *kw.values())))
-                raise UserError(f'cannot move to {where:.80} ({first_line(e)}): take what this machine has') from e
+                raise UserError(f'cannot move to {where:.80} ({one_line(e)}): take what this machine has') from e
         return self
 
     def enable_model_cpu_offload(self, *args, **kw):
@@ -345,7 +345,7 @@ def folder_of(name, **hub): # a folder, a name in `zoo()`, or owner/name on the 
     if not re.fullmatch(ON_HUB, str(name)): raise UserError(f'There is no run folder {folder}: {hint}.')
     try: return Path(snapshot_download(str(name), allow_patterns=['*.json', '*.safetensors'], **hub))
     except (OSError, ValueError, HTTPError) as e:
-        raise UserError(f'There is no run folder {folder}, and none on the Hub ({first_line(e)}): {hint}.') from e
+        raise UserError(f'There is no run folder {folder}, and none on the Hub ({one_line(e)}): {hint}.') from e
 
 # %% ../nbs/80_pipeline.ipynb #c035
 @patch(cls_method=True)
@@ -393,7 +393,7 @@ def load_scheduler(folder): # of a pipeline
         process_of(scheduler)
     except UserError: raise
     except (OSError, *UNFIT) as e:
-        raise UserError(f'{folder} does not describe a {name} ({first_line(e)}): copy it again') from e
+        raise UserError(f'{folder} does not describe a {name} ({one_line(e)}): copy it again') from e
     return scheduler
 
 # %% ../nbs/80_pipeline.ipynb #L105
@@ -417,7 +417,7 @@ def push_to_hub(self:LatentDiffusionPipeline, repo_id, # owner/name
             upload_folder(repo_id=repo_id, folder_path=d, token=token, **kw)
         except (OSError, ValueError, HTTPError) as e:
             hint = 'check the name, and log in with `hf auth login`'
-            raise UserError(f'the Hub does not take {repo_id} ({first_line(e)}): {hint}') from e
+            raise UserError(f'the Hub does not take {repo_id} ({one_line(e)}): {hint}') from e
     return str(url)
 
 # %% ../nbs/80_pipeline.ipynb #p010

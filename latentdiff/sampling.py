@@ -12,23 +12,23 @@ import math
 from contextlib import contextmanager
 from itertools import pairwise
 import numpy as np, torch
-from .core import Bar, UserError, default_device, gathered, number, share, whole_numbers, world
+from .core import Bar, UserError, checked, default_device, gathered, number, share, world
 from .data import kind_of, like
-from .noisify import check_latents, check_level, check_process
+from .noisify import check_latents, check_level
 
 # %% ../nbs/40_sampling.ipynb #c011
 def levels(process, t): # any `Process`; one time, 0 (clean) to 1 (pure noise)
     "`(alpha, sigma)` at time `t` as floats, computed in float64"
-    return tuple(map(float, check_process(process).levels(torch.tensor(check_level(t=t), dtype=torch.float64))))
+    t = torch.tensor(check_level(t=t), dtype=torch.float64)
+    return tuple(map(float, checked(process=process).levels(t)))
 
 @torch.no_grad()
 def predict(net, process, x, t): # `net(x_t, time) -> prediction`; its process; (b, ...) noisy latents; their time, 0..1
     "The clean latents and the noise, `(x0, eps)`, that `net` sees in `x`"
-    check_latents(False, x=x)
-    if not callable(net): raise UserError(f'net is {net!r:.80}: give net(x_t, time) -> prediction')
+    check_latents(False, x=x), checked(net=net, process=process)
     level, kind = check_level(t=t), torch.promote_types(x.dtype, torch.float32)
     t = torch.full((len(x),), level, device=x.device, dtype=kind)
-    answer = net(check_process(process).scale_input(x, t), process.time_input(t))
+    answer = net(process.scale_input(x, t), process.time_input(t))
     check_latents(level > 0, x=x, answer=answer)   # at 0 there is no noise to find, and some answers divide by it
     return process.x0_eps(answer, x, t)
 
@@ -91,7 +91,7 @@ def time_steps(process, n,   # any `Process`; number of steps
                start=1.):    # first time; below 1 for image-to-image
     "`n+1` times as floats, falling from `start` to 0"
     if isinstance(spacing, (list, tuple)): return _falling(spacing)
-    spacing = spacing or ('karras' if check_process(process).schedule == 'edm' else 'uniform')
+    spacing = spacing or ('karras' if checked(process=process).schedule == 'edm' else 'uniform')
     if spacing not in ('uniform', 'karras', 'logsnr'):
         raise UserError(f"spacing is uniform, karras or logsnr, not {spacing!r}")
     number(1, 10**6, n=n), number(1e-9, 1, False, start=start)
@@ -105,13 +105,16 @@ def time_steps(process, n,   # any `Process`; number of steps
 def generators(seed, n, first=0): # a whole number of 64 bits, of any sign; how many; index of the first
     "A stream of noise for each of the samples `first` to `first+n`, whatever batch they fall in"
     seed = seed.item() if hasattr(seed, 'item') else seed
-    number(-2**63, 2**63 - 1, seed=seed), number(0, n=n), number(0, first=first)
+    number(-2**63, 2**63 - 1, seed=seed), number(0, 10**7, n=n), number(0, 2**62, first=first)
     keys = (np.array([int(seed) % 2**64, i], np.uint64) for i in range(first, first+n))
     return [np.random.Generator(np.random.Philox(key=k)) for k in keys]
 
 def noise_like(x, generator=None):
     "Normal noise shaped like `x`, drawn on the CPU: from a torch generator, or a list with one or a stream a sample"
     check_latents(False, x=x)
+    each = generator if isinstance(generator, list) else [generator or torch.default_generator]*len(x)
+    if len(each) != len(x) or not all(isinstance(g, (torch.Generator, np.random.Generator)) for g in each):
+        raise UserError(f'generator is {generator!r:.80}: give a torch.Generator, or a list of {len(x)}')
     if not isinstance(generator, list): return torch.randn(x.shape, generator=generator).to(x)
     def draw(g):
         if isinstance(g, torch.Generator): return torch.randn(x.shape[1:], generator=g)
@@ -124,12 +127,14 @@ def start_noise(process, shape,      # any `Process`; (n, c, h, w) or (n, d)
                 t=1.):               # time to start from
     "Pure noise of standard deviation `sigma(t)`; sample `i` is the same for every `n`"
     number(0, 1, False, t=t)
-    whole_numbers(shape=tuple(shape) if isinstance(shape, (list, tuple)) else shape)
-    return levels(process, t)[1]*noise_like(torch.empty(shape, device=device), generators(seed, shape[0]))
+    checked(shape=tuple(shape) if isinstance(shape, (list, tuple)) else shape)
+    x = torch.empty(shape, device=default_device('cpu' if device is None else device))
+    return levels(process, t)[1]*noise_like(x, generators(seed, shape[0]))
 
 # %% ../nbs/40_sampling.ipynb #c037
 def ddim(net, process, x, ts, callback=None, generator=None, eta=0.): # 0: no fresh noise, 1: as much as DDPM
     "DDIM (2010.02502), eq. 12 and 16, for any alpha and sigma"
+    number(0, 1, False, eta=eta)
     for i, (t, u) in enumerate(pairs(ts)):
         (a, s), (a1, s1) = levels(process, t), levels(process, u)
         x0, eps = predict(net, process, x, t)
@@ -213,7 +218,7 @@ def _sampler_of(sampler): # a name in `SAMPLERS`, or a function like them
 
 def evaluations(sampler, steps): # a name in `SAMPLERS`, or a function like them
     "How often the network is asked: Heun twice a step but once in the last, the others once a step"
-    return 2*steps - 1 if _sampler_of(sampler) is heun else steps
+    return 2*number(1, steps=steps) - 1 if _sampler_of(sampler) is heun else steps
 
 # %% ../nbs/40_sampling.ipynb #c069
 @contextmanager
@@ -233,8 +238,8 @@ def sample(net, process,              # denoiser: `net(x_t, time) -> prediction`
            bs=128, device=None,       # samples a batch, where there are more; None: the GPU if there is one
            spacing=None):             # of the times, as `time_steps` takes it
     "(n, *shape) float32 standardised latents on the CPU, made from noise"
-    number(1, n=n), number(1, bs=bs), number(1, 10**6, steps=steps), whole_numbers(shape=shape)
-    step, ts, bs = _sampler_of(sampler), time_steps(process, steps, spacing), min(n, bs)
+    number(1, 10**7, n=n), number(1, bs=bs), number(1, 10**6, steps=steps), checked(shape=shape)
+    device, step, ts, bs = default_device(device), _sampler_of(sampler), time_steps(process, steps, spacing), min(n, bs)
     batches = math.ceil(n/bs)
     bar, out = Bar((len(ts) - 1)*math.ceil(batches/world()), f'drawing {n:,} samples'), []
     nets = [net]*batches if callable(net) else net
@@ -242,7 +247,7 @@ def sample(net, process,              # denoiser: `net(x_t, time) -> prediction`
         raise UserError(f'net is {net!r:.80}: give net(x_t, time) -> prediction, or one for each of {batches} batches')
     for i, net in share(zip(range(0, n, bs), nets, strict=True)):
         gens = generators(seed, bs, i)
-        x = levels(process, ts[0])[1]*noise_like(torch.empty(bs, *shape, device=device or default_device()), gens)
+        x = levels(process, ts[0])[1]*noise_like(torch.empty(bs, *shape, device=device), gens)
         with evaluating(net), torch.inference_mode():
             out.append(step(net, process, x, ts, callback=bar.step, generator=gens).cpu())
     bar.close()
@@ -270,7 +275,8 @@ def slerp(a, b, w): # (b, ...) two batches of noise; 0 gives `a`, 1 gives `b`
 # %% ../nbs/40_sampling.ipynb #c115
 def interpolate(a, b, k, mix=slerp): # (b, ...) two batches of noise; how many, ends included; or `torch.lerp`
     "(b, k, ...) start noises on the way from `a` to `b`"
-    return torch.stack([mix(a, b, float(w)) for w in torch.linspace(0, 1, number(1, k=k))], 1)
+    like(a=a, b=b)
+    return torch.stack([mix(a, b, float(w)) for w in torch.linspace(0, 1, number(1, 10**4, k=k))], 1)
 
 # %% ../nbs/40_sampling.ipynb #c119
 def img2img(net, process, z, # z: (b, ...) standardised latents to start from
@@ -289,7 +295,7 @@ def inpaint(net, process, z, # z: (b, ...) standardised latents, known where `ma
             mask,            # bool, broadcast to `z`: True where to draw
             steps=50, repeats=5, seed=0): # repeats: how often each step is taken; 1 leaves seams
     "`z` with the masked part redrawn to fit the rest: RePaint (2201.09865), algorithm 1"
-    like(z=z), number(1, repeats=repeats)
+    check_latents(z=z), number(1, 10**4, repeats=repeats)
     if not torch.is_tensor(mask) or mask.dtype != torch.bool or torch.broadcast_tensors(mask, z)[0].shape != z.shape:
         raise UserError(f'mask is {kind_of(mask)}: give bool, True where to draw, that goes with {kind_of(z)}')
     ts, gens = time_steps(process, steps), generators(seed, len(z))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['timestep_embedding', 'ResBlock', 'SelfAttention', 'Downsample', 'Upsample', 'TimeMLP', 'check_unet', 'check_noisy',
-           'UNet', 'AnyUNet2D', 'OtherNetwork', 'first_line', 'denoiser_learner', 'train_denoiser', 'unet_for',
-           'make_denoiser', 'loss_by_level', 'ActStats']
+           'UNet', 'AnyUNet2D', 'OtherNetwork', 'denoiser_learner', 'train_denoiser', 'unet_for', 'make_denoiser',
+           'loss_by_level', 'ActStats']
 
 # %% ../nbs/30_unet.ipynb #c004
 import diffusers, inspect, math, torch, torch.nn.functional as F
@@ -15,16 +15,18 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from fastai.basics import DataLoaders, Path, patch
 from fastai.callback.all import ActivationStats, GradientClip
 from .core import UNFIT, WEIGHTS, UserError, artefact, default_device, fingerprint, load_component
-from .core import network_config, number, positions, save_component, spread, whole_numbers, world, write_json
+from .core import checked, multiples, network_config, number, positions, save_component
+from .core import spread, world, write_json
 from .data import kind_of, like
+from .files import one_line
 from .training import Checkpoint, DeviceLoader, EMA, Graphed, Learner, fit_steps, largest_divisor
 from .training import mixed_precision, muon, zero_init
-from .noisify import NoisifyCB, Process, check_latents, check_process, save_process
+from .noisify import NoisifyCB, Process, check_latents, save_process
 
 # %% ../nbs/30_unet.ipynb #c020
 def timestep_embedding(time, dim): # (b,) `process.time_input(t)`; length of the embedding, even
     "Sinusoidal embedding (b, dim) of the noise level, cosines, then sines ('Attention is all you need', section 3.5)"
-    if number(2, dim=dim) % 2: raise UserError(f'the embedding length must be even, not {dim}')
+    multiples(2, dim=number(2, 10**5, dim=dim))
     freqs = torch.exp(-math.log(10000)*torch.arange(dim//2, device=time.device, dtype=torch.float32)/(dim//2))
     angles = time.float()[:, None] * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -35,6 +37,7 @@ class ResBlock(nn.Module):
     def __init__(self, cin, cout, temb, # channels in and out, length of the time embedding
                  groups=None): # groups of both GroupNorms; None: at least 4 channels each, at most 32 groups
         super().__init__()
+        checked(cin=cin, cout=cout, temb=temb)
         groups = groups or largest_divisor(math.gcd(cin, cout), min(32, min(cin, cout)//4))
         self.norm1, self.norm2 = nn.GroupNorm(groups, cin), nn.GroupNorm(groups, cout)
         self.conv1, self.conv2 = nn.Conv2d(cin, cout, 3, padding=1), zero_init(nn.Conv2d(cout, cout, 3, padding=1))
@@ -51,7 +54,8 @@ class SelfAttention(nn.Module):
     "x + attention over the h*w places of x ('Attention is all you need', equation 1)"
     def __init__(self, c, heads=1, groups=None): # channels, heads of c/heads channels each, groups as in `ResBlock`
         super().__init__()
-        if c % heads: raise ValueError(f'{c} channels cannot be split into {heads} heads')
+        checked(c=c, heads=heads)
+        multiples(heads, c=c)
         self.heads, self.group_norm = heads, nn.GroupNorm(groups or largest_divisor(c, min(32, c//4)), c)
         self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
         self.to_out = nn.ModuleList([zero_init(nn.Linear(c, c))])
@@ -67,6 +71,7 @@ class Downsample(nn.Module):
     "Halve height and width with a convolution of stride 2"
     def __init__(self, c): # channels
         super().__init__()
+        checked(c=c)
         self.conv = nn.Conv2d(c, c, 3, stride=2, padding=1)
     def forward(self, x): return self.conv(x)
 
@@ -74,6 +79,7 @@ class Upsample(nn.Module):
     "Double height and width: repeat each value, then convolve the steps away"
     def __init__(self, c): # channels
         super().__init__()
+        checked(c=c)
         self.conv = nn.Conv2d(c, c, 3, padding=1)
     def forward(self, x): return self.conv(F.interpolate(x, scale_factor=2., mode='nearest'))
 
@@ -130,6 +136,8 @@ class TimeMLP(nn.Module):
     "Two linear layers that turn the sinusoidal embedding into what the residual blocks read"
     def __init__(self, dim, temb): # lengths of the sinusoidal embedding and of the time embedding
         super().__init__()
+        checked(dim=dim, temb=temb)
+        multiples(2, dim=dim)
         self.linear_1, self.linear_2 = nn.Linear(dim, temb), nn.Linear(temb, temb)
     def forward(self, time): # (b,) `process.time_input(t)` -> (b, temb)
         return self.linear_2(F.silu(self.linear_1(timestep_embedding(time, self.linear_1.in_features))))
@@ -149,18 +157,23 @@ def unet2d_args(in_channels=4, out_channels=None, widths=(32,64,64,128), depth=2
 # %% ../nbs/30_unet.ipynb #L341
 def check_unet(in_channels, out_channels, widths, depth, attn_levels, head_dim, groups): # as `UNet` takes them
     "Raises `UserError` for what no U-Net has"
-    number(1, 10**5, in_channels=in_channels, out_channels=out_channels or in_channels)
-    whole_numbers(10**5, widths=widths)
-    number(1, 100, depth=depth), number(1, head_dim=head_dim)
+    checked(in_channels=in_channels, out_channels=in_channels if out_channels is None else out_channels,
+                widths=widths, depth=depth, head_dim=head_dim)
     if attn_levels is not None: positions(len(widths), attn_levels=attn_levels)
     if groups is not None and any(w % number(1, groups=groups) for w in widths):
         raise UserError(f'groups is {groups}: give a divisor of the widths {tuple(widths)}')
 
-def check_noisy(x, time, channels): # as `UNet.forward` takes them; of x
-    "Raises `UserError` for what no U-Net can look at"
-    if not (torch.is_tensor(x) and x.is_floating_point() and x.ndim == 4 and x.shape[1] == channels):
-        raise UserError(f'x is {kind_of(x)}: give floats (b, {channels}, h, w)')
-    if torch.is_tensor(time) and time.ndim and len(time) in (1, len(x)): return
+def check_noisy(x, time, weight, of=1): # as a network takes them; of its first layer; what sides are multiples of
+    "Raises `UserError` for what the network cannot look at"
+    c, n, there = weight.shape[1], weight.ndim, torch.is_tensor(x) and x.is_floating_point()
+    if not (there and x.ndim == n and x.shape[1] == c and len(x)) or (
+            x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)):
+        shape = {2: f'(b, {c}), flat', 3: f'(b, {c}, n)', 4: f'(b, {c}, h, w)'}[n]
+        other = there and x.ndim == n and x.shape[1] != c
+        hint = f', or make a network with in_channels={x.shape[1]}' if other else ''
+        raise UserError(f'x is {kind_of(x)}: give {weight.dtype} {shape}{hint}')
+    multiples(of, sides=tuple(x.shape[2:]))
+    if torch.is_tensor(time) and time.shape[1:] in ((), (2,)) and time.ndim and len(time) in (1, len(x)): return
     raise UserError(f'time is {kind_of(time)}: give one number for each latent, as process.time_input makes them')
 
 # %% ../nbs/30_unet.ipynb #c056
@@ -197,10 +210,7 @@ def forward(self:UNet, x, time, # (b, in_channels, h, w) noisy latent, (b,) `pro
             cond=None, context=None): # no conditioning here; what goes to every attention beside the places
     "(b, out_channels, h, w) prediction; `UserError` if `cond` is given or h, w are no multiples of 2**(levels-1)"
     if cond is not None: raise UserError('this UNet takes no conditioning: leave cond=None')
-    check_noisy(x, time, self.conv_in.in_channels)
-    times = 2**(len(self.down_blocks)-1)
-    if any(n % times for n in x.shape[2:]):
-        raise UserError(f'height and width must be multiples of {times}, not {tuple(x.shape[2:])}')
+    check_noisy(x, time, self.conv_in.weight, 2**(len(self.down_blocks)-1))
     emb, h = self.time_embedding(time), self.conv_in(x)
     skips = [h]
     for block in self.down_blocks:
@@ -253,8 +263,6 @@ def save_config(self:UNet, folder):
     write_json(Path(folder)/self.config_name, {**names, **args}, 2)
 
 # %% ../nbs/30_unet.ipynb #d302
-def first_line(error): return (str(error).strip() or type(error).__name__).splitlines()[0]
-
 @patch(cls_method=True)
 def from_pretrained(cls:AnyUNet2D, folder): # of a `UNet2DModel`
     "The network in `folder`, in eval mode"
@@ -262,7 +270,7 @@ def from_pretrained(cls:AnyUNet2D, folder): # of a `UNet2DModel`
     network_config(folder)
     try: model, info = diffusers.UNet2DModel.from_pretrained(folder, **kw)
     except (OSError, *UNFIT) as e:
-        raise UserError(f'{folder} cannot be loaded ({first_line(e)}): save or download it again') from e
+        raise UserError(f'{folder} cannot be loaded ({one_line(e)}): save or download it again') from e
     if model.class_embedding is not None: raise UserError(f'{folder} is told classes: only diffusers can do that')
     for k in ('missing_keys', 'unexpected_keys'):
         if o := sorted(info[k]): raise UserError(f'{folder} has {k} {o[0]}: save or download it again')
@@ -275,7 +283,7 @@ def tried(self:AnyUNet2D, folder):
     side = 2**len(self.config.down_block_types)
     try: y = self(torch.zeros(1, self.config.in_channels, side, side), torch.zeros(1))
     except UNFIT as e:
-        raise UserError(f'{folder} cannot be asked ({first_line(e)}): save or download it again') from e
+        raise UserError(f'{folder} cannot be asked ({one_line(e)}): save or download it again') from e
     if y.isfinite().all(): return self
     raise UserError(f'{folder} answers what is not finite: save or download it again')
 
@@ -289,8 +297,8 @@ def denoiser_learner(net, process, # denoiser: net(x_t, time) -> prediction; the
 ):
     "A Learner that denoises; raises `UserError` without latents"
     (z_train, *y_train), (z_valid, *y_valid) = (o if isinstance(o, tuple) else (o,) for o in (z_train, z_valid))
-    device = torch.device(device or default_device())
-    check_process(process)
+    device = default_device(device)
+    checked(net=net, process=process)
     for k, z in dict(z_train=z_train, z_valid=z_valid).items():
         if torch.is_tensor(z) and not len(z): raise UserError('no latents to train on or hold out: encode more images')
         check_latents(world() == 1, **{k: z})   # of several processes all shall stop: `fit_steps` looks at the loss
@@ -310,6 +318,7 @@ def train_denoiser(net, process, z_train, z_valid,                   # as for `d
 # %% ../nbs/30_unet.ipynb #n005
 def unet_for(shape, p): # (c, h, w) of one latent, and a `Preset`
     "The preset's U-Net, untrained; raises `UserError` for latents that it cannot halve often enough"
+    checked(shape=shape), checked(p=p)
     if len(shape) != 3: raise UserError(f'the U-Net needs latents (c, h, w), not {shape}: take another autoencoder')
     (c, h, w), times = shape, len(p.widths) - 1
     px = 2**times*max(1, p.size//h) # pixels that become one place at the lowest resolution
@@ -341,7 +350,7 @@ def make_denoiser(folder, latents, p, # run folder: gets unet/, process/, schedu
         save_component(net, out)
         return learn.history
     made_at = artefact(folder/name, make, parents, dict(**settings, lr=p.lr, steps=p.steps), remake)
-    return load_component(made_at).to(device or default_device()), Process.load(folder/'process')
+    return load_component(made_at).to(default_device(device)), Process.load(folder/'process')
 
 # %% ../nbs/30_unet.ipynb #c097
 @torch.no_grad()
@@ -349,7 +358,7 @@ def loss_by_level(net, process, z, # denoiser, Process, (n, c, h, w) latents the
     n_levels=20, seed=0 # noise levels, the middles of equal slices of (0, 1); of the noise, the same at every level
 ): # t (n_levels,), mean squared error (n_levels,), both on the CPU
     "Where on the way from image to noise the predictions are poor"
-    like(z=z), number(1, n_levels=n_levels)
+    like(z=z), number(1, 10**5, n_levels=n_levels), checked(process=process, denoiser=net)
     z = z.to(next(net.eval().parameters()).device)
     eps = torch.randn(z.shape, generator=torch.Generator().manual_seed(number(seed=seed))).to(z.device)
     ts, losses = (torch.arange(n_levels) + .5)/n_levels, []

@@ -7,7 +7,7 @@ from flat import Flat
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
-from latentdiff import autoencoder as A
+from latentdiff import autoencoder as A, data as D
 from latentdiff.autoencoder import *
 from latentdiff.core import WEIGHTS, UserError, load_component, made, preset, save_component
 from latentdiff.data import as_images, open_images
@@ -477,11 +477,11 @@ def test_a_pretrained_one_is_measured_and_kept_with_the_run(hub_folder, ims, tmp
     with pytest.raises(UserError, match='was made with'): make_autoencoder(tmp_path/'run', ims, small_preset(), device='cpu')
 
 def test_pixels_of_a_run_are_in_a_fixed_order_and_fit(ims, monkeypatch):
-    a, b = A.some_pixels(ims, 'train', 0), A.some_pixels(ims, 'train', 1)
-    assert len(a) == len(ims.train_idxs) and torch.equal(a, A.some_pixels(ims, 'train', 0)) and not torch.equal(a, b)
-    assert torch.equal(A.some_pixels(ims, 'train', 0, 5), a[:5])
-    monkeypatch.setattr(A, 'FITS', 3*16*16*7)
-    assert torch.equal(A.some_pixels(ims, 'train', 0), a[:7])
+    a, b = D.some_pixels(ims, 'train', 0), D.some_pixels(ims, 'train', 1)
+    assert len(a) == len(ims.train_idxs) and torch.equal(a, D.some_pixels(ims, 'train', 0)) and not torch.equal(a, b)
+    assert torch.equal(D.some_pixels(ims, 'train', 0, 5), a[:5])
+    monkeypatch.setattr(D, 'FITS', 3*16*16*7)
+    assert torch.equal(D.some_pixels(ims, 'train', 0), a[:7])
 
 # --- TAEF2
 

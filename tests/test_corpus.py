@@ -398,7 +398,7 @@ def test_a_message_is_one_line_of_short_words():
     assert str(UserError('no folder a')) == 'no folder a'
 
 def test_a_size_that_will_work_is_named():
-    with pytest.raises(UserError, match='16x33.*resize or crop to 32 or 36') as e: A.KLAutoencoder(3, (8,), 4, 1, 4).encode(torch.zeros(1, 3, 16, 33))
+    with pytest.raises(UserError, match='16, 33.*give multiples of 4, such as 16 x 32 or 16 x 36') as e: A.KLAutoencoder(3, (8,), 4, 1, 4).encode(torch.zeros(1, 3, 16, 33))
 
 if __name__ == '__main__':
     warnings.simplefilter('ignore')

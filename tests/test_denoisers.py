@@ -113,8 +113,8 @@ def test_refusals_are_one_line(kind, shape, words):
 
 def test_dit_refuses_uneven_widths():
     for kw in (dict(width=130, heads=5), dict(width=100, heads=3)):
-        with pytest.raises(UserError, match='width'): DiT(4, **kw)
-    with pytest.raises(ValueError, match='multiple of 4'): sincos_places(2, 2, 6)
+        with pytest.raises(UserError, match='width is 1.0: give multiples of (20, such as 120 or 140|12, such as 96 or 108)'): DiT(4, **kw)
+    with pytest.raises(UserError, match='dim is 6: give multiples of 4, such as 4 or 8'): sincos_places(2, 2, 6)
 
 # --- blocks ---------------------------------------------------------------------------------------------------------
 

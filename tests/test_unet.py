@@ -42,7 +42,7 @@ def test_time_embedding_is_diffusers(dim):
     assert gap(timestep_embedding(time, dim), get_timestep_embedding(time, dim, flip_sin_to_cos=True, downscale_freq_shift=0)) < 1e-6
 
 def test_time_embedding_refuses_odd():
-    with pytest.raises(ValueError, match='even'): timestep_embedding(torch.rand(2), 7)
+    with pytest.raises(ValueError, match='dim is 7: give multiples of 2, such as 6 or 8'): timestep_embedding(torch.rand(2), 7)
 
 @pytest.mark.parametrize('cin,cout,groups', [(32,32,8), (32,64,8), (96,48,12)])
 def test_resblock_is_diffusers(cin, cout, groups):
@@ -78,7 +78,7 @@ def test_attention_moves_with_its_tokens():
     assert gap(att(shuffled).flatten(2), att(x).flatten(2)[..., order]) < 1e-5
 
 def test_attention_refuses_uneven_heads():
-    with pytest.raises(ValueError, match='split'): SelfAttention(32, 5)
+    with pytest.raises(UserError, match='c is 32: give multiples of 5, such as 30 or 35'): SelfAttention(32, 5)
 
 @pytest.mark.parametrize('block', [ResBlock(32, 32, 8), SelfAttention(32, 2)])
 def test_blocks_start_as_the_identity(block):
