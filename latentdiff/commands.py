@@ -446,8 +446,7 @@ def told_by(Class, prompt, guidance, negative):
         if not v.strip(' ,'): raise UserError(f'--{k} is empty: say what to draw, or leave it away.')
     told = {k: v for k, v in (('guidance', guidance), ('negative', negative)) if v is not None}
     if told and not given: raise UserError(f'--{[*told][0]} needs --class or --prompt: say what to draw.')
-    if Class: told['cond'] = source.listed(Class)
-    return told | {'cond': prompt} if prompt else told
+    return told | {'cond': source.listed(Class) if Class else prompt} if given else told
 
 def write_pngs(folder, px, put=None): # as for `whole_folder`
     "One PNG an image, 00000.png onwards, in a folder that appears when it is complete"

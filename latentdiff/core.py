@@ -11,8 +11,8 @@ __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT',
            'check_contents', 'artefact', 'locked', 'exercise']
 
 # %% ../nbs/parts/core.ipynb #c004
-from .disk import UserError, clear_away, data_home, file_md5, on_disk, rank, read_json, read_text, remove
-from .disk import replace_folder, runs_home, utf8, whole_folder, world, write_json, write_whole
+from .disk import UserError, clear_away, data_home, file_md5, on_disk, patience, rank, read_json, read_text
+from .disk import remove, replace_folder, runs_home, utf8, whole_folder, world, write_json, write_whole
 from .checks import checked, multiples, number, numbers, one_of, positions, spread   # others ask core for all of them
 import argparse, hashlib, importlib, json, os, sys, time, tomllib   # after disk, which minds Ctrl-C
 from contextlib import contextmanager, nullcontext, suppress
@@ -216,8 +216,11 @@ def every(o):
     if world() == 1: return [o]
     try: from accelerate import PartialState, utils
     except ImportError: raise UserError("several processes need accelerate: pip install 'latentdiff[multi]'") from None
-    try: PartialState(cpu=default_device().type == 'cpu')   # the first time the processes meet
-    except ValueError as e: raise UserError(f'no way to the other processes ({e}): use accelerate launch') from None
+    try:   # the first time the processes meet
+        with patience(f'waiting for {world() - 1} more: if this process is alone, unset WORLD_SIZE and RANK'):
+            PartialState(cpu=default_device().type == 'cpu')
+    except ValueError as e:
+        raise UserError(f'no way to the other processes ({e}): use accelerate launch, or unset WORLD_SIZE') from None
     return utils.gather_object([o])
 
 def agreed(o=None):

@@ -476,6 +476,23 @@ def test_a_server_that_falls_silent_is_one_line_and_what_came_is_kept(slow, low,
     liar.answer = in_pieces(len(BODY))
     assert F.download(f'http://127.0.0.1:{liar.server_port}/a.bin', path).read_bytes() == BODY and liar.asked[-1] == have
 
+def without_end(first, piece):
+    "A few bytes at a time for ever, so that no read waits long"
+    def answer(h):
+        h.server.asked.append(0)
+        h.wfile.write(first)
+        while not h.server.over.wait(.02): h.wfile.write(piece)
+    return answer
+
+CHUNKED = b'HTTP/1.1 200 OK\r\nETag: "v1"\r\nTransfer-Encoding: chunked\r\n\r\n3e8;'
+@pytest.mark.parametrize('first,piece', [(b'', b'HTTP/1.1 100 Continue\r\n\r\n'), (b'HTTP/1.1 200 OK\r\n', b'a'), (b'HTTP/1.1 200 OK\r\nX: ', b'a\r\nX: '), (b'', b'H'), (CHUNKED, b'a')], ids=['continue', 'a header', 'headers', 'status', 'a chunk'])
+def test_a_server_that_never_comes_to_the_point_is_one_line(first, piece, liar, tmp_path, monkeypatch):
+    "What arrives is no byte of the file: three times `PATIENCE`, not for ever, and an answer that was cut off is no empty file"
+    monkeypatch.setattr(F, 'PATIENCE', .2)
+    liar.answer, start = without_end(first, piece), time.monotonic()
+    assert 'nothing came for 0.2 seconds' in one_line(F.download, f'http://127.0.0.1:{liar.server_port}/a.bin', tmp_path/'a.bin')
+    assert len(liar.asked) == 3 and time.monotonic() - start < 9 and not (tmp_path/'a.bin').exists()
+
 def test_a_slow_line_is_no_silent_server(liar, tmp_path, monkeypatch):
     "The whole takes several times as long as any silence may"
     monkeypatch.setattr(F, 'PATIENCE', .1)
