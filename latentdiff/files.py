@@ -77,7 +77,7 @@ def _fetch(url, part, tag):
 def download(url, path): # http(s); where the file goes, whose folder is made
     "Download once: goes on where it broke off, appears in one step. Raises `UserError` when it cannot be had"
     path = Path(path)
-    if not str(url).startswith(('http://', 'https://')): raise UserError(f'{url!r} is no address: begin with https://')
+    if not str(url).lower().startswith(('http://', 'https://')): raise UserError(f'{url!r} is no address: begin with https://')
     part, tag, lock = (path.with_name(f'{path.name}.part{o}') for o in ('', '.tag', '.lock'))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,7 @@ def _members(archive):
 ARCHIVES = ('.tgz', '.tar.gz', '.tar', '.zip')
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError,
            ValueError, LookupError, struct.error)
-UNPACKED = 4e9 # bytes that any archive may hold; more than that only up to a hundred times its own size
+UNPACKED = 4e9 # bytes on the disk that any archive may take; more only up to a hundred times its own size
 
 def unpacked(archive): # path of a .tar, .tgz, .tar.gz or .zip
     "The folder it was unpacked to, now or earlier: safely, and in one step or not at all; raises `UserError`"
@@ -154,11 +154,13 @@ def unpacked(archive): # path of a .tar, .tgz, .tar.gz or .zip
     try:
         with whole_folder(folder, first=True) as new:
             for name, size, f in _members(archive):
-                held, most = held + size, max(UNPACKED, 100*about.st_size)
+                held, most = held + max(size, 4096), max(UNPACKED, 100*about.st_size)
                 if held > most: raise UserError(f'{archive.name} holds over {most/1e9:,.3g} GB: unpack it yourself')
                 (new/name).parent.mkdir(parents=True, exist_ok=True)
                 with f, (new/name).open('wb') as out: shutil.copyfileobj(f, out)
     except UserError: raise
+    except RecursionError:
+        raise UserError(f'{archive.name} holds folders in folders without end: pack it again with other names') from None
     except DAMAGED as e:
         raise UserError(f'{archive.name} is damaged, or no tar or zip ({one_line(e)}): get it again') from None
     except OSError as e:
@@ -412,10 +414,10 @@ def npz_pixels(path): # of an .npz with one array
 def at_hand(data):
     "The path of a folder, archive or .npz, downloaded if it is a URL"
     data, path = str(data), there(data)
-    url = data.startswith(('http://', 'https://'))
-    name = PurePosixPath(data.split('?')[0]).name
+    url = data.lower().startswith(('http://', 'https://'))
+    name = PurePosixPath(re.split('[?#]', data)[0] if url else data).name
     known = name.lower().endswith((*ARCHIVES, '.npz'))
-    if url and known: return download(data, data_home()/'downloads'/hashlib.md5(data.encode()).hexdigest()[:8]/name)
+    if url and known: return download(data, data_home()/'downloads'/hashlib.md5(data.encode(errors='replace')).hexdigest()[:8]/name)
     if url or (path and os.path.isfile(path) and not known):
         raise UserError(f"'{data}' is no archive ({' '.join(ARCHIVES)}): pass one, or a folder")
     if path: return path
