@@ -114,7 +114,7 @@ def preset(name=None, data=None, size=None): # None: `$LATENTDIFF_PRESET`, else 
 
 def run_folder(p, seed=0): # a `Preset`
     "Where the run of a preset lives unless told otherwise: lessons and commands share it"
-    return runs_home()/f"{Path(p.data.rstrip('/')).name.split('.')[0]}-{p.name}-{p.size}px-seed{seed}"
+    return runs_home()/f"{Path(checked(p=p).data.rstrip('/')).name.split('.')[0]}-{p.name}-{p.size}px-seed{seed}"
 
 # %% ../nbs/parts/core.ipynb #n905
 STEPS = 'ae_steps', 'steps'  # what minutes become
@@ -304,7 +304,7 @@ def not_finite(state): # a dict of tensors
 def save_component(module, folder): # with diffusers' `ConfigMixin`; written in one step, an earlier one is replaced
     "Save config and weights; returns the folder. Raises `UserError` if a weight is not finite"
     from safetensors.torch import save
-    state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+    state = {k: v.detach().cpu().contiguous() for k, v in checked(module=module).state_dict().items()}
     if bad := not_finite(state):
         raise UserError(f'{bad[0]} of {type(module).__name__} is not finite, so it is not saved: train at a lower rate')
     with whole_folder(folder) as new:
