@@ -6,9 +6,9 @@
 __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT', 'default_device', 'Preset', 'preset',
            'run_folder', 'above_zero', 'preset_of', 'check_settings', 'settings_of', 'stream', 'Bar', 'progress',
            'every', 'agreed', 'share', 'gathered', 'first_ahead', 'to_toml', 'check_kinds', 'read_toml', 'beside_file',
-           'either_way', 'weights_name', 'not_finite', 'save_component', 'find_class', 'read_weights', 'load_weights',
-           'network_config', 'load_component', 'fingerprint', 'sealed', 'unsealed', 'made', 'content_of', 'altered',
-           'check_contents', 'artefact', 'locked', 'exercise']
+           'either_way', 'weights_name', 'not_finite', 'save_component', 'find_class', 'read_weights', 'check_fit',
+           'load_weights', 'network_config', 'load_component', 'fingerprint', 'sealed', 'unsealed', 'made',
+           'content_of', 'altered', 'check_contents', 'artefact', 'locked', 'exercise']
 
 # %% ../nbs/parts/core.ipynb #c004
 from .disk import UserError, clear_away, data_home, file_md5, on_disk, patience, rank, read_json, read_text
@@ -299,7 +299,7 @@ def weights_name(module): return getattr(module, 'weights_name', 'weights.safete
 
 def not_finite(state): # a dict of tensors
     "The names of those with numbers that are not finite"
-    return [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+    return [k for k, v in state.items() if v.is_floating_point() and (v.element_size() < 2 or not v.isfinite().all())]
 
 def save_component(module, folder): # with diffusers' `ConfigMixin`; written in one step, an earlier one is replaced
     "Save config and weights; returns the folder. Raises `UserError` if a weight is not finite"
@@ -332,43 +332,68 @@ def find_class(name): # of the class that was saved
     raise UserError(f'no class named {name!s:.80} is known here: import the module that defines it first')
 
 # %% ../nbs/parts/core.ipynb #c029
-def read_weights(path): # .safetensors
-    "The tensors in a file by name; raises `UserError` if it is missing, damaged, or holds numbers that are not finite"
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+@contextmanager
+def _opened(path): # .safetensors
+    "The open file; raises `UserError` if it is missing or damaged"
+    from safetensors import SafetensorError, safe_open
     again = 'save or download it again'
     if not os.path.isfile(path): raise UserError(f'{path} is missing: {again}')
-    try: state = load_file(path)
+    try:
+        with safe_open(path, 'pt') as f: yield f
     except SafetensorError as e: raise UserError(f'{path} is damaged ({e}): {again}') from e
+
+def read_weights(path): # .safetensors
+    "The tensors in a file by name; raises `UserError` if it is missing, damaged, or holds numbers that are not finite"
+    again = 'save or download it again'
+    with _opened(path) as f: state = {k: f.get_tensor(k) for k in f.keys()}
     if bad := not_finite(state): raise UserError(f'{path} holds {bad[0]} that is not finite: {again}')
     return state
 
+def _kinds(path): # .safetensors
+    "{name: (shape, whether it holds floats)}, of which nothing but the head of the file is read"
+    with _opened(path) as f:
+        parts = {k: f.get_slice(k) for k in f.keys()}
+        return {k: (o.get_shape(), o.get_dtype() in ('F64', 'F32', 'F16', 'BF16')) for k, o in parts.items()}
+
+def check_fit(module, path): # .safetensors
+    "`UserError` if the file is missing or damaged, or holds other tensors than `module`"
+    have, want = _kinds(path), {k: (list(o.shape), o.is_floating_point()) for k, o in module.state_dict().items()}
+    bad = [k for k in sorted(want.keys() | have.keys()) if want.get(k) != have.get(k)] # float16 may become float32
+    if not bad: return
+    raise UserError(f'{path} does not fit its {type(module).__name__}: {len(bad)} tensors differ, first {bad[0]}')
+
 def load_weights(module, path): # to be filled; .safetensors
     "Fill `module` from `path`; raises `UserError` if it is missing, damaged or does not fit"
-    state, want = read_weights(path), module.state_dict()
-    kind = lambda x: (x.shape, x.is_floating_point())   # float16 may become float32, int8 may not
-    bad = sorted(want.keys() ^ state.keys()) + [k for k in want if k in state and kind(want[k]) != kind(state[k])]
-    if not bad: return module.load_state_dict(state)
-    raise UserError(f'{path} does not fit its {type(module).__name__}: {len(bad)} tensors differ, first {bad[0]}')
+    check_fit(module, path)
+    module.load_state_dict(read_weights(path))
 
 def network_config(folder): # of a network, ours or diffusers'
     "The dict in its config.json; raises `UserError` for one with so many layers that building it would not end"
     config, few = read_json(Path(folder)/'config.json', 'it is not the folder of a saved component'), (int, float)
     for d in (nested := [config]):
         nested += [o for o in d.values() if isinstance(o, dict)]
-        for k in {'depth', 'layers_per_block'} & d.keys():
-            if isinstance(d[k], few) and d[k] > 100:
-                raise UserError(f'{folder}/config.json does not describe a network ({k} is {d[k]}): save it again')
+        for k in {'depth', 'layers_per_block', 'widths', 'block_out_channels'} & d.keys():
+            n = len(d[k]) if isinstance(d[k], list) else d[k]
+            if isinstance(n, few) and n > 100:
+                raise UserError(f'{folder}/config.json does not describe a network ({k} is {d[k]!s:.80}): save it again')
     return config
 
-def load_component(folder): # as `save_component` left it
-    "The module saved there, in eval mode; raises `UserError` if it is not whole"
-    config = network_config(folder)
-    try: module = find_class(config.get('_class_name')).from_config(config)
+def _built(folder, config, device): # where it was saved; a dict
+    "The network that `config` describes; raises `UserError` if it describes none"
+    import torch
+    try:
+        with torch.device(device): return find_class(config.get('_class_name')).from_config(config)
     except UserError as e: raise type(e)(f'{folder}/config.json: {e}') from None
     except UNFIT as e:
         why = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise UserError(f'{folder}/config.json does not describe a network ({why}): save it again') from e
+
+def load_component(folder): # as `save_component` left it
+    "The module saved there, in eval mode; raises `UserError` if it is not whole"
+    config, plan = network_config(folder), None
+    with suppress(UserError): plan = _built(folder, config, 'meta')   # takes no memory, whatever size is asked for
+    if plan: check_fit(plan, Path(folder)/weights_name(plan))
+    module = _built(folder, config, 'cpu')
     load_weights(module, Path(folder)/weights_name(module))
     check_contents(folder)
     return module.eval().requires_grad_(False)
