@@ -6,9 +6,9 @@
 __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT', 'default_device', 'Preset', 'preset',
            'run_folder', 'above_zero', 'preset_of', 'check_settings', 'settings_of', 'stream', 'Bar', 'progress',
            'every', 'agreed', 'share', 'gathered', 'first_ahead', 'to_toml', 'check_kinds', 'read_toml', 'beside_file',
-           'either_way', 'weights_name', 'not_finite', 'save_component', 'find_class', 'read_weights', 'load_weights',
-           'network_config', 'load_component', 'fingerprint', 'sealed', 'unsealed', 'made', 'content_of', 'altered',
-           'check_contents', 'artefact', 'locked', 'exercise']
+           'either_way', 'fingerprint', 'sealed', 'unsealed', 'made', 'content_of', 'altered', 'check_contents',
+           'weights_name', 'not_finite', 'save_component', 'find_class', 'read_weights', 'load_weights',
+           'network_config', 'load_component', 'artefact', 'locked', 'exercise']
 
 # %% ../nbs/parts/core.ipynb #c004
 from .disk import UserError, clear_away, data_home, file_md5, on_disk, patience, rank, read_json, read_text
@@ -291,6 +291,56 @@ def either_way(kind): # of the value
     "The annotation of such an option of a command, whatever the age of fastcore"
     return Annotated[kind, dict(action=_EitherWay)]
 
+# %% ../nbs/parts/core.ipynb #v915
+def fingerprint(**what):
+    "16 hexadecimal digits that stand for `what`: numbers, strings, lists and dicts"
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+def sealed(d): # a dict, as for JSON
+    "The same with a fingerprint of all that is in it, so that a number that changes on the disk is noticed"
+    return {**d, 'seal': fingerprint(**json.loads(json.dumps(d)))}
+
+def unsealed(path, hint): # of a JSON file; what to do if it is damaged
+    "The dict that was `sealed`, unless something in it has changed: then `UserError`. Notes without a seal are taken"
+    d = read_json(path, hint)
+    seal = d.pop('seal', None)
+    if seal in (None, fingerprint(**d)): return d
+    raise UserError(f'{path} has changed since it was written: {hint}')
+
+def made(path):
+    "What made.json says of the artefact at `path`: settings, parents, facts, seconds; {} if there is none"
+    f = Path(path)/'made.json'
+    return unsealed(f, f'delete {path} and run the command again') if os.path.isfile(f) else {}
+
+_PIECE, _PIECES = 1 << 16, 1024   # bytes; so many pieces of a large file are read, evenly apart
+
+def content_of(path): # of a file
+    "A fingerprint of its bytes, of which 64 MB are read at most; its size counts too"
+    size = os.path.getsize(path)
+    h = hashlib.sha256(str(size).encode())
+    with open(path, 'rb') as f:
+        for i in range(min(_PIECES, -(-size//_PIECE))):
+            f.seek(i*_PIECE if size <= _PIECE*_PIECES else i*(size - _PIECE)//(_PIECES - 1))
+            h.update(f.read(_PIECE))
+    return h.hexdigest()[:16]
+
+def _contents(folder):
+    "{name: fingerprint} of the files in it, but not of hidden ones and notes"
+    files = (o for o in sorted(folder.glob('*')) if o.name[0] != '.' and o.name not in ('made.json', 'making.json'))
+    return {o.name: content_of(o) for o in files if os.path.isfile(o)}
+
+def altered(path, note): # an artefact's folder; what `made` says of it
+    "The names of its files that are not the ones that were made; none where an earlier version has not noted them"
+    told = note.get('contents')
+    is_it = lambda o, mark: os.path.isfile(o) and content_of(o) == mark
+    return [k for k, mark in (told if isinstance(told, dict) else {}).items() if not is_it(Path(path)/k, mark)]
+
+def check_contents(path): # of a folder that may be an artefact
+    "`UserError` if a file in it is not the one that was made there, such as the weights of another run"
+    if not (other := altered(path, made(path))): return
+    why = f'{Path(path)/other[0]} is not the file that was made there: it was changed, or comes from elsewhere'
+    raise UserError(f'{why}; put the right one back, or delete {path} to make it again')
+
 # %% ../nbs/parts/core.ipynb #c027
 WEIGHTS = 'diffusion_pytorch_model.safetensors'  # what diffusers looks for
 _OURS = dict(UNet2DModel='UNet', AutoencoderKL='PretrainedKL', AutoencoderTiny='PretrainedTiny')  # theirs: ours
@@ -374,26 +424,6 @@ def load_component(folder): # as `save_component` left it
     return module.eval().requires_grad_(False)
 
 # %% ../nbs/parts/core.ipynb #c033
-def fingerprint(**what):
-    "16 hexadecimal digits that stand for `what`: numbers, strings, lists and dicts"
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-def sealed(d): # a dict, as for JSON
-    "The same with a fingerprint of all that is in it, so that a number that changes on the disk is noticed"
-    return {**d, 'seal': fingerprint(**json.loads(json.dumps(d)))}
-
-def unsealed(path, hint): # of a JSON file; what to do if it is damaged
-    "The dict that was `sealed`, unless something in it has changed: then `UserError`. Notes without a seal are taken"
-    d = read_json(path, hint)
-    seal = d.pop('seal', None)
-    if seal in (None, fingerprint(**d)): return d
-    raise UserError(f'{path} has changed since it was written: {hint}')
-
-def made(path):
-    "What made.json says of the artefact at `path`: settings, parents, facts, seconds; {} if there is none"
-    f = Path(path)/'made.json'
-    return unsealed(f, f'delete {path} and run the command again') if os.path.isfile(f) else {}
-
 def _difference(old, new):
     "The first thing that two notes disagree on, in words; None if they agree"
     for part in ('settings', 'parents'):
@@ -404,35 +434,6 @@ def _difference(old, new):
     if old.get('version') != new['version']: return f"version {old.get('version')} of the recipe, not {new['version']}"
     kinds = isinstance(old.get('facts'), dict) and type(old.get('seconds')) in (int, float)
     if not kinds or old.get('fingerprint') != fingerprint(**new): return 'a damaged made.json'
-
-_PIECE, _PIECES = 1 << 16, 1024   # bytes; so many pieces of a large file are read, evenly apart
-
-def content_of(path): # of a file
-    "A fingerprint of its bytes, of which 64 MB are read at most; its size counts too"
-    size = os.path.getsize(path)
-    h = hashlib.sha256(str(size).encode())
-    with open(path, 'rb') as f:
-        for i in range(min(_PIECES, -(-size//_PIECE))):
-            f.seek(i*_PIECE if size <= _PIECE*_PIECES else i*(size - _PIECE)//(_PIECES - 1))
-            h.update(f.read(_PIECE))
-    return h.hexdigest()[:16]
-
-def _contents(folder):
-    "{name: fingerprint} of the files in it, but not of hidden ones and notes"
-    files = (o for o in sorted(folder.glob('*')) if o.name[0] != '.' and o.name not in ('made.json', 'making.json'))
-    return {o.name: content_of(o) for o in files if os.path.isfile(o)}
-
-def altered(path, note): # an artefact's folder; what `made` says of it
-    "The names of its files that are not the ones that were made; none where an earlier version has not noted them"
-    told = note.get('contents')
-    is_it = lambda o, mark: os.path.isfile(o) and content_of(o) == mark
-    return [k for k, mark in (told if isinstance(told, dict) else {}).items() if not is_it(Path(path)/k, mark)]
-
-def check_contents(path): # of a folder that may be an artefact
-    "`UserError` if a file in it is not the one that was made there, such as the weights of another run"
-    if not (other := altered(path, made(path))): return
-    why = f'{Path(path)/other[0]} is not the file that was made there: it was changed, or comes from elsewhere'
-    raise UserError(f'{why}; put the right one back, or delete {path} to make it again')
 
 # %% ../nbs/parts/core.ipynb #c034
 def artefact(path, make,        # the folder; make(folder) fills one, maybe begun before; returns facts (a dict)

@@ -229,7 +229,7 @@ def test_an_empty_caption_says_nothing():
 
 @pytest.mark.parametrize('bad', [[None], ['a bed', 3], [], [['a bed']]])
 def test_what_is_no_caption(bad):
-    with pytest.raises(UserError, match='captions are a list of strings') as e: TextConditioner().rows(bad)
+    with pytest.raises(UserError, match='captions are a list of Unicode strings') as e: TextConditioner().rows(bad)
     one_line(e)
 
 def test_a_caption_too_long_is_cut():
