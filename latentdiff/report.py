@@ -17,7 +17,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from .core import UNFIT, UserError, made, write_whole
+from .core import UNFIT, UserError, checked, made, write_whole
 from .data import from_uint8, image_grid
 from .kid_eval import features, kid
 from .pipeline import path_of
@@ -26,13 +26,13 @@ from .pipeline import path_of
 def to_pil(fig):
     "A matplotlib figure as a PIL image"
     f = io.BytesIO()
-    fig.savefig(f, format='png')
+    checked(fig=fig).savefig(f, format='png')
     return Image.open(f).convert('RGB')
 
 def save_png(im, path):
     "Write a PIL image in one step"
     f = io.BytesIO()
-    im.save(f, 'png')
+    checked(im=im).save(f, 'png')
     write_whole(path, f.getvalue())
 
 def labelled(im, cols, rows):
@@ -40,7 +40,7 @@ def labelled(im, cols, rows):
     w, h, left, top = 1.05*len(cols), 1.05*len(rows), .8, .3*any(cols)
     fig = Figure((w + left, h + top), dpi=100)
     ax = fig.add_axes([left/(w + left), 0, w/(w + left), h/(h + top)])
-    ax.imshow(im, aspect='auto', interpolation='nearest')
+    ax.imshow(checked(im=im), aspect='auto', interpolation='nearest')
     ax.set_xticks((np.arange(len(cols)) + .5)*im.width/len(cols), cols, fontsize=9, parse_math=False)
     ax.set_yticks((np.arange(len(rows)) + .5)*im.height/len(rows), rows, fontsize=9, parse_math=False)
     ax.xaxis.tick_top()
