@@ -12,11 +12,12 @@ from .disk import enough, matching, new_place, new_places, one_line_errors, put_
 import importlib, io, json, math, os, platform, sys
 from functools import wraps
 from pathlib import Path
+from typing import get_type_hints
 import numpy as np
 from fastcore.basics import patch
 from fastcore.script import call_parse
 from .core import RATES, STEPS, UserError, above_zero, agreed, artefact, beside_file, check_settings, default_device
-from .core import fingerprint, first_ahead, locked, made, number, preset_of, progress, rank, read_json
+from .core import either_way, fingerprint, first_ahead, locked, made, number, preset_of, progress, rank, read_json
 from .core import run_folder, sealed, settings_of, spread, to_toml, unsealed, whole_folder, write_json, write_whole
 
 # %% ../nbs/90_commands.ipynb #n201
@@ -382,9 +383,9 @@ def _options(
     size:int=None,        # side of the images in pixels; default: the preset's
     minutes:float=None,   # of training, turned into steps once, at the start; default: the preset's steps
     steps:int=None,       # of the denoiser's training, instead of minutes
-    ae_steps:int=None,    # of the autoencoder's
+    ae_steps:either_way(int)=None, # of the autoencoder's
     lr:float=None,        # highest learning rate of the denoiser; lower, one that diverged goes on
-    ae_lr:float=None,     # of the autoencoder
+    ae_lr:either_way(float)=None,  # of the autoencoder
     seed:int=None,        # of everything random; default: 0
     n:int=None,           # use so many images; default: the preset's
     autoencoder:str=None, # take this one (a folder or a Hub id) instead of training one
@@ -394,7 +395,7 @@ def _options(
     track:str=None,       # tensorboard: its files of the denoiser's training go into the run folder
     out:str=None          # run folder; default: runs/<data>-<preset>-<size>px-seed<seed>
 ): # Run
-    kinds = {k.lower(): v for k, v in _options.__annotations__.items() if k not in ('config', 'track', 'out')}
+    kinds = {k.lower(): v for k, v in get_type_hints(_options).items() if k not in ('config', 'track', 'out')}
     given = {k.lower(): v for k, v in locals().items() if v is not None and k.lower() in kinds}
     given = source.as_there(beside_file(given, config, kinds))
     s = settings_of(**{'From' if k == 'from' else k: v for k, v in given.items()})
@@ -431,7 +432,8 @@ def train_cli(
         done = made(r.folder/('denoiser' if r.condition else 'unet'))
         if not done: raise UserError(f'{run} has no finished denoiser: run latentdiff-train without --more first.')
         had = done['settings'].get('steps') if isinstance(done.get('settings'), dict) else None
-        r.settings['steps'] = number(1, 10**9, **{f'steps in the made.json of {run}': had}) + more
+        had = number(1, 10**9, **{f'steps in the made.json of {run}': had})
+        r.settings['steps'] = number(1, 10**9, **{'steps, with --more,': had + more})
         r.p = preset_of(r.settings)
     r.go(('denoiser', 'pipeline'))
 
@@ -444,8 +446,7 @@ def told_by(Class, prompt, guidance, negative):
         if not v.strip(' ,'): raise UserError(f'--{k} is empty: say what to draw, or leave it away.')
     told = {k: v for k, v in (('guidance', guidance), ('negative', negative)) if v is not None}
     if told and not given: raise UserError(f'--{[*told][0]} needs --class or --prompt: say what to draw.')
-    if Class: told['cond'] = source.listed(Class)
-    return told | {'cond': prompt} if prompt else told
+    return told | {'cond': source.listed(Class) if Class else prompt} if given else told
 
 def write_pngs(folder, px, put=None): # as for `whole_folder`
     "One PNG an image, 00000.png onwards, in a folder that appears when it is complete"

@@ -6,19 +6,21 @@
 __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT', 'default_device', 'Preset', 'preset',
            'run_folder', 'above_zero', 'preset_of', 'check_settings', 'settings_of', 'stream', 'Bar', 'progress',
            'every', 'agreed', 'share', 'gathered', 'first_ahead', 'to_toml', 'check_kinds', 'read_toml', 'beside_file',
-           'weights_name', 'not_finite', 'save_component', 'find_class', 'read_weights', 'load_weights',
+           'either_way', 'weights_name', 'not_finite', 'save_component', 'find_class', 'read_weights', 'load_weights',
            'network_config', 'load_component', 'fingerprint', 'sealed', 'unsealed', 'made', 'content_of', 'altered',
            'check_contents', 'artefact', 'locked', 'exercise']
 
 # %% ../nbs/parts/core.ipynb #c004
-from .disk import NOWHERE, UserError, clear_away, data_home, file_md5, on_disk, place, rank, read_json
-from .disk import read_text, remove, replace_folder, runs_home, whole_folder, world, write_json, write_whole
+from .disk import NOWHERE, UserError, clear_away, data_home, file_md5, on_disk, patience, place, rank
+from .disk import read_json, read_text, remove, replace_folder, runs_home, utf8, whole_folder, world
+from .disk import write_json, write_whole
 from .checks import checked, multiples, number, numbers, one_of, positions, spread   # others ask core for all of them
-import hashlib, importlib, json, os, sys, time, tomllib   # after disk, which minds Ctrl-C
+import argparse, hashlib, importlib, json, os, sys, time, tomllib   # after disk, which minds Ctrl-C
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Annotated
 
 from fastcore.imports import IN_NOTEBOOK
 from fastprogress.fastprogress import progress_bar
@@ -166,7 +168,8 @@ def settings_of(data=None, preset=None, size=None, minutes=None, seed=0, n=None,
     p = preset_of(dict(preset=preset, data=data, size=size, n=n, autoencoder=autoencoder))
     if From is None and (autoencoder or p.data.split('/')[0] in DATASETS): From = 'none'  # else it will be seen
     rates = {k: v for k, v in dict(ae_lr=ae_lr, lr=lr).items() if v}
-    whole = lambda d, file='': str(Path(d).resolve()) if d and d not in DATASETS and os.path.exists(Path(d)/file) else d
+    there = lambda d, file: d and d not in DATASETS and os.path.exists(Path(d)/file)
+    whole = lambda d, file='': utf8(path=str(Path(d).resolve())) if there(d, file) else d
     return dict(data=whole(p.data), preset=p.name, size=p.size, minutes=minutes, seed=seed, n=p.n,
                 autoencoder=whole(p.ae_pretrained), condition=None if condition == 'none' else condition,
                 steps=steps, ae_steps=ae_steps, **{'from': whole(From, 'model_index.json')}, **rates)
@@ -214,8 +217,11 @@ def every(o):
     if world() == 1: return [o]
     try: from accelerate import PartialState, utils
     except ImportError: raise UserError("several processes need accelerate: pip install 'latentdiff[multi]'") from None
-    try: PartialState(cpu=default_device().type == 'cpu')   # the first time the processes meet
-    except ValueError as e: raise UserError(f'no way to the other processes ({e}): use accelerate launch') from None
+    try:   # the first time the processes meet
+        with patience(f'waiting for {world() - 1} more: if this process is alone, unset WORLD_SIZE and RANK'):
+            PartialState(cpu=default_device().type == 'cpu')
+    except ValueError as e:
+        raise UserError(f'no way to the other processes ({e}): use accelerate launch, or unset WORLD_SIZE') from None
     return utils.gather_object([o])
 
 def agreed(o=None):
@@ -274,6 +280,17 @@ def beside_file(given, path, kinds): # options; TOML file, None: there is none; 
     rivals = {'minutes': STEPS, **dict.fromkeys(STEPS, ('minutes',))}
     beaten = {o for k in given for o in rivals.get(k, ())}
     return {k: v for k, v in told.items() if k not in beaten} | given
+
+# %% ../nbs/parts/core.ipynb #v912
+class _EitherWay(argparse.Action):
+    "An option that may be written with `-` or `_`"
+    def __init__(self, option_strings, dest, **kw):
+        super().__init__([f"--{dest.replace('_', '-')}", f'--{dest}'], dest, **kw)
+    def __call__(self, parser, namespace, value, option_string=None): setattr(namespace, self.dest, value)
+
+def either_way(kind): # of the value
+    "The annotation of such an option of a command, whatever the age of fastcore"
+    return Annotated[kind, dict(action=_EitherWay)]
 
 # %% ../nbs/parts/core.ipynb #c027
 WEIGHTS = 'diffusion_pytorch_model.safetensors'  # what diffusers looks for

@@ -6,8 +6,8 @@
 __all__ = ['FULL', 'NOWHERE', 'world', 'rank', 'Stopped', 'last_words', 'stop_politely', 'UserError', 'data_home', 'runs_home',
            'DiskError', 'place', 'size_of', 'room_at', 'on_disk', 'enough', 'free_memory', 'reserve', 'remove',
            'matching', 'clear_away', 'put_beside', 'write_whole', 'write_json', 'read_text', 'read_json', 'file_md5',
-           'replace_folder', 'whole_folder', 'new_place', 'new_places', 'refused', 'check_call', 'printable',
-           'plain_output', 'one_line_errors']
+           'replace_folder', 'whole_folder', 'new_place', 'new_places', 'refused', 'utf8', 'check_call', 'printable',
+           'patience', 'plain_output', 'one_line_errors']
 
 # %% ../nbs/parts/disk.ipynb #k001
 import os, signal, sys
@@ -16,12 +16,12 @@ from pathlib import Path
 # %% ../nbs/parts/disk.ipynb #d005
 def world():
     "How many processes share the work, as `accelerate launch` started them; 1: this one alone"
-    told = os.environ.get('WORLD_SIZE', '')
+    told = os.environ.get('WORLD_SIZE', '')[:6]
     return max(1, int(told)) if told.isdecimal() else 1
 
 def rank():
     "Which of them this is, from 0; only the first one writes and prints"
-    told = os.environ.get('RANK', '')
+    told = os.environ.get('RANK', '')[:6]
     return int(told) if world() > 1 and told.isdecimal() else 0
 
 # %% ../nbs/parts/disk.ipynb #k003
@@ -57,6 +57,7 @@ stop_politely()
 import errno, glob, hashlib, io, itertools, json, math, platform, re, shutil, tempfile, zlib
 from contextlib import contextmanager, suppress
 from functools import wraps
+from threading import Timer
 
 # %% ../nbs/parts/disk.ipynb #d009
 class UserError(ValueError):
@@ -270,19 +271,37 @@ def refused(e): # an exception
     where = e.filename if e.filename is not None else 'the current folder, or what is printed'
     return UserError(f'{where}: {e.strerror or e}: choose another place, or see to it that it can be read and written')
 
+def utf8(**given): # a text or a path, by its name
+    "It, if it is UTF-8; else raises `UserError`"
+    (k, v), = given.items()
+    try: str(v).encode()
+    except UnicodeEncodeError: raise UserError(f'{k} is {str(v)!r:.200}, which is not UTF-8: rename it.') from None
+    return v
+
 def check_call(options): # dict
     "`UserError` for an empty place, for a name that no other program could write down, and for a number that is none"
-    if not (told := os.environ.get('WORLD_SIZE', '1')).isdecimal():
-        raise UserError(f'WORLD_SIZE is {told!r}, no number of processes: unset it')
+    if not (told := os.environ.get('WORLD_SIZE', '1')).isdecimal() or len(told) > 6:
+        raise UserError(f'WORLD_SIZE is {told!r:.80}, no number of processes: unset it')
+    if rank() >= world(): raise UserError(f'RANK is {rank()}, and WORLD_SIZE {world()}: unset both')
     for k, v in options.items():
         if v == '' and k not in ('Class', 'prompt', 'negative'):   # who reads these says it better
             raise UserError(f'--{k} is empty: say something, or leave it away.')
-        if isinstance(v, str) and v.encode(errors='replace') != v.encode(errors='surrogateescape'):
-            raise UserError(f'{k} is {v!r}, which is not UTF-8: rename it.')
+        if isinstance(v, str): utf8(**{k: v})
 
 def printable(text):
     "In one line, and without what would steer a terminal"
     return ''.join(o if o.isprintable() else repr(o)[1:-1] for o in ' '.join(text.split()))
+
+@contextmanager
+def patience(words, seconds=10): # what is waited for
+    "Say so on stderr if the others, for whom one waits inside, do not come; where they cannot, each process may speak"
+    late = Timer(seconds, lambda: print(words, file=sys.stderr, flush=True))
+    late.start()
+    try: yield
+    except ValueError:
+        sys.stderr = sys.__stderr__
+        raise
+    finally: late.cancel()
 
 def plain_output():
     "In a file or a pipe: whole lines at once, and no progress bars"
@@ -291,7 +310,7 @@ def plain_output():
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='backslashreplace', line_buffering=True)   # not everybody's letters have a ±
         if not sys.stdout.isatty(): bars.NO_BAR, bars.ConsoleProgressBar.fill = True, ''
-    if rank(): sys.stdout = sys.stderr = open(os.devnull, 'w')   # the first of several processes speaks
+    if 0 < rank() < world(): sys.stdout = sys.stderr = open(os.devnull, 'w')   # the first of several processes speaks
 
 def one_line_errors(f):
     "A `UserError`, and what the system refuses, become one line on stderr and exit code 1; a signal, code 128+n"

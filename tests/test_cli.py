@@ -181,6 +181,9 @@ def test_training_on_ends_where_the_longer_training_ends(cli, run, tmp_path):
     "40 steps and --more 20 are 60 steps, and latentdiff-run then draws and scores anew."
     folder = shutil.copytree(run.folder, tmp_path/'run')
     assert cli('train', folder, '--more', 20).rc == 0
+    written = (folder/'run.json').read_bytes()
+    one_line(cli('train', folder, '--more', 10**9), '--more', '1,000,000,000')
+    assert (folder/'run.json').read_bytes() == written
     long = shutil.copytree(run.folder, tmp_path/'long', ignore=shutil.ignore_patterns('unet', 'checkpoints', 'samples', 'scores', 'report.html', 'metrics.json'))
     d = json.loads((long/'run.json').read_text())
     d['settings']['steps'] = 60
@@ -264,7 +267,7 @@ def test_eval_of_one_set_against_itself(cli, drawn, tmp_path):
 
 def test_encode_then_train_then_sample(cli, tmp_path):
     folder = tmp_path/'run'
-    r = cli('encode', '--data', 'rooms', '--preset', 'tiny', '--n', 120, '--ae-steps', 6, '--steps', 6, '--out', folder)   # how well is not asked
+    r = cli('encode', '--data', 'rooms', '--preset', 'tiny', '--n', 120, '--ae_steps', 6, '--steps', 6, '--out', folder)   # how well is not asked
     assert r.rc == 0 and (folder/'latents/manifest.json').exists() and not (folder/'unet').exists(), r.err
     one_line(cli('sample', folder, '--npz', tmp_path/'a.npz'), 'model_index.json', 'latentdiff-train')
     assert cli('train', folder).rc == 0

@@ -143,10 +143,11 @@ def png(i=0, size=16):
     Image.fromarray(rooms(1, size, start=i)[0].permute(1, 2, 0).numpy()).save(out, 'png')
     return out.getvalue()
 
-@pytest.mark.parametrize('name,data', [
-    ('up.tgz', tar_of({'a.png': png(), '../b.png': png()})), ('up.zip', zip_of({'a.png': png(), '../b.png': png()})),
-    ('deep.tar', tar_of({'x/../../b.png': png()}, 'w')), ('root.tgz', tar_of({'/tmp/b.png': png()})),
-    ('link.tgz', tar_of({'a.png': png(), 'b.png': '/etc/passwd'})), ('win.zip', zip_of({'..\\b.png': png()}))])
+UNSAFE = {'up.tgz': tar_of({'a.png': png(), '../b.png': png()}), 'up.zip': zip_of({'a.png': png(), '../b.png': png()}),
+    'deep.tar': tar_of({'x/../../b.png': png()}, 'w'), 'root.tgz': tar_of({'/tmp/b.png': png()}),
+    'link.tgz': tar_of({'a.png': png(), 'b.png': '/etc/passwd'}), 'win.zip': zip_of({'..\\b.png': png()})}
+
+@pytest.mark.parametrize('name,data', UNSAFE.items(), ids=UNSAFE)
 def test_unsafe_archives(tmp_path, home, name, data):
     (tmp_path/name).write_bytes(data)
     assert 'not unpacked' in one_line(open_images, tmp_path/name, 16)

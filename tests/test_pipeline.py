@@ -564,8 +564,8 @@ class StandIn(BaseHTTPRequestHandler):
 
 PUSH = '''
 import importlib, os, sys, torch
-import huggingface_hub.constants, huggingface_hub.hf_api
-importlib.reload(huggingface_hub.constants)   # this process was forked from one without the Hub
+import huggingface_hub.constants, huggingface_hub.file_download, huggingface_hub.hf_api
+for o in (huggingface_hub.constants, huggingface_hub.file_download): importlib.reload(o)   # this process was forked from one without the Hub
 huggingface_hub.hf_api.api.endpoint = os.environ['HF_ENDPOINT']
 from latentdiff.pipeline import LatentDiffusionPipeline, UserError
 p = LatentDiffusionPipeline.from_pretrained(sys.argv[1], 'cpu')

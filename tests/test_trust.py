@@ -480,7 +480,7 @@ def liar():
 HTML = b'<!DOCTYPE html><html>sign in first</html>'
 @pytest.mark.parametrize('path,answer', [*[('/a.zip', (200, {'Content-Length': o}, zip_of(ONE))) for o in ('many', '1e3', '999999', '12', '9'*400)],
     *[(path, (200, {'Content-Type': 'text/html'}, HTML)) for path in ('/a.zip', '/a.tgz', '/a.npz')], *[('/a.zip', (status, {}, b'')) for status in (204, 206, 302, 404, 416, 500)],
-    ('/a.zip', (302, {'Location': 'file:///etc/hostname'}, b'')), ('/a.npz', (200, {}, pickle.dumps(Planted())))], ids=lambda o: str(o)[:80])
+    ('/a.zip', (302, {'Location': 'file:///etc/hostname'}, b'')), ('/a.npz', (200, {}, pickle.dumps(Planted())))], ids=lambda o: str(o[:2] if isinstance(o, tuple) else o)[:80])
 def test_a_server_that_lies_is_one_line_and_leaves_nothing(path, answer, liar, home):
     liar.answer = answer
     one_line(D.open_images, f'HTTP://127.0.0.1:{liar.server_port}{path}#f', 16)
@@ -516,6 +516,23 @@ def test_a_server_that_falls_silent_is_one_line_and_what_came_is_kept(slow, low,
     assert len(liar.asked) == 3 and not path.exists() and low <= have <= high
     liar.answer = in_pieces(len(BODY))
     assert F.download(f'http://127.0.0.1:{liar.server_port}/a.bin', path).read_bytes() == BODY and liar.asked[-1] == have
+
+def without_end(first, piece):
+    "A few bytes at a time for ever, so that no read waits long"
+    def answer(h):
+        h.server.asked.append(0)
+        h.wfile.write(first)
+        while not h.server.over.wait(.02): h.wfile.write(piece)
+    return answer
+
+CHUNKED = b'HTTP/1.1 200 OK\r\nETag: "v1"\r\nTransfer-Encoding: chunked\r\n\r\n3e8;'
+@pytest.mark.parametrize('first,piece', [(b'', b'HTTP/1.1 100 Continue\r\n\r\n'), (b'HTTP/1.1 200 OK\r\n', b'a'), (b'HTTP/1.1 200 OK\r\nX: ', b'a\r\nX: '), (b'', b'H'), (CHUNKED, b'a')], ids=['continue', 'a header', 'headers', 'status', 'a chunk'])
+def test_a_server_that_never_comes_to_the_point_is_one_line(first, piece, liar, tmp_path, monkeypatch):
+    "What arrives is no byte of the file: three times `PATIENCE`, not for ever, and an answer that was cut off is no empty file"
+    monkeypatch.setattr(F, 'PATIENCE', .2)
+    liar.answer, start = without_end(first, piece), time.monotonic()
+    assert 'nothing came for 0.2 seconds' in one_line(F.download, f'http://127.0.0.1:{liar.server_port}/a.bin', tmp_path/'a.bin')
+    assert len(liar.asked) == 3 and time.monotonic() - start < 9 and not (tmp_path/'a.bin').exists()
 
 def test_a_slow_line_is_no_silent_server(liar, tmp_path, monkeypatch):
     "The whole takes several times as long as any silence may"
