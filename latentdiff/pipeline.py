@@ -92,8 +92,10 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     def to(self, *args, silence_dtype_warnings=False, **kw):
         "Move both networks to a device, to a type of numbers, or both"
         for part in (self.autoencoder, self.denoiser):
-            try: part.to(*args, **kw)
-            except (RuntimeError, TypeError, AssertionError) as e:
+            try:
+                if any(isinstance(o, float) for o in args): raise TypeError('a number')   # torch takes its type
+                part.to(*args, **kw)
+            except (RuntimeError, TypeError, ValueError, AssertionError) as e:
                 where = ', '.join(map(str, (*args, *kw.values())))
                 raise UserError(f'cannot move to {where:.80} ({one_line(e)}): take what this machine has') from e
         return self

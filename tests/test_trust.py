@@ -248,6 +248,11 @@ for f, arg, good in ((PIPE.save_pretrained, 'folder', {}), (FLOW.save, 'folder',
     CALLS |= each(f, arg, *NO_PATH, says=' is ', title=f'{f.__qualname__} at', **good)
     if 'save' in f.__name__ or 'write' in f.__name__: CALLS |= each(f, arg, '/proc/x/y', '/dev/null/x', Path(__file__)/'x'/'y', title=f'{f.__qualname__} at', says='cannot be written', **good)
 
+CALLS |= {
+    **each(lambda device: PIPE.to(device), 'device', 1.5, nan, 2**63, title='to', says='cannot move to'), **each(TOLD.net.forward, 'mask', 5, 'a', {}, torch.ones(3, 2).bool(), torch.ones(3, 1), x=Z8, time=torch.ones(3), cond=torch.zeros(3, 1, 8), title='ConditionalUNet', says='mask is'), **each(unet.denoiser_learner, 'z_train', (), says='z_train is', title='denoiser_learner of', **but(TRAIN, 'z_train')),
+    **each(report.picture_rows, 'rows', {}, title='rows', says='rows is empty'), **each(report.picture_rows, 'rows', dict(cats=X*3), dict(cats=None), title='rows of', says='cats '), **each(report.figure, 'path', *NO_PATH, caption='x', title='figure', says='path is'), **each(report.class_judge, 'f', *SET[:4], labels=torch.arange(40) % 2),
+}
+
 @pytest.mark.parametrize('title', CALLS)
 def test_malformed_call(title): assert answer(*CALLS[title]) is None
 
