@@ -78,6 +78,8 @@ class ConditionalUNet(UNet):
         if not torch.is_tensor(cond) or cond.ndim != 3 or (len(cond), cond.shape[2]) != (b, null.shape[2]):
             raise UserError(f'the condition must be tokens ({b}, n, {null.shape[2]}), not {kind_of(cond)}')
         if mask is None: mask = cond.new_ones(cond.shape[:2], dtype=torch.bool)
+        if kind_of(mask) != f'torch.bool {tuple(cond.shape[:2])}':
+            raise UserError(f'mask is {kind_of(mask)}: give bool {tuple(cond.shape[:2])}, True where it counts')
         tokens = torch.cat([null, torch.where(mask[..., None], cond, 0)], 1)
         return self.norm(tokens), F.pad(mask, (1, 0), value=True)
 

@@ -11,8 +11,9 @@ __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT',
            'check_fit', 'load_weights', 'network_config', 'load_component', 'exercise']
 
 # %% ../nbs/parts/core.ipynb #c004
-from .disk import UserError, clear_away, data_home, file_md5, on_disk, patience, rank, read_json, read_text
-from .disk import remove, replace_folder, runs_home, utf8, whole_folder, world, write_json, write_whole
+from .disk import NOWHERE, UserError, clear_away, data_home, file_md5, on_disk, patience, place, rank
+from .disk import read_json, read_text, remove, replace_folder, runs_home, utf8, whole_folder, world
+from .disk import write_json, write_whole
 from .checks import checked, multiples, number, numbers, one_of, positions, spread   # others ask core for all of them
 import argparse, hashlib, importlib, json, os, sys, time, tomllib   # after disk, which minds Ctrl-C
 from contextlib import contextmanager, nullcontext, suppress
@@ -309,7 +310,7 @@ def unsealed(path, hint): # of a JSON file; what to do if it is damaged
 
 def made(path):
     "What made.json says of the artefact at `path`: settings, parents, facts, seconds; {} if there is none"
-    f = Path(path)/'made.json'
+    f = place(path=path)/'made.json'
     return unsealed(f, f'delete {path} and run the command again') if os.path.isfile(f) else {}
 
 def _difference(old, new):
@@ -359,7 +360,7 @@ def artefact(path, make,        # the folder; make(folder) fills one, maybe begu
              version=1,         # of the recipe: one more when the same settings give something else
              cheap=False):      # `remake`, and make again what was deleted or changed in it, which a loader refuses
     "Make the artefact at `path` unless it is there and made from the same; returns `path`"
-    path = Path(path)
+    path = place(path=path)
     want = json.loads(json.dumps(dict(settings=settings, parents=parents, version=version), default=str))
     there, old = agreed((os.path.exists(path), made(path)))
     if there and not old: raise UserError(f'{path} was not made by this version of latentdiff: choose another')
@@ -409,7 +410,7 @@ def _make(path, make, want):
 # %% ../nbs/parts/core.ipynb #c036
 def _lock(folder):
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        place(folder=folder).mkdir(parents=True, exist_ok=True)
         return FileLock(Path(folder)/'.lock', timeout=0, is_singleton=True).acquire()
     except Timeout: raise UserError(f'another process works in {folder}: wait, or choose another folder') from None
     except OSError as e: raise UserError(f'{folder} cannot be written ({e.strerror}): choose another folder') from None
@@ -436,7 +437,7 @@ def save_component(module, folder): # with diffusers' `ConfigMixin`; written in 
     state = {k: v.detach().cpu().contiguous() for k, v in checked(module=module).state_dict().items()}
     if bad := not_finite(state):
         raise UserError(f'{bad[0]} of {type(module).__name__} is not finite, so it is not saved: train at a lower rate')
-    with whole_folder(folder) as new:
+    with on_disk(place(folder=folder), more=NOWHERE), whole_folder(folder) as new:
         module.save_config(new)
         write_whole(new/weights_name(module), save(state, metadata={'format': 'pt'}))
     return Path(folder)
@@ -466,7 +467,7 @@ def _opened(path): # .safetensors
     "The open file; raises `UserError` if it is missing or damaged"
     from safetensors import SafetensorError, safe_open
     again = 'save or download it again'
-    if not os.path.isfile(path): raise UserError(f'{path} is missing: {again}')
+    if not os.path.isfile(place(path=path)): raise UserError(f'{path} is missing: {again}')
     try:
         with safe_open(path, 'pt') as f: yield f
     except SafetensorError as e: raise UserError(f'{path} is damaged ({e}): {again}') from e
@@ -498,12 +499,12 @@ def load_weights(module, path): # to be filled; .safetensors
 
 def network_config(folder): # of a network, ours or diffusers'
     "The dict in its config.json; raises `UserError` for one with so many layers that building it would not end"
-    config, few = read_json(Path(folder)/'config.json', 'it is not the folder of a saved component'), (int, float)
+    config = read_json(place(folder=folder)/'config.json', 'it is not the folder of a saved component')
     for d in (nested := [config]):
         nested += [o for o in d.values() if isinstance(o, dict)]
         for k in {'depth', 'layers_per_block', 'widths', 'block_out_channels'} & d.keys():
             n = len(d[k]) if isinstance(d[k], list) else d[k]
-            if isinstance(n, few) and n > 100:
+            if isinstance(n, (int, float)) and n > 100:
                 raise UserError(f'{folder}/config.json does not describe a network ({k} is {d[k]!s:.80}): save it again')
     return config
 

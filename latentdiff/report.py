@@ -17,9 +17,9 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from .core import UNFIT, UserError, checked, made, write_whole
-from .data import from_uint8, image_grid
-from .kid_eval import features, kid
+from .core import UNFIT, UserError, checked, made, place, write_whole
+from .data import check_images, from_uint8, image_grid
+from .kid_eval import features, finite, kid
 from .pipeline import path_of
 
 # %% ../nbs/parts/report.ipynb #c007
@@ -50,7 +50,9 @@ def labelled(im, cols, rows):
 
 def picture_rows(rows): # name -> uint8 (n,c,h,w) of one size, the longest row first or the others filled up with white
     "PIL image: a row for each, with its name beside it"
-    n = max(map(len, rows.values()))
+    for k, x in rows.items(): check_images(x, name=k)
+    n = max(map(len, rows.values()), default=0)
+    if not n: raise UserError('rows is empty: give pictures by the name of their row')
     full = [torch.cat([x, x.new_full((n - len(x), *x.shape[1:]), 255)]) for x in rows.values()]
     return labelled(image_grid(from_uint8(torch.cat(full)), nrow=n), ['']*n, list(rows))
 
@@ -111,7 +113,7 @@ GUIDANCES = 1., 1.5, 2., 3.
 def class_judge(f, labels): # features (n,d) and classes (n,) int64 of real pictures, -1 where there is none
     "features (m,d) -> the likeliest class of each (m,)"
     known = labels >= 0
-    net = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300)).fit(f[known], labels[known])
+    net = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300)).fit(finite(f, 'f')[known], labels[known])
     return lambda f: torch.from_numpy(net.predict(f.numpy()))
 
 def by_guidance(draw, extractor, real, # guidance -> uint8 (n,c,h,w); pixels -> features; features of real pictures
@@ -150,7 +152,7 @@ figure{margin:0 0 1.2rem}
 
 def figure(path, caption, cls=''):
     "An HTML figure with the picture inside it as base64; small ones are shown three times as large"
-    try: data, width = base64.b64encode(path.read_bytes()).decode(), Image.open(path).width
+    try: data, width = base64.b64encode(place(path=path).read_bytes()).decode(), Image.open(path).width
     except OSError as e:
         raise UserError(f'{path} cannot be read ({e.strerror or e}): delete {path.parent} to make it again') from None
     width = min(900, width*max(1, min(3, 900//width)))

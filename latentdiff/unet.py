@@ -294,7 +294,7 @@ def denoiser_learner(net, process, # denoiser: net(x_t, time) -> prediction; the
     device=None, opt_func=muon # None: default_device(); a fastai optimizer
 ):
     "A Learner that denoises; raises `UserError` without latents"
-    (z_train, *y_train), (z_valid, *y_valid) = (o if isinstance(o, tuple) else (o,) for o in (z_train, z_valid))
+    (z_train, *y_train), (z_valid, *y_valid) = (o if isinstance(o, tuple) and o else (o,) for o in (z_train, z_valid))
     device = default_device(device)
     checked(net=net, process=process)
     for k, z in dict(z_train=z_train, z_valid=z_valid).items():
