@@ -12,7 +12,7 @@ import csv, os, torch, warnings
 from copy import deepcopy
 from dataclasses import asdict
 from functools import lru_cache
-from .core import UserError, artefact, default_device, fingerprint, load_component, read_json
+from .core import UserError, artefact, checked, default_device, fingerprint, load_component, read_json
 from .core import save_component
 from .data import FEW, some_pixels
 from .autoencoder import batches_for, channel_stats, quality
@@ -139,7 +139,7 @@ ENOUGH = 20.  # dB of PSNR
 
 def choice(images, condition, seed=0): # `Images`; 'class', 'text' or None; of the pictures it is tried on
     "The name in the zoo from which to train on, or 'none'; for few images with the reason, printed"
-    if len(images) >= FEW: return 'none'
+    if len(checked(images=images)) >= FEW: return 'none'
     x, kept = some_pixels(images, 'train', seed, 100), {}
     for name, folder in zoo().items():
         if read_json(folder/'model_index.json', 'install the package again')['size'] != images.size: continue

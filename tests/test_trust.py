@@ -253,6 +253,12 @@ CALLS |= {
     **each(report.picture_rows, 'rows', {}, title='rows', says='rows is empty'), **each(report.picture_rows, 'rows', dict(cats=X*3), dict(cats=None), title='rows of', says='cats '), **each(report.figure, 'path', *NO_PATH, caption='x', title='figure', says='path is'), **each(report.class_judge, 'f', *SET[:4], labels=torch.arange(40) % 2),
 }
 
+CALLS |= {
+    **each(N.weights_hash, 'ae', *NOT, says='module is'), **each(G.attention_maps, 'net', *NOT, x=Z8, time=torch.ones(3), tokens=torch.zeros(3, 1, 8), says='module is'), **each(K.ClassifierFeatures, 'net', *NOT, says='module is'), **each(P.expectation, 'pipe', *NOT, n=1, steps=1, sampler='ddim', bs=1), **each(sampling.optimal_denoiser, 'means', *NO_BATCH, process=FLOW, says='means '), **each(sampling.optimal_denoiser, 'std', -1, None, 'a', nan, process=FLOW, means=Z),
+    **each(A.make_autoencoder, 'folder', *NO_PATH, images=ROOMS, p=C.preset('tiny'), says='folder is'), **each(U.make_denoiser, 'folder', *NO_PATH, latents=None, p=C.preset('tiny'), says='folder is'), **each(E.make_shortcut, 'folder', *NO_PATH, net=None, process=FLOW, latents=None, steps=1, says='folder is'), **each(N.make_latents, 'folder', *NO_PATH, images=ROOMS, ae=AE, p=C.preset('tiny'), says='folder is'),
+    **each(sampling.generators, 'seed', torch.arange(3), np.arange(2), n=1, title='generators of'), **each(R.rooms, 'n', 10**12, size=16, title='rooms of'), **each(D.RoomImages, 'size', *COUNT, None), **each(D.RoomImages, 'channels', 2, -1, '3', size=16), **each(F.load_pixels, 'file', None, 5, nan, [], '', 'a\0b', size=8, says='file is'), **each(C.spread, 'n', -1, 1.5, 'a', None, items=Z), 
+}
+
 @pytest.mark.parametrize('title', CALLS)
 def test_malformed_call(title): assert answer(*CALLS[title]) is None
 
