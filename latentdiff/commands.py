@@ -9,7 +9,7 @@ __all__ = ['data', 'training', 'autoencoder', 'noisify', 'unet', 'sampling', 'ki
 
 # %% ../nbs/90_commands.ipynb #c004
 from .disk import enough, matching, new_place, new_places, one_line_errors, put_beside   # it minds Ctrl-C
-import importlib, io, json, math, os, platform, sys
+import dataclasses, importlib, io, json, math, os, platform, sys
 from functools import wraps
 from pathlib import Path
 from typing import get_type_hints
@@ -52,7 +52,7 @@ class Run:
             raise UserError(f'{self.folder} is a run of version 0.1, which this version cannot go on with: {other}')
         before = {'from': 'none', **old}
         for k in settings.keys() - {'minutes', *RATES, *(o for o in (*STEPS, 'from') if settings.get(o) is None)}:
-            if before.get(k) == settings[k]: continue
+            if before.get(k) == settings[k] or k == 'autoencoder' and settings.get('from') is None: continue
             was = f'{self.folder} was made with {k} {before.get(k)}, not {settings[k]}'
             raise UserError(f'{was}: repeat that, or {other}')
         rates = {k: settings[k] for k in RATES if k in settings}
@@ -132,7 +132,7 @@ def source(self:Run):
 def begin(self:Run):
     "Settle what the training starts from, and write down what a run has to know of it"
     s = self.settings
-    if s.get('from') is None: s['from'] = source.choice(self.images, self.condition, self.seed)
+    if s.get('from') is None: s |= source.choice(self.images, self.condition, self.seed, s['autoencoder'])
     if s['from'] == 'none': return
     s['start'] = source.description(self.source)
     source.counted_as(s['start']['classes'], self.images)
@@ -344,7 +344,7 @@ def fix_steps(self:Run):
 @patch
 def announce(self:Run):
     "Print what will be done, on what, how long the trainings will take, and in how much memory"
-    p, (a, d) = self.p, self.step_times()
+    (a, d), p = self.step_times(), dataclasses.replace(self.p, n=len(self.images))
     told = f', told {self.condition}' if self.condition else ''
     print(f"{self.settings['data']}: {self.images!r}\n{p!r}\nseed {self.seed}{told}, into {self.folder}")
     gb = 1.3*training.peak_gb(self.device) + 2*min(1.5e9, len(self.images)*self.images.channels*p.size**2)/1e9
@@ -388,7 +388,7 @@ def _options(
     ae_lr:either_way(float)=None,  # of the autoencoder
     seed:int=None,        # of everything random; default: 0
     n:int=None,           # use so many images; default: the preset's
-    autoencoder:str=None, # take this one (a folder or a Hub id) instead of training one
+    autoencoder:str=None, # take this one (folder, name in the zoo, Hub id) instead of training one
     condition:str=None,   # tell the denoiser class (first folder level), text (captions), auto: what there is; or none
     From:str=None,        # go on from a run, or a name in the zoo or on the Hub; none; default: what fits few pictures
     config:str=None,      # file of options, such as config.toml in a run folder; those given beside it count more
@@ -500,7 +500,7 @@ def eval_cli(
     out:str=None,  # JSON file for the result
     seed:int=0     # of the split in halves that gives the floor
 ):
-    "Score one set of images against another: KID with its standard error and floor, and FID"
+    "Score one set of images against another: KID with its standard error and floor, and FID, whose error is not known"
     if out:
         with first_ahead(): new_place(out, '--out')
     size = min(map(data.side_of, (generated, real)))
@@ -508,10 +508,9 @@ def eval_cli(
     if min(len(a), len(b)) < 8:
         raise UserError(f'{len(a)} and {len(b)} images are too few to score: give eight of each, better a thousand.')
     judge = kid_eval.EfficientNetFeatures()
-    for o in (a, b):
-        left = ''.join(f'\n  {name}: {why}' for name, why in o.skipped[:5])
-        print(f'{o!r}{left}', file=sys.stderr)
+    for o in (a, b): print(repr(o), *(f'  {name}: {why}' for name, why in o.skipped[:5]), sep='\n', file=sys.stderr)
     print(f'compared at {size} px, by {judge.name}', file=sys.stderr, flush=True)
-    d = json.dumps(kid_eval.evaluate(a, b, judge, seed=seed), indent=1)
-    print(d)
+    scores = kid_eval.evaluate(a, b, judge, seed=seed)
+    print(d := json.dumps(scores, indent=1))
+    for k, why in report.caution(scores).items(): print(f'{k}: {why}', file=sys.stderr, flush=True)
     if out: write_whole(out, d, put_beside)

@@ -308,7 +308,7 @@ class TextConditioner(nn.Module, ConfigMixin):
         captions = [captions] if isinstance(captions, str) or not hasattr(captions, '__len__') else list(captions)
         bad = [o for o in captions if not isinstance(o, str) or re.search('[\ud800-\udfff]', o)]
         if bad or not captions:
-            raise UserError(f'captions are a list of Unicode strings; this has {repr(bad[0])[:60] if bad else "none"}')
+            raise UserError(f'captions are a list of strings; this has {repr(bad[0])[:60] if bad else "none"}')
         new = [o for o in dict.fromkeys(captions) if o not in self.places]
         for i in range(0, len(new), 256): self.add(new[i:i+256])
         return torch.tensor([self.places[o] for o in captions])

@@ -376,6 +376,7 @@ def hub_folder(spec, n): # 'owner/name', '?image=..&label=..&caption=..&split=..
     from datasets import Image as HubImage, load_dataset
     from huggingface_hub.errors import HTTPError
     name, _, query = str(spec).partition('?')
+    if not name: raise UserError('spec is empty: give owner/name, or a folder')
     if not os.path.isdir(name) and not re.fullmatch(ON_HUB, name):
         raise UserError(f'spec is {spec!r:.200}: give owner/name, or a folder')
     told = dict(parse_qsl(query))

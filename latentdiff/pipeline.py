@@ -423,7 +423,10 @@ def scheduled(scheduler, process): # of diffusers; the `Process` that the networ
     takes, scale = inspect.signature(scheduler.step).parameters, getattr(scheduler, 'scale_model_input', lambda x, t: x)
     torchs = lambda g: g if isinstance(g, torch.Generator) else torch.Generator().manual_seed(int(g.integers(2**63)))
     def loop(net, process, x, ts, callback=None, generator=None):
-        scheduler.set_timesteps(len(ts) - 1, device=x.device)
+        try: scheduler.set_timesteps(len(ts) - 1, device=x.device)
+        except UNFIT as e:
+            name, n = type(scheduler).__name__, len(ts) - 1
+            raise UserError(f'{name} cannot draw in {n} steps ({one_line(e)}): take more, or another sampler') from e
         x = x*(getattr(scheduler, 'init_noise_sigma', 1.)/levels(process, ts[0])[1])
         gens = [torchs(g) for g in generator] if isinstance(generator, list) else generator
         kw = dict(generator=gens) if 'generator' in takes else {}

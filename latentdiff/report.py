@@ -167,8 +167,8 @@ def table(d):
 def caution(m):
     "A warning for `headline` if there are few pictures to score against, else nothing"
     if min(m['n_real'], m['n_fake']) >= 500: return {}
-    return {'caution': f"{m['n_real']:,} held-out pictures and {m['n_fake']:,} samples: KID can be off by "
-                       f"{2*m['kid_se']:.2g} (two standard errors), and FID depends on their number."}
+    return {'caution': f"{m['n_real']:,} real pictures and {m['n_fake']:,} samples: KID can be off by "
+                       f"{2*m['kid_se']:.2g} (two standard errors); FID rises as they get fewer, and has no error."}
 
 def headline(m):
     "The numbers that matter, each with what it rests on and its floor: a dict for `table`"
