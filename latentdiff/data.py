@@ -123,6 +123,7 @@ class Images(torch.utils.data.Dataset):
         size, channels,         # pixels a side; 3, or 1 for grey
         contents=None, stamp='' # a hash of each, by which exact copies are told; what else the fingerprint depends on
     ):
+        number(1, 2048, size=size), one_of((1, 3), channels=channels)
         self.kind, self.names, self.size, self.channels, self.skipped = kind, list(names), size, channels, []
         self.contents = contents or self.names
         self.fingerprint = fingerprint(pixels=f'{channels}x{size}x{size} v3', names=self.names, of=[stamp, contents])

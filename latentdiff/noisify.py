@@ -241,7 +241,7 @@ def noisify(self:Process, x0, t=None, eps=None, generator=None): # latents (b,..
 # %% ../nbs/20_noisify.ipynb #c015
 def weights_hash(ae): # an `Autoencoder` -> 64 hex digits
     "sha256 of an autoencoder's settings (its scale among them) and weights"
-    config = {k:v for k,v in ae.config.items() if k[0]!='_'}
+    config = {k:v for k,v in checked(module=ae).config.items() if k[0]!='_'}
     h = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for k,v in sorted(ae.state_dict().items()):
         h.update(f'{k} {v.dtype} {tuple(v.shape)}'.encode())
@@ -369,7 +369,7 @@ def make_latents(folder, images, ae, p, # of the run; `Images`; an `Autoencoder`
         (work/'done.json').unlink(missing_ok=True)
         return dict(n=len(images), shape=shape[1:])
     made_of = dict(images=images.fingerprint, autoencoder=weights_hash(ae))
-    return Latents(artefact(Path(folder)/'latents', make, made_of, dict(mirrored=flip)))
+    return Latents(artefact(place(folder=folder)/'latents', make, made_of, dict(mirrored=flip)))
 
 # %% ../nbs/20_noisify.ipynb #c141
 class NoisifyCB(Callback):
