@@ -78,6 +78,8 @@ class ConditionalUNet(UNet):
         if not torch.is_tensor(cond) or cond.ndim != 3 or (len(cond), cond.shape[2]) != (b, null.shape[2]):
             raise UserError(f'the condition must be tokens ({b}, n, {null.shape[2]}), not {kind_of(cond)}')
         if mask is None: mask = cond.new_ones(cond.shape[:2], dtype=torch.bool)
+        if kind_of(mask) != f'torch.bool {tuple(cond.shape[:2])}':
+            raise UserError(f'mask is {kind_of(mask)}: give bool {tuple(cond.shape[:2])}, True where it counts')
         tokens = torch.cat([null, torch.where(mask[..., None], cond, 0)], 1)
         return self.norm(tokens), F.pad(mask, (1, 0), value=True)
 
@@ -306,7 +308,7 @@ class TextConditioner(nn.Module, ConfigMixin):
         captions = [captions] if isinstance(captions, str) or not hasattr(captions, '__len__') else list(captions)
         bad = [o for o in captions if not isinstance(o, str) or re.search('[\ud800-\udfff]', o)]
         if bad or not captions:
-            raise UserError(f'captions are a list of Unicode strings; this has {repr(bad[0])[:60] if bad else "none"}')
+            raise UserError(f'captions are a list of strings; this has {repr(bad[0])[:60] if bad else "none"}')
         new = [o for o in dict.fromkeys(captions) if o not in self.places]
         for i in range(0, len(new), 256): self.add(new[i:i+256])
         return torch.tensor([self.places[o] for o in captions])
@@ -322,7 +324,7 @@ def attention_maps(net, x, time, tokens, mask=None # ConditionalUNet, and what i
     "Which place looks at which token"
     maps = []
     def look(module, args): maps.append(module.weights(*args).mean(1).transpose(1, 2).unflatten(2, args[0].shape[2:]))
-    hooks = [m.register_forward_pre_hook(look) for m in net.modules() if isinstance(m, CrossAttention)]
+    hooks = [m.register_forward_pre_hook(look) for m in checked(module=net).modules() if isinstance(m, CrossAttention)]
     try: net(x, time, tokens, mask)
     finally:
         for h in hooks: h.remove()

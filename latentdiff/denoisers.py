@@ -44,7 +44,7 @@ class TimedNorm(nn.Module):
     def forward(self, x, emb=None): # (b, c, ...), (b, temb) time embedding -> like x
         x = self.norm(x)
         if self.proj is None: return x
-        scale, shift = self.proj(F.silu(emb)).view(len(x), -1, *[1]*(x.ndim - 2)).chunk(2, dim=1)
+        scale, shift = self.proj(F.silu(emb)).view(len(emb), -1, *[1]*(x.ndim - 2)).chunk(2, dim=1)
         return x*(1 + scale) + shift
 
 # %% ../nbs/35_denoisers.ipynb #c025

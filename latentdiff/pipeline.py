@@ -22,7 +22,7 @@ from huggingface_hub.errors import HTTPError
 from .core import UNFIT, WEIGHTS, UserError, checked, default_device, gathered, load_component, number
 from .core import numbers, read_json, save_component, share, weights_name, write_json, write_whole
 from .data import check_images, image_grid, to_uint8
-from .disk import enough
+from .disk import NOWHERE, enough, on_disk, place
 from .autoencoder import Autoencoder, fit_bs, open_autoencoder
 from .noisify import Process, other_noise, process_of, save_process
 from .files import ON_HUB, one_line
@@ -92,8 +92,10 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     def to(self, *args, silence_dtype_warnings=False, **kw):
         "Move both networks to a device, to a type of numbers, or both"
         for part in (self.autoencoder, self.denoiser):
-            try: part.to(*args, **kw)
-            except (RuntimeError, TypeError, AssertionError) as e:
+            try:
+                if any(isinstance(o, float) for o in args): raise TypeError('a number')   # torch takes its type
+                part.to(*args, **kw)
+            except (RuntimeError, TypeError, ValueError, AssertionError) as e:
                 where = ', '.join(map(str, (*args, *kw.values())))
                 raise UserError(f'cannot move to {where:.80} ({one_line(e)}): take what this machine has') from e
         return self
@@ -282,13 +284,10 @@ def __call__(self:LatentDiffusionPipeline, num_images=8, num_inference_steps=Non
 def save_pretrained(self:LatentDiffusionPipeline, folder, safe_serialization=True, **theirs): # there is no other way
     "Write each part to its own folder, then `model_index.json`: no index, no pipeline"
     no_more('save_pretrained', 'a folder; for the Hub there is the method push_to_hub', theirs)
-    if not isinstance(folder, (str, os.PathLike)) or not str(folder):
-        raise UserError(f'folder is {folder!r:.80}: give the path of one')
-    folder = Path(folder)
-    try:
+    folder = place(folder=folder)
+    with on_disk(folder, more=NOWHERE):
         folder.mkdir(parents=True, exist_ok=True)
         (folder/'model_index.json').unlink(missing_ok=True)
-    except (OSError, ValueError) as e: raise UserError(f'cannot write to {folder} ({e}): choose another folder') from e
     for name, part in self.parts().items(): save_component(part, folder/name)
     save_process(self.process, folder)
     if self.own_scheduler: self.own_scheduler.save_pretrained(folder/'scheduler')
@@ -472,7 +471,7 @@ def their_parts(folder, d): # of a pipeline of diffusers; its model_index.json, 
 # %% ../nbs/80_pipeline.ipynb #n102
 def expectation(pipe, n, steps, sampler, bs, **told):
     "What drawing `n` images will take, in words, from the time of one step of a batch of up to 16"
-    steps, by, _ = pipe.how(steps, sampler).values()
+    steps, by, _ = checked(pipe=pipe).how(steps, sampler).values()
     name = by if isinstance(by, str) else getattr(by, '__name__', type(by).__name__)
     few, before = min(bs, 16), peak_gb(pipe.device)
     pipe.draw(few, 1, sampler, bs=few, **told)

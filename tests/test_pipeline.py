@@ -283,7 +283,7 @@ def test_a_callback_sees_every_step_end(capsys):
     quiet(p)(1, num_inference_steps=2)
     assert not capsys.readouterr().err
 
-@pytest.mark.parametrize('kw,words', [(dict(num_images=0), 'above 0'), (dict(output_type='gif'), 'pil, pt or np'), (dict(sampler='magic'), 'heun'), (dict(generator=[seeded(), seeded()]), 'one for each'),
+@pytest.mark.parametrize('kw,words', [(dict(num_images=0), 'num_images is 0'), (dict(output_type='gif'), 'pil, pt or np'), (dict(sampler='magic'), 'heun'), (dict(generator=[seeded(), seeded()]), 'one for each'),
     (dict(callback_on_step_end=lambda pipe, i, t, d: dict(latents=d['latents']*2)), 'not replace'), (dict(cond='cat'), 'trained without'),
     (dict(sampler=DDIMScheduler()), 'is for ddpm_linear noise and target eps, the network for flow noise and target velocity')])
 def test_calls_that_cannot_be(kw, words):
