@@ -491,10 +491,12 @@ def test_a_judge_of_captions_finds_what_is_there_and_no_more(k):
         assert abs(see(f[200:], captions[200:]).double().mean().item() - right) <= off
 
 def test_a_judge_of_captions_is_fair():
-    "It is tried with the same others each time; of what sounds alike nothing is the nearest; one caption is no choice, nor are blank ones."
+    "It is tried with the same others each time; what all captions share does not count; of what sounds alike nothing is the nearest; one caption is no choice, nor are blank ones."
     captions, listen, means = hearing(80)
-    same, noisy = caption_judge(means[:40], captions[:40], listen, captions[40:]), means + torch.randn(80, 8, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(same(noisy[40:], captions[40:]), same(noisy[40:], captions[40:]))
+    noisy = means + torch.randn(80, 8, generator=torch.Generator().manual_seed(1))
+    see, far = (caption_judge(noisy[:40], captions[:40], o, captions[40:]) for o in (listen, lambda o: (listen(o)[0] + 10, listen(o)[1])))
+    first, again, moved = (o(noisy[40:], captions[40:]) for o in (see, see, far))
+    assert torch.equal(first, again) and torch.equal(first, moved) and 0 < first.float().mean() < 1
     assert not caption_judge(means[:40], captions[:40], lambda o: listen(['picture 0']*len(o)), captions[40:])(means[40:], captions[40:]).any()
     score = lambda held, known: by_guidance(lambda g: means[:40], None, means[40:], held, (means[:40], known), held, listen)['right']
     assert score(captions[40:], captions[:40]) == 1 and score([captions[0]]*40, captions[:40]) is score(captions[40:], [captions[0]]*40) is score([' ']*40, captions[:40]) is None
