@@ -20,7 +20,7 @@ from .autoencoder import fit_bs
 from .core import UserError, agreed, artefact, check_contents, checked, default_device, first_ahead, made, number
 from .core import one_of, progress, rank, read_json, sealed, share, stream, unsealed, world, write_json
 from .data import from_uint8, kind_of, like
-from .disk import reserve
+from .disk import NOWHERE, on_disk, place, reserve
 
 # %% ../nbs/20_noisify.ipynb #c076
 def cosine_levels(t): # levels in [0,1] -> (alpha, sigma) like t
@@ -102,13 +102,14 @@ class Process:
 
     def save(self, folder):
         "Write `folder`/config.json"
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        with on_disk(place(folder=folder), more=NOWHERE): Path(folder).mkdir(parents=True, exist_ok=True)
         write_json(Path(folder)/'config.json', {'_class_name': 'Process', **asdict(self)}, indent=2)
 
     @classmethod
     def load(cls, folder):
         "Read what `save` wrote; UserError if it is not there"
-        config = read_json(Path(folder)/'config.json', 'no noise process here, give the folder that Process.save wrote')
+        hint = 'no noise process here, give the folder that Process.save wrote'
+        config = read_json(place(folder=folder)/'config.json', hint)
         lost = [k for k in cls.__dataclass_fields__ if k not in config]
         if lost: raise UserError(f'{folder}/config.json: not the settings of a noise process, they lack {lost[0]}')
         try: return cls(**{k:v for k,v in config.items() if k[0]!='_'})
@@ -240,7 +241,7 @@ def noisify(self:Process, x0, t=None, eps=None, generator=None): # latents (b,..
 # %% ../nbs/20_noisify.ipynb #c015
 def weights_hash(ae): # an `Autoencoder` -> 64 hex digits
     "sha256 of an autoencoder's settings (its scale among them) and weights"
-    config = {k:v for k,v in ae.config.items() if k[0]!='_'}
+    config = {k:v for k,v in checked(module=ae).config.items() if k[0]!='_'}
     h = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for k,v in sorted(ae.state_dict().items()):
         h.update(f'{k} {v.dtype} {tuple(v.shape)}'.encode())
@@ -368,7 +369,7 @@ def make_latents(folder, images, ae, p, # of the run; `Images`; an `Autoencoder`
         (work/'done.json').unlink(missing_ok=True)
         return dict(n=len(images), shape=shape[1:])
     made_of = dict(images=images.fingerprint, autoencoder=weights_hash(ae))
-    return Latents(artefact(Path(folder)/'latents', make, made_of, dict(mirrored=flip)))
+    return Latents(artefact(place(folder=folder)/'latents', make, made_of, dict(mirrored=flip)))
 
 # %% ../nbs/20_noisify.ipynb #c141
 class NoisifyCB(Callback):
@@ -416,9 +417,11 @@ def from_diffusers(cls:Process, scheduler, times='uniform'): # a diffusers sched
     if kind in ('FlowMatchEulerDiscreteScheduler', 'FlowMatchHeunDiscreteScheduler') and not karras:
         return cls('flow', 'velocity', times, steps=steps)
     target = {v:k for k,v in PREDICTION_TYPES.items()}.get(c.get('prediction_type'))
-    edm = kind.startswith('EDM') or karras and c.get('sigma_min') and c.get('timestep_type')=='continuous'
-    if target=='v' and edm:
+    told_sigma = target=='v' and c.get('timestep_type')=='continuous'
+    if target=='v' and kind.startswith('EDM') or told_sigma and karras and c.get('sigma_min'):
         return cls('edm', target, times, steps=steps, **{k: c[k] for k in ('sigma_min', 'sigma_max', 'rho') if k in c})
+    if told_sigma:
+        raise UserError("cannot convert timestep_type='continuous' without use_karras_sigmas, sigma_min and sigma_max")
     if target and {'beta_schedule', 'beta_start'} <= {*c} and not karras:
         left,ends = scheduler.alphas_cumprod.float(), (c['beta_start'], c['beta_end'])
         for p in (cls(s, target, times, *ends, steps=len(left)) for s in ('cosine', *BETA_SCHEDULES)):
@@ -438,9 +441,7 @@ def process_of(scheduler): # of diffusers
         return Process('flow', 'velocity', 'uniform', steps=c['num_train_timesteps'])
     of_the_loop = {k: v[0] for k, v in NEUTRAL.items() if k in c and k not in OF_THE_NOISE}
     if 'use_karras_sigmas' in c and not told_sigma: of_the_loop['use_karras_sigmas'] = False
-    p = Process.from_diffusers(type(scheduler).from_config(c, **of_the_loop))
-    if not told_sigma or p.schedule == 'edm': return p
-    raise UserError("cannot convert timestep_type='continuous' without use_karras_sigmas, sigma_min and sigma_max")
+    return Process.from_diffusers(type(scheduler).from_config(c, **of_the_loop))
 
 def other_noise(scheduler, process): # of diffusers; the `Process` that the network was trained with
     "How the noise of the scheduler differs from that of the network, in words; None: it does not"
@@ -486,6 +487,6 @@ def to_diffusers(self:Process, cls=None): # another scheduler class of the famil
 def save_process(process, folder): # a `Process`; of the run, a Path
     "Write process/ and, if diffusers has such a scheduler, scheduler/"
     if rank(): return
-    process.save(Path(folder)/'process')
+    checked(process=process).save(place(folder=folder)/'process')
     try: process.to_diffusers().save_pretrained(Path(folder)/'scheduler')
     except UserError: shutil.rmtree(Path(folder)/'scheduler', ignore_errors=True)
