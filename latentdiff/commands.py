@@ -9,7 +9,7 @@ __all__ = ['data', 'training', 'autoencoder', 'noisify', 'unet', 'sampling', 'ki
 
 # %% ../nbs/90_commands.ipynb #c004
 from .disk import enough, matching, new_place, new_places, one_line_errors, put_beside   # it minds Ctrl-C
-import importlib, io, json, math, os, platform, sys
+import dataclasses, importlib, io, itertools, json, math, os, platform, sys
 from functools import wraps
 from pathlib import Path
 from typing import get_type_hints
@@ -52,7 +52,7 @@ class Run:
             raise UserError(f'{self.folder} is a run of version 0.1, which this version cannot go on with: {other}')
         before = {'from': 'none', **old}
         for k in settings.keys() - {'minutes', *RATES, *(o for o in (*STEPS, 'from') if settings.get(o) is None)}:
-            if before.get(k) == settings[k]: continue
+            if before.get(k) == settings[k] or k == 'autoencoder' and settings.get('from') is None: continue
             was = f'{self.folder} was made with {k} {before.get(k)}, not {settings[k]}'
             raise UserError(f'{was}: repeat that, or {other}')
         rates = {k: settings[k] for k in RATES if k in settings}
@@ -132,7 +132,7 @@ def source(self:Run):
 def begin(self:Run):
     "Settle what the training starts from, and write down what a run has to know of it"
     s = self.settings
-    if s.get('from') is None: s['from'] = source.choice(self.images, self.condition, self.seed)
+    if s.get('from') is None: s |= source.choice(self.images, self.condition, self.seed, s['autoencoder'])
     if s['from'] == 'none': return
     s['start'] = source.description(self.source)
     source.counted_as(s['start']['classes'], self.images)
@@ -154,19 +154,22 @@ def real_features(self:Run):
     return self.once('real', lambda: kid_eval.features(self.judge, self.images, idxs=held))
 
 # %% ../nbs/90_commands.ipynb #c020
+@patch
+def said(self:Run, idxs): # of images: their classes, -1 where there is none, or their captions, a list
+    every = self.images.labels.tolist() if self.condition == 'class' else self.images.captions
+    return [every[i] for i in idxs]
+
 @patch(as_prop=True)
 def asked(self:Run):
     "What samples shall show: the classes or captions of held-out images, shuffled; nothing without a condition"
     if not self.condition: return {}
-    said = self.images.labels.tolist() if self.condition == 'class' else self.images.captions
-    of = lambda idxs: [said[i] for i in idxs if said[i] not in ('', -1)]
+    of = lambda idxs: [o for o in self.said(idxs) if o != -1 and str(o).strip()]
     conds = of(self.images.valid_idxs) or of(self.images.train_idxs)
     return dict(cond=[conds[i] for i in np.random.default_rng(self.seed % 2**64).permutation(len(conds))], guidance=2.)
 
 @patch
 def told(self:Run, n): # of the first `n` samples, what each was asked to show, a list
-    cond = self.asked['cond']
-    return [cond[i % len(cond)] for i in range(n)]
+    return [*itertools.islice(itertools.cycle(self.asked['cond']), n)]
 
 @patch(as_prop=True)
 def denoiser(self:Run):
@@ -229,10 +232,9 @@ def draw(self:Run, folder):
 @patch
 def grid(self:Run, px):
     "PIL image of the first 64 samples; if they were told a class, up to eight of each, a row a class"
-    import torch
     if self.condition != 'class': return data.image_grid(data.from_uint8(px[:64]), nrow=8)
-    asked = torch.tensor(self.told(len(px)))
-    return report.picture_rows({self.images.classes[k]: px[asked == k][:8] for k in asked.unique()[:16].tolist()})
+    asked = np.array(self.told(len(px)))
+    return report.picture_rows({self.images.classes[k]: px[asked == k][:8] for k in np.unique(asked)[:16]})
 
 # %% ../nbs/90_commands.ipynb #c026
 @patch
@@ -255,12 +257,11 @@ def scores(self:Run):
 
 @patch
 def by_guidance(self:Run, folder, f, idxs): # as for `evaluate`; features of some training images, and which these are
-    "KID against guidance, and for classes how often a judge sees the one asked for; few samples, drawn unless there"
-    n, labels, held = min(128, len(self.samples)), self.images.labels, spread(self.images.valid_idxs, 2000)
-    how = self.how | self.asked
+    "KID against guidance, and how often a judge sees the class or caption asked for; few samples, drawn unless there"
+    n, held, how = min(128, len(self.samples)), self.said(spread(self.images.valid_idxs, 2000)), self.how | self.asked
     draw = lambda g: self.samples[:n] if g == how['guidance'] else self.pipeline.pixels(n, **how | {'guidance': g})
-    seen = (labels[held], (f, labels[idxs]), self.told(n)) if self.condition == 'class' else ()
-    d = report.by_guidance(draw, self.judge, self.real_features, *seen)
+    listen = self.pipeline.denoiser.conditioners[0] if self.condition == 'text' else None
+    d = report.by_guidance(draw, self.judge, self.real_features, held, (f, self.said(idxs)), self.told(n), listen)
     report.save_png(report.guidance_curves(d), folder/'guidance.png')
     return d
 
@@ -292,7 +293,7 @@ def metrics(self:Run):
     ae, net = (notes[k]['facts'] for k in self.pipeline.parts())
     d = self.scores | dict(psnr=ae.get('psnr'), ssim=ae.get('ssim'), n_reconstructed=ae.get('n'))
     for k in SCORES: number(whole=False, **{f'{k}, in a made.json in {self.folder},': d.get(k)})
-    return d | dict(kid_curve=net.get('kid', []),
+    return d | dict(kid_curve=net.get('kid', []), told=self.asked and {**self.asked, 'cond': self.told(64)},
         **{k: notes['samples']['settings'][k] for k in ('sampler', 'steps')}, threads=torch.get_num_threads(),
         seconds={k: v['seconds'] for k, v in notes.items()}, peak_gb=round(training.peak_gb(self.device), 2))
 
@@ -344,7 +345,7 @@ def fix_steps(self:Run):
 @patch
 def announce(self:Run):
     "Print what will be done, on what, how long the trainings will take, and in how much memory"
-    p, (a, d) = self.p, self.step_times()
+    (a, d), p = self.step_times(), dataclasses.replace(self.p, n=len(self.images))
     told = f", told {self.condition or 'nothing: no classes, no captions'}" if self.settings.get('condition') else ''
     print(f"{self.settings['data']}: {self.images!r}\n{p!r}\nseed {self.seed}{told}, into {self.folder}")
     gb = 1.3*training.peak_gb(self.device) + 2*min(1.5e9, len(self.images)*self.images.channels*p.size**2)/1e9
@@ -388,7 +389,7 @@ def _options(
     ae_lr:either_way(float)=None,  # of the autoencoder
     seed:int=None,        # of everything random; default: 0
     n:int=None,           # use so many images; default: the preset's
-    autoencoder:str=None, # take this one (a folder or a Hub id) instead of training one
+    autoencoder:str=None, # take this one (folder, name in the zoo, Hub id) instead of training one
     condition:str=None,   # tell the denoiser class (first folder level), text (captions), auto: what there is; or none
     From:str=None,        # go on from a run, or a name in the zoo or on the Hub; none; default: what fits few pictures
     config:str=None,      # file of options, such as config.toml in a run folder; those given beside it count more
@@ -446,8 +447,7 @@ def told_by(Class, prompt, guidance, negative):
         if not v.strip(' ,'): raise UserError(f'--{k} is empty: say what to draw, or leave it away.')
     told = {k: v for k, v in (('guidance', guidance), ('negative', negative)) if v is not None}
     if told and not given: raise UserError(f'--{[*told][0]} needs --class or --prompt: say what to draw.')
-    if Class: told['cond'] = source.listed(Class)
-    return told | {'cond': prompt} if prompt else told
+    return told | {'cond': source.listed(Class) if Class else prompt} if given else told
 
 def write_pngs(folder, px, put=None): # as for `whole_folder`
     "One PNG an image, 00000.png onwards, in a folder that appears when it is complete"
@@ -501,7 +501,7 @@ def eval_cli(
     out:str=None,  # JSON file for the result
     seed:int=0     # of the split in halves that gives the floor
 ):
-    "Score one set of images against another: KID with its standard error and floor, and FID"
+    "Score one set of images against another: KID with its standard error and floor, and FID, whose error is not known"
     if out:
         with first_ahead(): new_place(out, '--out')
     size = min(map(data.side_of, (generated, real)))
@@ -509,10 +509,9 @@ def eval_cli(
     if min(len(a), len(b)) < 8:
         raise UserError(f'{len(a)} and {len(b)} images are too few to score: give eight of each, better a thousand.')
     judge = kid_eval.EfficientNetFeatures()
-    for o in (a, b):
-        left = ''.join(f'\n  {name}: {why}' for name, why in o.skipped[:5])
-        print(f'{o!r}{left}', file=sys.stderr)
+    for o in (a, b): print(repr(o), *(f'  {name}: {why}' for name, why in o.skipped[:5]), sep='\n', file=sys.stderr)
     print(f'compared at {size} px, by {judge.name}', file=sys.stderr, flush=True)
-    d = json.dumps(kid_eval.evaluate(a, b, judge, seed=seed), indent=1)
-    print(d)
+    scores = kid_eval.evaluate(a, b, judge, seed=seed)
+    print(d := json.dumps(scores, indent=1))
+    for k, why in report.caution(scores).items(): print(f'{k}: {why}', file=sys.stderr, flush=True)
     if out: write_whole(out, d, put_beside)

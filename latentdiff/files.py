@@ -9,9 +9,11 @@ __all__ = ['PATIENCE', 'SLOWEST', 'ARCHIVES', 'DAMAGED', 'UNPACKED', 'LARGEST', 
            'shard_samples', 'npz_pixels', 'at_hand']
 
 # %% ../nbs/parts/files.ipynb #f004
-import csv, errno, gzip, hashlib, http.client, io, itertools, json, lzma, math, os, random, re, shutil
+import csv, errno, gzip, hashlib, http.client, io, itertools, json, lzma, math, os, random, re, shutil, socket
 import struct, tarfile, time, tokenize, urllib.request, zipfile, zlib
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from threading import Event, Thread
 from urllib.parse import parse_qsl
 
 import fsspec, numpy as np, torch, torchvision.transforms.functional as TF
@@ -20,7 +22,7 @@ from fastai.data.external import untar_data
 from filelock import FileLock
 from .core import DATASETS, Bar, UserError, data_home, fingerprint, progress, rank, whole_folder
 from .core import number, one_of
-from .disk import FULL, enough, matching, on_disk
+from .disk import FULL, enough, matching, on_disk, place
 
 # %% ../nbs/parts/files.ipynb #f007
 def one_line(e): # an exception
@@ -54,12 +56,44 @@ def _goes_on(r, have, version): # a response; bytes and version of what is there
     start = re.match(r'bytes (\d+)-', r.headers.get('Content-Range', f'bytes {have}-'))
     return start and int(start[1]) == have and _version(r) in ('', version)
 
+def _opener(sockets):
+    "One of urllib's, which puts the sockets it opens into a list"
+    def told(kind):
+        class Connection(kind):
+            def connect(self):
+                super().connect()
+                sockets.append(self.sock)
+        return Connection
+    class Http(urllib.request.HTTPHandler):
+        def http_open(self, req): return self.do_open(told(http.client.HTTPConnection), req)
+    class Https(urllib.request.HTTPSHandler):
+        def https_open(self, req): return self.do_open(told(http.client.HTTPSConnection), req, context=self._context)
+    return urllib.request.build_opener(Http, Https)
+
+@contextmanager
+def _patiently(sockets):
+    "Hangs up, and raises `TimeoutError`, when what it yields was not called for `PATIENCE` seconds, whatever drips in"
+    last, over, late = [time.monotonic()], Event(), []
+    def watch():
+        while not over.wait(PATIENCE/10):
+            if time.monotonic() - last[0] < PATIENCE: continue
+            late.append(f'nothing came for {PATIENCE:g} seconds')
+            for o in sockets:
+                with suppress(OSError): o.shutdown(socket.SHUT_RDWR)
+            return
+    Thread(target=watch, daemon=True).start()
+    try: yield lambda: last.append(time.monotonic()) or last.pop(0)
+    except (OSError, ValueError, http.client.HTTPException) as e: raise TimeoutError(*late) if late else e
+    finally: over.set()
+    if late: raise TimeoutError(*late)
+
 def _fetch(url, part, tag):
     "Continue `part` from where it ends, if the server still has the file that `tag` names; raises `OSError`"
     version = tag.read_text() if os.path.exists(part) and os.path.exists(tag) else ''
     have = part.stat().st_size if version else 0
     headers = {'User-Agent': 'latentdiff', **({'Range': f'bytes={have}-', 'If-Range': version} if have else {})}
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=PATIENCE) as r:
+    request, sockets = urllib.request.Request(url, headers=headers), []
+    with _patiently(sockets) as arrived, _opener(sockets).open(request, timeout=PATIENCE) as r:
         if r.status != 206: have = 0                              # the server sends it all again
         elif not _goes_on(r, have, version):
             part.unlink(missing_ok=True)
@@ -69,9 +103,11 @@ def _fetch(url, part, tag):
         bar = Bar(-(-left >> 20), f'downloading {url} ({left/1e6:,.0f} MB)')
         with part.open('ab' if have else 'wb') as f:              # empty before it has another tag
             tag.write_text(_version(r) or version*(have > 0))
+            arrived()
             for b in _arriving(r):
                 f.write(b)
                 while bar.done < (f.tell() - have) >> 20: bar.step()
+                arrived()                                         # writing is no waiting
         bar.close()
     got = part.stat().st_size
     if left > 0 and got != have + left: raise ConnectionError(f'{got:,} of {have + left:,} bytes came')
@@ -194,7 +230,7 @@ LARGEST = 1 << 30 # bytes of a file that may be a picture; a gigabyte holds more
 
 def bytes_of(path):
     "The bytes of a picture file; raises `OSError`, also for one that is larger than `LARGEST`"
-    if (size := os.stat(path).st_size) <= LARGEST: return Path(path).read_bytes()
+    if (size := os.stat(place(file=path)).st_size) <= LARGEST: return Path(path).read_bytes()
     raise OSError(errno.EFBIG, f'{size/1e9:,.0f} GB, too much for a picture')
 
 def load_pixels(file, size, channels=3): # path of an image file, or its bytes; pixels a side; 3, or 1 for grey
@@ -272,7 +308,7 @@ def captions_in(folder):
         try:
             if why := no_file(path): raise OSError(why)
             with path.open(newline='', encoding='utf-8') as f:
-                for row in csv.DictReader(f) if path.suffix == '.csv' else map(json.loads, f):
+                for row in csv.DictReader(f) if path.suffix == '.csv' else map(json.loads, filter(str.strip, f)):
                     found[path.parent/row['file_name']] = said = row.get('text') or row.get('caption') or ''
                     said.encode()   # half a surrogate pair, which JSON can hold, is no text
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as e:
@@ -352,6 +388,7 @@ def hub_folder(spec, n): # 'owner/name', '?image=..&label=..&caption=..&split=..
     from datasets import Image as HubImage, load_dataset
     from huggingface_hub.errors import HTTPError
     name, _, query = str(spec).partition('?')
+    if not name: raise UserError('spec is empty: give owner/name, or a folder')
     if not os.path.isdir(name) and not re.fullmatch(ON_HUB, name):
         raise UserError(f'spec is {spec!r:.200}: give owner/name, or a folder')
     told = dict(parse_qsl(query))

@@ -20,7 +20,7 @@ from .autoencoder import fit_bs
 from .core import UserError, agreed, artefact, check_contents, checked, default_device, first_ahead, made, number
 from .core import one_of, progress, rank, read_json, sealed, share, stream, unsealed, world, write_json
 from .data import from_uint8, kind_of, like
-from .disk import reserve
+from .disk import NOWHERE, on_disk, place, reserve
 
 # %% ../nbs/20_noisify.ipynb #c076
 def cosine_levels(t): # levels in [0,1] -> (alpha, sigma) like t
@@ -102,13 +102,14 @@ class Process:
 
     def save(self, folder):
         "Write `folder`/config.json"
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        with on_disk(place(folder=folder), more=NOWHERE): Path(folder).mkdir(parents=True, exist_ok=True)
         write_json(Path(folder)/'config.json', {'_class_name': 'Process', **asdict(self)}, indent=2)
 
     @classmethod
     def load(cls, folder):
         "Read what `save` wrote; UserError if it is not there"
-        config = read_json(Path(folder)/'config.json', 'no noise process here, give the folder that Process.save wrote')
+        hint = 'no noise process here, give the folder that Process.save wrote'
+        config = read_json(place(folder=folder)/'config.json', hint)
         lost = [k for k in cls.__dataclass_fields__ if k not in config]
         if lost: raise UserError(f'{folder}/config.json: not the settings of a noise process, they lack {lost[0]}')
         try: return cls(**{k:v for k,v in config.items() if k[0]!='_'})
@@ -240,7 +241,7 @@ def noisify(self:Process, x0, t=None, eps=None, generator=None): # latents (b,..
 # %% ../nbs/20_noisify.ipynb #c015
 def weights_hash(ae): # an `Autoencoder` -> 64 hex digits
     "sha256 of an autoencoder's settings (its scale among them) and weights"
-    config = {k:v for k,v in ae.config.items() if k[0]!='_'}
+    config = {k:v for k,v in checked(module=ae).config.items() if k[0]!='_'}
     h = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for k,v in sorted(ae.state_dict().items()):
         h.update(f'{k} {v.dtype} {tuple(v.shape)}'.encode())
@@ -368,7 +369,7 @@ def make_latents(folder, images, ae, p, # of the run; `Images`; an `Autoencoder`
         (work/'done.json').unlink(missing_ok=True)
         return dict(n=len(images), shape=shape[1:])
     made_of = dict(images=images.fingerprint, autoencoder=weights_hash(ae))
-    return Latents(artefact(Path(folder)/'latents', make, made_of, dict(mirrored=flip)))
+    return Latents(artefact(place(folder=folder)/'latents', make, made_of, dict(mirrored=flip)))
 
 # %% ../nbs/20_noisify.ipynb #c141
 class NoisifyCB(Callback):
@@ -486,6 +487,6 @@ def to_diffusers(self:Process, cls=None): # another scheduler class of the famil
 def save_process(process, folder): # a `Process`; of the run, a Path
     "Write process/ and, if diffusers has such a scheduler, scheduler/"
     if rank(): return
-    process.save(Path(folder)/'process')
+    checked(process=process).save(place(folder=folder)/'process')
     try: process.to_diffusers().save_pretrained(Path(folder)/'scheduler')
     except UserError: shutil.rmtree(Path(folder)/'scheduler', ignore_errors=True)

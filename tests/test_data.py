@@ -30,7 +30,7 @@ def test_uint8_round_trip_and_clamp():
     back = to_uint8(from_uint8(every))
     assert torch.equal(back, every.expand(1, 3, 16, 16)) and from_uint8(every).dtype == torch.float32
     assert to_uint8(torch.tensor([-3., 3.]).view(1, 1, 2))[0, 0, 0].tolist() == [0, 255]
-    with pytest.raises(TypeError): to_uint8(every)
+    assert "images are torch.uint8 (1, 1, 16, 16): give floats" in one_line(to_uint8, every)
 
 def test_grid_places():
     x = torch.stack([torch.full((3, 4, 4), v) for v in (-1., 0., 1.)])
@@ -585,13 +585,15 @@ def test_captions_of_a_folder(tmp_path, table):
     for name in ('x/a.png', 'x/b.png', 'x/c.png'): put(tmp_path/'s'/name, png(len(name)))
     path = tmp_path/'s'/f'metadata.{table}'
     with path.open('w', newline='') as f:
-        if table == 'jsonl': f.writelines(json.dumps(o) + '\n' for o in rows)
+        if table == 'jsonl': f.writelines(json.dumps(o) + '\n\n' for o in rows)   # empty lines say nothing
         else:
             w = csv.DictWriter(f, ['file_name', 'text'])
             w.writeheader()
             w.writerows(rows)
     images = open_images(tmp_path/'s', 16)
     assert images.captions == ['a red bed', 'a blue bed, made', ''] and open_images(tmp_path/'s', 16, n=1).captions[0] in images.captions
+    path.write_text('file_name,text\nc.png,a bed' if table == 'csv' else '{"file_name": "c.png", "text": "a bed"}')
+    assert 'no file_name' in one_line(open_images, tmp_path/'s', 16)
     for bad in (b'name,text\nx,y\n' if table == 'csv' else b'{"name": 1}\n', 'file_name,text\nx,\xe9\n'.encode('latin1') if table == 'csv' else b'[1]\n'):
         path.write_bytes(bad)
         assert f'metadata.{table}' in one_line(open_images, tmp_path/'s', 16)

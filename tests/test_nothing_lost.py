@@ -1,6 +1,6 @@
 "Killed, stopped, starved of disk: what is finished is kept, what is half done is never taken for the whole, and the same command goes on."
 import json, os, random, signal, subprocess, sys, threading
-import numpy as np, pytest
+import numpy as np, pytest, torch
 from filelock import FileLock
 from pathlib import Path
 from fastcore.basics import AttrDict
@@ -578,6 +578,29 @@ def test_only_numbers_are_numbers_of_processes(monkeypatch, told, is_one):
     monkeypatch.delenv('WORLD_SIZE')
     assert (world(), rank()) == (1, 0)
 
+def met(how):
+    "Whether it is said on the process' own stderr that the others do not come, or cannot: 'late' takes longer than its patience"
+    import time
+    sys.stderr, sys.__stderr__ = open(os.devnull, 'w'), os.fdopen(os.dup(2), 'w', buffering=1)
+    if how == 'late': sys.stderr = sys.__stderr__
+    def meet(cpu):
+        if how == 'late': time.sleep(1)
+        if how == 'nowhere': raise ValueError('no address')
+    sys.modules['accelerate'] = AttrDict(PartialState=meet, utils=AttrDict(gather_object=lambda o: o*2))
+    core.default_device = lambda: AttrDict(type='cpu')
+    disk.patience.__wrapped__.__defaults__ = (9 if how == 'soon' else .05,)
+    try: assert core.agreed(3) == 3
+    finally: assert how != 'nowhere' or sys.stderr is sys.__stderr__
+
+@posix
+@pytest.mark.parametrize('size,rank,how,code,says', [('2', '0', 'late', 0, 'waiting for 1 more: if this process is alone, unset WORLD_SIZE'), ('2', '0', 'soon', 0, ''), ('2', '1', 'nowhere', 1, 'no way to the other processes (no address)'),
+    ('2', '7', 'soon', 1, 'RANK is 7, and WORLD_SIZE 2: unset both'), ('9'*5000, '0', 'soon', 1, "WORLD_SIZE is '999")], ids=['late', 'soon', 'nowhere', 'rank', 'size'])
+def test_what_a_batch_system_has_left_is_said(monkeypatch, tmp_path, size, rank, how, code, says):
+    "Who waits for others that never come says so; where there is no first process, the others are not silent"
+    monkeypatch.setenv('WORLD_SIZE', size), monkeypatch.setenv('RANK', rank)
+    rc, err = ended(lambda: met(how), tmp_path)
+    assert rc == code and says in err and bool(err) == bool(says) and err.strip().count('\n') == 0 and len(err) < 300, err
+
 def test_homes_that_nobody_knows(monkeypatch):
     for name, home in (('LATENTDIFF_DATA', data_home), ('LATENTDIFF_RUNS', runs_home)):
         monkeypatch.setenv(name, '~nobody-here/x')
@@ -621,6 +644,20 @@ def test_what_has_no_end_is_not_read(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path/'bomb.npz', np.zeros((100, 256, 256, 3), np.uint8))
     monkeypatch.setattr(disk, 'free_memory', lambda: 1e7)
     assert 'needs 19.7 MB of memory' in one_line(lambda: npz_pixels(tmp_path/'bomb.npz'))
+
+@pytest.mark.parametrize('widths', [[8000]*3, [90_000], [32]*2000])
+def test_a_config_that_asks_for_too_much_takes_no_memory(widths, tmp_path, monkeypatch):
+    "The head of the file of weights says what there is, before a network of the size that the config names is built; float8 is none of ours"
+    from safetensors.torch import save_file
+    from latentdiff.autoencoder import KLAutoencoder
+    from latentdiff.core import load_component, read_weights, save_component
+    save_component(KLAutoencoder(3, (16,), 4, 2), tmp_path/'ae')
+    config, whole = tmp_path/'ae'/'config.json', core._built
+    monkeypatch.setattr(core, '_built', lambda folder, config, device: whole(folder, config, device) if device == 'meta' else pytest.fail('built'))
+    config.write_text(json.dumps(json.loads(config.read_text()) | dict(widths=widths)))
+    assert 'does not ' in one_line(lambda: load_component(tmp_path/'ae'))
+    save_file({k: v.to(torch.float8_e4m3fn) for k, v in read_weights(tmp_path/'ae'/'autoencoder.safetensors').items()}, tmp_path/'ae'/'autoencoder.safetensors')
+    assert one_line(lambda: load_component(tmp_path/'ae')) and 'not finite' in one_line(lambda: read_weights(tmp_path/'ae'/'autoencoder.safetensors'))
 
 def test_nothing_steers_the_terminal(capfd):
     @one_line_errors

@@ -11,11 +11,11 @@ from latentdiff.commands import Run, run_cli
 from latentdiff.core import beside_file, default_device, made, read_toml, settings_of, to_toml
 from latentdiff.conditioning import ClassConditioner, Conditioned, TextConditioner, conditional
 from latentdiff.denoisers import ResNetDenoiser
-from latentdiff.data import from_uint8, open_images, to_uint8
+from latentdiff.data import from_uint8, open_images, some_pixels, to_uint8
 from latentdiff.few_step import with_steps
 from latentdiff.noisify import Latents, Process, make_latents, weights_hash
 from latentdiff.pipeline import LatentDiffusionPipeline
-from latentdiff.report import by_guidance, caution, class_judge
+from latentdiff.report import by_guidance, caption_judge, caution, class_judge, guidance_curves, guidance_figure
 from latentdiff.training import fit_steps, orthogonalise, rate, trackers
 from latentdiff.unet import UNet, denoiser_learner, loss_by_level, make_denoiser
 
@@ -240,19 +240,26 @@ def test_strange_pictures_are_announced(rooms, tmp_path, capsys):
 # --- few pictures ---------------------------------------------------------------------------------------------------
 
 def test_few_pictures_get_a_proposal(saved, rooms, tmp_path, monkeypatch, capsys):
-    "The pipeline that keeps most of them, if it keeps enough; the reason is printed; many pictures get none."
+    """The pipeline that keeps most of them, if it keeps enough; where none fits, such an autoencoder alone, unless the run has one; the reason is
+    printed; many pictures get none."""
     good = small()
     good.autoencoder.encode = good.autoencoder.decode = lambda x: x
-    sharp = dict(bad=small(), good=good)
-    monkeypatch.setattr(source, 'zoo', lambda: dict(bad=saved, good=saved))
-    monkeypatch.setattr(source, 'fitting', lambda name, *_: sharp[name])
-    assert source.choice(rooms, None) == 'good'
-    said = capsys.readouterr().out
-    assert 'good' in said and '--from none' in said and 'dB' in said
-    monkeypatch.setattr(source, 'zoo', lambda: dict(bad=saved))
-    assert source.choice(rooms, None) == 'none' and 'only' in capsys.readouterr().out
+    grey = LatentDiffusionPipeline(KLAutoencoder(1, (8,), 4, 1, 4), small().denoiser, Process(*FLOW), 32)
+    sharp = dict(bad=small(), good=good, grey=grey)
+    monkeypatch.setattr(source, 'zoo', lambda: sharp)
+    monkeypatch.setattr(source, 'opened', lambda name: sharp[name])
+    def said(condition=None, **kw): return source.choice(rooms, condition, **kw), capsys.readouterr().out
+    found, why = said()
+    assert found == {'from': 'good'} and 'goes on from good' in why and '--from none' in why and 'dB' in why
+    found, why = said('class')
+    assert found == {'from': 'none', 'autoencoder': 'good'} and 'the autoencoder is that of good' in why and 'told class' in why and '--from none' in why
+    found, why = said('class', given='taef2')
+    assert found == {'from': 'none'} and 'from nothing' in why and 'at random' not in why
+    del sharp['good']
+    found, why = said()
+    assert found == {'from': 'none'} and 'bad gives these back with only' in why and 'at random' in why
     monkeypatch.setattr(source, 'FEW', 120)
-    assert source.choice(rooms, None) == 'none' and not capsys.readouterr().out
+    assert said() == ({'from': 'none'}, '')
 
 def test_where_a_choice_is_made():
     "For pictures of one's own, unless an autoencoder or a source is given; the course's data sets start from nothing."
@@ -266,7 +273,7 @@ def test_a_choice_is_made_once(saved, tmp_path, monkeypatch):
     (tmp_path/'pics').mkdir()
     for i in range(120): Image.new('RGB', (32, 32), (i, 2*i, 99)).save(tmp_path/'pics'/f'{i}.png')
     options = dict(data=str(tmp_path/'pics'), preset='tiny', steps=1)
-    monkeypatch.setattr(source, 'choice', lambda *_: str(saved))
+    monkeypatch.setattr(source, 'choice', lambda *_: {'from': str(saved)})
     r = Run(tmp_path/'run', settings_of(**options))
     r.begin()
     r.fix_steps()
@@ -276,6 +283,25 @@ def test_a_choice_is_made_once(saved, tmp_path, monkeypatch):
     again = Run(r.folder, settings_of(**options))
     assert again.settings == r.settings and again.settings['from'] == str(saved) and again.p == r.p and r.p.widths == (16, 32)
     assert 'from' in one_line(Run, r.folder, settings_of(**options, From='none'))
+
+def test_an_autoencoder_of_the_package_is_chosen_once(tmp_path, monkeypatch, capsys):
+    "For few pictures with classes: it is found by its name, measured on these, announced and written down; the same command goes on with it."
+    for name, grey in (('a', 50), ('b', 150)):
+        (tmp_path/'pics'/name).mkdir(parents=True)
+        for i in range(60): Image.new('RGB', (32, 32), (grey + i, grey, 99)).save(tmp_path/'pics'/name/f'{i}.png')
+    options = dict(data=str(tmp_path/'pics'), preset='tiny', condition='class', steps=1)
+    monkeypatch.setattr(Run, 'step_times', lambda self: (0., 0.))
+    r = Run(tmp_path/'run', settings_of(**options))
+    r.go(('autoencoder',))
+    said, name = capsys.readouterr().out, r.settings['autoencoder']
+    assert r.settings['from'] == 'none' and name in source.zoo() and f'that of {name}' in said and '120 images at 32 px' in said
+    its = LatentDiffusionPipeline.from_pretrained(name, 'cpu').autoencoder
+    assert same(r.autoencoder, its.fit_scale(some_pixels(r.images, 'train', 0)))
+    monkeypatch.delattr(source, 'choice')
+    again = Run(r.folder, settings_of(**options))
+    assert again.settings == r.settings and again.p == r.p
+    assert beside_file({}, r.folder/'config.toml', {k: str for k in r.options()} | dict(size=int, seed=int, n=int, steps=int))['autoencoder'] == name
+    assert 'autoencoder' in one_line(Run, r.folder, settings_of(**options, From='none'))
 
 def test_size_and_condition_are_those_of_the_source():
     assert source.as_there({'from': 'fashion_mnist32'}) == {'from': 'fashion_mnist32', 'size': 32, 'condition': 'class'}
@@ -445,8 +471,49 @@ def test_guidance_against_what_is_asked():
     assert k[-1] == min(k) and k[0] == max(k)
     assert by_guidance(draw, None, x[:200])['rows'][0][3] is None
 
+def hearing(n, seed=0):
+    "n captions; what hears them: a token or two each, in 8 dimensions, NaN where the mask says no; and the means (n,8)"
+    table, mask = torch.randn(n, 2, 8, generator=torch.Generator().manual_seed(seed)), torch.ones(n, 2, dtype=torch.bool)
+    mask[::2, 1] = False
+    means = torch.where(mask[..., None], table, 0).sum(1)/mask.sum(1, True)
+    table[~mask] = math.nan
+    rows = lambda captions: [int(o.split()[1]) for o in captions]
+    return [f'picture {i}' for i in range(n)], lambda o: (table[rows(o)], mask[rows(o)]), means
+
+@pytest.mark.parametrize('k', [2, 10])
+def test_a_judge_of_captions_finds_what_is_there_and_no_more(k):
+    "Always, where features are a linear function of the embeddings and an offset; where they have nothing to do with them, by luck."
+    captions, listen, means = hearing(1200)
+    g = torch.Generator().manual_seed(1)
+    for f, right, off in ((means@torch.randn(8, 20, generator=g) + 5, 1, 0), (torch.randn(1200, 20, generator=g), 1/k, 3*(1/k*(1 - 1/k)/1000)**.5)):
+        see = caption_judge(f[:200], captions[:200], listen, captions[200:], k)
+        assert abs(see(f[200:], captions[200:]).double().mean().item() - right) <= off
+
+def test_a_judge_of_captions_is_fair():
+    "It is tried with the same others each time; of what sounds alike nothing is the nearest; one caption is no choice, nor are blank ones."
+    captions, listen, means = hearing(80)
+    same, noisy = caption_judge(means[:40], captions[:40], listen, captions[40:]), means + torch.randn(80, 8, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(same(noisy[40:], captions[40:]), same(noisy[40:], captions[40:]))
+    assert not caption_judge(means[:40], captions[:40], lambda o: listen(['picture 0']*len(o)), captions[40:])(means[40:], captions[40:]).any()
+    score = lambda held, known: by_guidance(lambda g: means[:40], None, means[40:], held, (means[:40], known), held, listen)['right']
+    assert score(captions[40:], captions[:40]) == 1 and score([captions[0]]*40, captions[:40]) is score(captions[40:], [captions[0]]*40) is score([' ']*40, captions[:40]) is None
+
+def test_guidance_against_the_caption_asked_for():
+    "Samples of which a known share shows it, among three captions that pictures share; those with none are left out; the judge comes first in what is said."
+    captions, listen, means = hearing(3)
+    said, asked, wrong = [captions[i % 3] for i in range(300)], [i % 3 for i in range(90)], {1.: 60, 1.5: 30, 2.: 9, 3.: 0}
+    f = means[[i % 3 for i in range(300)]] + .01*torch.randn(300, 8, generator=torch.Generator().manual_seed(1))
+    def draw(g): return f[[(k + (i < wrong[g])) % 3 for i, k in enumerate(asked)]]
+    d = by_guidance(draw, None, f[:120], said[:90] + ['', '  ']*15, (f[120:], said[120:]), [captions[k] for k in asked], listen)
+    assert d['right'] == 1 and d['n_real'] == 90 and d['luck'] == pytest.approx(1/3) and [o[3] for o in d['rows']] == pytest.approx([1/3, 2/3, .9, 1])
+    (_, _, text, _), = guidance_figure(d)
+    assert text.startswith('A judge') and 'out of 3 for 100% of 90 held-out ones (luck for 33%)' in text and 'caption that was asked for' in text
+    assert guidance_curves(d).width > 400 and guidance_figure({**d, 'right': None})[0][2].startswith('KID')
+    old = {k: d[k] for k in ('right', 'n_real', 'rows', 'n')}   # as runs with classes have noted it before
+    assert 'the class of 100% of 90 held-out ones. Left' in guidance_figure(old)[0][2]
+
 def test_few_pictures_are_a_caution():
     "With the error of this very score; where there are many of both, none."
     m = dict(n_real=18, n_fake=500, kid_se=.123)
-    assert '18 held-out' in caution(m)['caution'] and '0.25' in caution(m)['caution']
+    for w in ('18 real', '500 samples', '0.25', 'has no error'): assert w in caution(m)['caution'], w
     assert caution({**m, 'n_real': 500}) == {}

@@ -249,7 +249,8 @@ def test_the_browser_test_says_what_it_needs():
     "Without playwright: one line, with the commands that bring it"
     code = "import runpy, sys; sys.modules['playwright'] = None; runpy.run_path('browser.py', run_name='__main__')"
     r = subprocess.run([sys.executable, '-c', code], cwd=ROOT/'scripts', capture_output=True, text=True)
-    assert r.returncode == 1 and len(r.stderr.splitlines()) == 1 and 'playwright install' in r.stderr
+    assert r.returncode == 1 and len(r.stderr.splitlines()) == 1
+    for w in ('playwright install', "'.[browser]'", '$CHROMIUM'): assert w in r.stderr, w
 
 def test_a_release_is_the_version_and_has_been_used():
     "The workflow stops at a tag that is not the version, and publishes only what was installed from the wheel and used."
