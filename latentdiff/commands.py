@@ -346,7 +346,7 @@ def fix_steps(self:Run):
 def announce(self:Run):
     "Print what will be done, on what, how long the trainings will take, and in how much memory"
     (a, d), p = self.step_times(), dataclasses.replace(self.p, n=len(self.images))
-    told = f', told {self.condition}' if self.condition else ''
+    told = f", told {self.condition or 'nothing: no classes, no captions'}" if self.settings.get('condition') else ''
     print(f"{self.settings['data']}: {self.images!r}\n{p!r}\nseed {self.seed}{told}, into {self.folder}")
     gb = 1.3*training.peak_gb(self.device) + 2*min(1.5e9, len(self.images)*self.images.channels*p.size**2)/1e9
     print(f'training takes about {(p.ae_steps*a + p.steps*d)/60:.1f} min and {gb:.1f} GB on this machine as it is now: '

@@ -505,7 +505,7 @@ def network_config(folder): # of a network, ours or diffusers'
         for k in {'depth', 'layers_per_block', 'widths', 'block_out_channels'} & d.keys():
             n = len(d[k]) if isinstance(d[k], list) else d[k]
             if isinstance(n, (int, float)) and n > 100:
-                raise UserError(f'{folder}/config.json does not describe a network ({k} is {d[k]!s:.80}): save it again')
+                raise UserError(f'{folder}/config.json does not describe a network ({k}: {d[k]!s:.80}): save it again')
     return config
 
 def _built(folder, config, device): # where it was saved; a dict

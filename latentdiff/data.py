@@ -21,7 +21,7 @@ from torchvision.utils import make_grid
 from .core import UserError, checked, data_home, default_device, fingerprint, first_ahead, number, one_of, positions
 from .core import progress, stream
 from .disk import enough, matching
-from .files import (SUFFIXES, at_hand, bytes_of, captions_in, files_below, hub_folder, known_folder, name_below,
+from .files import (at_hand, bytes_of, captions_in, files_below, hub_folder, is_picture, known_folder, name_below,
                               no_file, npz_pixels, one_line, pixels_or_why, shard_names, shard_samples, there, unpacked)
 from .rooms import ROOM_FACTORS, draw_rooms, room_caption, room_codes
 
@@ -118,6 +118,7 @@ def pick(names, n, seed): # of all there are; how many to take, None for all; an
 class Images(torch.utils.data.Dataset):
     "Pictures of one size: `images[i]` is float32 (c,h,w) in [-1,1]. A subclass has them in `raw`, or can `read` them"
     labels = classes = captions = raw = None
+    alone = ''   # the only folder with pictures beside pictures in none, from which no class can be told
     def __init__(self,
         kind, names,            # a word for people; one a picture, which decides its side of the split
         size, channels,         # pixels a side; 3, or 1 for grey
@@ -156,7 +157,8 @@ class Images(torch.utils.data.Dataset):
     def __getitem__(self, i): return from_uint8(self.read([range(len(self))[i]])[0])
     def __repr__(self):
         none, copies = 0 if self.labels is None else int((self.labels < 0).sum()), len(self) - len({*self.contents})
-        classes = f', {len(self.classes)} classes' if self.classes else ''
+        classes = f', no classes: the only first-level folder is {self.alone}' if self.alone else ''
+        if self.classes: classes = f', {len(self.classes)} classes'
         more = ''.join(f', {n:,} {what}' for n, what in ((none, 'without a class'), (copies, 'exact copies')) if n)
         left = [f'{name} ({why})' for name, why in self.skipped if name.endswith('/')]
         if left: more += f"; left out: {', '.join(left[:3])}{f' and {len(left) - 3:,} more'*(len(left) > 3)}"
@@ -263,7 +265,7 @@ class FileImages(Images):
     def __init__(self, folder, size, n=None, channels=None, seed=0, kind=None):
         folder, shape = Path(folder), (channels or 3, size, size)
         files, left = files_below(folder)
-        files = {o: no_file(o) for o in files if o.suffix.lower() in SUFFIXES}
+        files = {o: no_file(o) for o in files if is_picture(o)}
         found = [o for o, why in files.items() if not why]
         left += [(name_below(folder, o), why) for o, why in files.items() if why]
         where = f"'{folder}'" + ''.join(f' ({name}: {why})' for name, why in left[:1])
@@ -284,6 +286,7 @@ class FileImages(Images):
         if len(classes) > 1:
             self.classes = classes
             self.labels = torch.tensor([classes.index(o.split('/')[0]) if '/' in o else -1 for o in self.names])
+        else: self.alone = ''.join(classes)
         if not (captions := captions_in(folder)): return
         self.captions = [captions.get(o, '') for o in self.paths]
         if not {*captions} & {*files}:

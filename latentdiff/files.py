@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'SLOWEST', 'ARCHIVES', 'DAMAGED', 'UNPACKED', 'LARGEST', 'SUFFIXES', 'OURS', 'ON_HUB', 'one_line', 'there',
-           'is_url', 'download', 'unpacked', 'to_rgb', 'bytes_of', 'load_pixels', 'pixels_or_why', 'files_below',
-           'name_below', 'no_file', 'captions_in', 'known_folder', 'hub_folder', 'shard_names', 'shard_samples',
-           'npz_pixels', 'at_hand']
+           'is_url', 'download', 'unpacked', 'to_rgb', 'bytes_of', 'load_pixels', 'is_picture', 'pixels_or_why',
+           'files_below', 'name_below', 'no_file', 'captions_in', 'known_folder', 'hub_folder', 'shard_names',
+           'shard_samples', 'npz_pixels', 'at_hand']
 
 # %% ../nbs/parts/files.ipynb #f004
 import csv, errno, gzip, hashlib, http.client, io, itertools, json, lzma, math, os, random, re, shutil, socket
@@ -248,7 +248,19 @@ def load_pixels(file, size, channels=3): # path of an image file, or its bytes; 
 
 # %% ../nbs/parts/files.ipynb #f026
 SUFFIXES = {s for s, o in Image.registered_extensions().items() if o in (*_FORMATS, 'MPO')} | {
-    '.heic', '.heif', '.jxl', '.svg', '.eps', '.raw', '.dng', '.cr2', '.cr3', '.nef', '.arw', '.raf', '.orf', '.rw2'}
+    f'.{o}' for o in 'heic heics heif heifs hif jxl jxr wdp hdp svg svgz eps ps wmf emf exr hdr xcf raw dng cr2 cr3 '
+    'crw nef nrw arw srf sr2 raf orf rw2 pef srw 3fr fff dcr kdc erf iiq mef mos mrw rwl x3f'.split()}
+_TEXTS = '.txt', '.json', '.jsonl', '.csv', '.xml', '.md'   # so many may lie beside the pictures: they are not opened
+_PICTURE = re.compile(rb'\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0....[\x0c(48@l|]\0'
+                      rb'|II\*\0|MM\0\*|....ftyp(avi[fs]|hei[cfmsx]|m[is]f1)', re.DOTALL)
+
+def is_picture(path): # of a file, whatever it is called
+    "Whether its suffix is a picture's, or, if nobody knows its suffix, its first bytes are"
+    suffix = path.suffix.lower()
+    if suffix in SUFFIXES or suffix in _TEXTS or no_file(path): return suffix in SUFFIXES
+    try:
+        with path.open('rb') as f: return bool(_PICTURE.match(f.read(16)))
+    except OSError: return False
 
 def pixels_or_why(file, size, channels):
     "What `load_pixels` gives, or in a few words why it gives nothing"

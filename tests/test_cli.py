@@ -471,6 +471,16 @@ def test_samples_are_told_what_held_out_images_are(tmp_path):
     assert sorted(told_run(tmp_path, 'class', images).asked['cond']) == [0]*8 + [1]*8
     assert set(told_run(tmp_path, 'text', images).asked['cond']) == {'a'}
 
+def test_a_run_that_can_be_told_nothing_says_why(tmp_path, capsys, monkeypatch):
+    "`--condition auto` on pictures without classes and captions"
+    monkeypatch.setattr(Run, 'step_times', lambda self: (.01, .01))
+    for kind, says in dict(auto='told nothing: no classes, no captions', none=None).items():
+        r = told_run(tmp_path, kind, open_images('rooms', 32, n=200))
+        r.images.labels = r.images.captions = None
+        r.announce()
+        out = capsys.readouterr().out
+        assert says in out if says else ', told' not in out
+
 class Sorted(Told):
     "A black class, then a white one, as folders by class are read"
     def __init__(self):

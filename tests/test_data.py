@@ -355,6 +355,14 @@ def test_labels_from_folders(tmp_path):
     assert '1 without a class' in repr(images)
     assert open_images(tmp_path/'s'/'cat', 16).classes is None
 
+def test_one_folder_of_folders_is_no_class_and_says_so(tmp_path):
+    "Beside one stray picture; without it, the classes are the folders below"
+    for o in ('train/cat', 'train/dog'): save(tmp_path/'s'/o/'x.png')
+    assert open_images(tmp_path/'s', 16).classes == ['cat', 'dog'] and 'no classes' not in repr(open_images(tmp_path/'s', 16))
+    save(tmp_path/'s'/'cover.png')
+    images = open_images(tmp_path/'s', 16)
+    assert images.classes is None and 'no classes: the only first-level folder is train;' in repr(images)
+
 def test_choice_of_n_is_nested(tmp_path):
     for i in range(20): save(tmp_path/'s'/f'{i:02d}.png')
     a, b = (open_images(tmp_path/'s', 16, n=n).names for n in (5, 10))
@@ -417,6 +425,21 @@ def test_pictures_of_unknown_kinds_are_counted(tmp_path):
     assert [n for n, _ in images.skipped] == ['b.heic', 'c.HEIF', 'd.jxl', 'e.svg', 'f.cr2'] and '5 skipped' in repr(images)
     (tmp_path/'s'/'a.png').unlink()
     assert 'b.heic' in one_line(open_images, tmp_path/'s', 16)
+
+UNREAD = 'hif heics heif exr jxr nrw pef srw wmf emf svgz dng cr3 arw ps eps'.split()
+
+def test_no_picture_is_silently_absent(tmp_path):
+    "What is not read is counted, by its suffix or its first bytes; what has no suffix, or one that nobody knows, is read; the rest is no picture"
+    for o in UNREAD: put(tmp_path/'s'/f'unread.{o}', b'something')
+    put(tmp_path/'s'/'photo', b'\0\0\0\x18ftypheic\0\0\0\0'), put(tmp_path/'s'/'half', b'\xff\xd8\xff\xe0\0\x10JFIF\0')
+    im = Image.fromarray(rooms(1, 32)[0].permute(1, 2, 0).numpy())
+    kinds = dict(png='', jpeg='.jpg_large', gif='.1', webp='.tmp', bmp='.orig', tiff='.bak', avif='.image')
+    for kind, suffix in kinds.items(): save(tmp_path/'s'/f'read-{kind}{suffix}', im, format=kind)
+    for o, raw in dict(**{'Thumbs.db': b'\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1', 'metadata.csv': b'file_name,text', 'x.txt': b'BM is a caption', 'clip.mp4': b'\0\0\0\x18ftypisom',
+                         'x.wav': b'RIFF\0\0\0\0WAVEfmt ', 'README': b'BMW and other cars of ours', 'empty': b'', 'x.part': b'RIFF'}).items(): put(tmp_path/'s'/o, raw)
+    images = open_images(tmp_path/'s', 32)
+    assert images.names == sorted(f'read-{kind}{suffix}' for kind, suffix in kinds.items())
+    assert sorted(n for n, why in images.skipped if why) == sorted([f'unread.{o}' for o in UNREAD] + ['photo', 'half'])
 
 def test_no_picture_starts_a_program(tmp_path):
     "Postscript under the name of a picture would be run by Ghostscript"

@@ -41,6 +41,18 @@ def test_the_house_is_as_drawn():
     rooms = {m[0]: int(m[1]) for m in re.findall(r'^\| `[^`]*` \| `(\w+)` \|.*\| (\d+) \|$', (ROOT/'CONTRIBUTING.md').read_text(), re.M)}
     assert rooms == {f.stem: count(f) for f in (ROOT/'latentdiff').glob('[a-z]*.py')} and max(rooms.values()) <= 450
 
+def crowded(text):
+    "Lines over 120 characters, but in what nbdev writes itself, and lines on which two statements of one body begin"
+    long = {i for i, l in enumerate(text.splitlines(), 1) if len(l) > 120 and not l.startswith(('__all__', '# %% '))}
+    bodies = [b for o in ast.walk(ast.parse(text)) for _, b in ast.iter_fields(o) if isinstance(b, list) and b and isinstance(b[0], ast.stmt)]
+    return sorted(long | {b.lineno for body in bodies for a, b in zip(body, body[1:]) if b.lineno <= a.end_lineno})
+
+def test_statements_have_lines_of_their_own():
+    "Of at most 120 characters; the check finds what it is for, and leaves `if x: y` alone"
+    assert crowded('a = 1; b = 2') == [1] and crowded('if a:\n    b(); c()') == [2] and crowded('x = 1\n# ' + 119*'y') == [2]
+    assert not crowded('if a: b()\nelse: c()\nfor d in e: f()')
+    assert {f.name: crowded(f.read_text()) for f in (ROOT/'latentdiff').glob('[a-z]*.py') if crowded(f.read_text())} == {}
+
 def test_links_name_the_repository_of_settings():
     "Every link to the repository, in any document, is to the owner, name and branch of settings.ini."
     here = f"{CFG['user']}/{CFG['repo']}"
