@@ -11,7 +11,7 @@ __all__ = ['AEBlock', 'conv_encoder', 'conv_decoder', 'as_double', 'PSNR', 'ssim
            'hinge_loss', 'adaptive_weight', 'Adversary']
 
 # %% ../nbs/10_autoencoder.ipynb #c004
-import importlib.util, os, re, safetensors.torch, torch, torch.nn.functional as F
+import importlib.resources, importlib.util, os, re, safetensors.torch, torch, torch.nn.functional as F
 from functools import partial
 from torch import nn
 from diffusers import AutoencoderKL, AutoencoderTiny
@@ -439,9 +439,9 @@ def from_pretrained(cls:TAEF2, folder=None): # of two .safetensors; None: $LATEN
     return ae.eval().requires_grad_(False)
 
 # %% ../nbs/10_autoencoder.ipynb #c179
-def open_autoencoder(spec): # a saved folder, one of TAEF2 weights, 'taef2', or a Hub id: 'stabilityai/sd-vae-ft-ema'
+def open_autoencoder(spec): # a folder, saved or of TAEF2; 'taef2', 'bedrooms64', 'stabilityai/sd-vae-ft-ema' on the Hub
     "The autoencoder that `spec` names, in eval mode; raises `UserError` if there is none"
-    folder = there(spec)
+    folder = there(spec) or there(f"{importlib.resources.files('latentdiff')}/zoo/{spec}/autoencoder")
     if str(spec) == 'taef2': return TAEF2.from_pretrained()
     if folder and os.path.isfile(folder/'encoder.safetensors'): return TAEF2.from_pretrained(folder)
     if folder and os.path.isdir(folder): config = network_config(folder)

@@ -17,7 +17,7 @@ def number(low=-math.inf, high=math.inf, whole=True, **given): # smallest and la
         kinds = (int, np.integer) if whole else (int, float, np.number)
         if isinstance(v, kinds) and not isinstance(v, bool) and low <= v <= high: continue
         raise UserError(f"{k} is {v!r:.80}: give a {'whole ' if whole else ''}number from {low:,} to {high:,}")
-    return v
+    return v.item() if hasattr(v, 'item') else v
 
 def one_of(allowed, **given): # names or numbers; one argument by its name
     "It, if it is one of them; else raises `UserError`"
@@ -40,10 +40,12 @@ def spread(items, n): # a tensor or array; how many
 
 _PIPE, _MOST = ('latent_shape', 'one as from_pretrained has it'), dict(depth=100, kernel=99, shape=10**6)
 _KNOWN = dict( # name: what all of these have, and what they are
-    process=('levels', "a Process, such as Process('flow')"), scheduler=('config', 'one of diffusers'), pipe=_PIPE,
+    process=('levels', "a Process, such as Process('flow')"), scheduler=('timesteps', 'one of diffusers'), pipe=_PIPE,
     net=('__call__', 'net(x_t, time) -> prediction'), denoiser=('parameters', 'a network'), unet=('conv_in', 'a UNet'),
     ae=('latent_shape', 'an Autoencoder'), autoencoder=_PIPE, images=('pixels', 'Images, as open_images does'),
-    p=('ae_widths', 'a Preset'), extractor=('name', 'an Extractor'),
+    p=('ae_widths', 'a Preset'), extractor=('embed', 'an Extractor, such as EfficientNetFeatures()'),
+    conditioner=('forward', 'one such as ClassConditioner'), module=('save_config', 'a network with a config'),
+    im=('save', 'a PIL image'), fig=('savefig', 'a figure of matplotlib'),
     model=('get', 'the config of one of diffusers, a dict'))
 
 def checked(**given): # by the names that they have everywhere: those in `_KNOWN`, and the sizes of networks and latents

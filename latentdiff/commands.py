@@ -9,14 +9,15 @@ __all__ = ['data', 'training', 'autoencoder', 'noisify', 'unet', 'sampling', 'ki
 
 # %% ../nbs/90_commands.ipynb #c004
 from .disk import enough, matching, new_place, new_places, one_line_errors, put_beside   # it minds Ctrl-C
-import importlib, io, json, math, os, platform, sys
+import dataclasses, importlib, io, json, math, os, platform, sys
 from functools import wraps
 from pathlib import Path
+from typing import get_type_hints
 import numpy as np
 from fastcore.basics import patch
 from fastcore.script import call_parse
 from .core import RATES, STEPS, UserError, above_zero, agreed, artefact, beside_file, check_settings, default_device
-from .core import fingerprint, first_ahead, locked, made, number, preset_of, progress, rank, read_json
+from .core import either_way, fingerprint, first_ahead, locked, made, number, preset_of, progress, rank, read_json
 from .core import run_folder, sealed, settings_of, spread, to_toml, unsealed, whole_folder, write_json, write_whole
 
 # %% ../nbs/90_commands.ipynb #n201
@@ -51,7 +52,7 @@ class Run:
             raise UserError(f'{self.folder} is a run of version 0.1, which this version cannot go on with: {other}')
         before = {'from': 'none', **old}
         for k in settings.keys() - {'minutes', *RATES, *(o for o in (*STEPS, 'from') if settings.get(o) is None)}:
-            if before.get(k) == settings[k]: continue
+            if before.get(k) == settings[k] or k == 'autoencoder' and settings.get('from') is None: continue
             was = f'{self.folder} was made with {k} {before.get(k)}, not {settings[k]}'
             raise UserError(f'{was}: repeat that, or {other}')
         rates = {k: settings[k] for k in RATES if k in settings}
@@ -131,7 +132,7 @@ def source(self:Run):
 def begin(self:Run):
     "Settle what the training starts from, and write down what a run has to know of it"
     s = self.settings
-    if s.get('from') is None: s['from'] = source.choice(self.images, self.condition, self.seed)
+    if s.get('from') is None: s |= source.choice(self.images, self.condition, self.seed, s['autoencoder'])
     if s['from'] == 'none': return
     s['start'] = source.description(self.source)
     source.counted_as(s['start']['classes'], self.images)
@@ -343,7 +344,7 @@ def fix_steps(self:Run):
 @patch
 def announce(self:Run):
     "Print what will be done, on what, how long the trainings will take, and in how much memory"
-    p, (a, d) = self.p, self.step_times()
+    (a, d), p = self.step_times(), dataclasses.replace(self.p, n=len(self.images))
     told = f', told {self.condition}' if self.condition else ''
     print(f"{self.settings['data']}: {self.images!r}\n{p!r}\nseed {self.seed}{told}, into {self.folder}")
     gb = 1.3*training.peak_gb(self.device) + 2*min(1.5e9, len(self.images)*self.images.channels*p.size**2)/1e9
@@ -382,19 +383,19 @@ def _options(
     size:int=None,        # side of the images in pixels; default: the preset's
     minutes:float=None,   # of training, turned into steps once, at the start; default: the preset's steps
     steps:int=None,       # of the denoiser's training, instead of minutes
-    ae_steps:int=None,    # of the autoencoder's
+    ae_steps:either_way(int)=None, # of the autoencoder's
     lr:float=None,        # highest learning rate of the denoiser; lower, one that diverged goes on
-    ae_lr:float=None,     # of the autoencoder
+    ae_lr:either_way(float)=None,  # of the autoencoder
     seed:int=None,        # of everything random; default: 0
     n:int=None,           # use so many images; default: the preset's
-    autoencoder:str=None, # take this one (a folder or a Hub id) instead of training one
+    autoencoder:str=None, # take this one (folder, name in the zoo, Hub id) instead of training one
     condition:str=None,   # tell the denoiser class (first folder level), text (captions), auto: what there is; or none
     From:str=None,        # go on from a run, or a name in the zoo or on the Hub; none; default: what fits few pictures
     config:str=None,      # file of options, such as config.toml in a run folder; those given beside it count more
     track:str=None,       # tensorboard: its files of the denoiser's training go into the run folder
     out:str=None          # run folder; default: runs/<data>-<preset>-<size>px-seed<seed>
 ): # Run
-    kinds = {k.lower(): v for k, v in _options.__annotations__.items() if k not in ('config', 'track', 'out')}
+    kinds = {k.lower(): v for k, v in get_type_hints(_options).items() if k not in ('config', 'track', 'out')}
     given = {k.lower(): v for k, v in locals().items() if v is not None and k.lower() in kinds}
     given = source.as_there(beside_file(given, config, kinds))
     s = settings_of(**{'From' if k == 'from' else k: v for k, v in given.items()})
@@ -431,7 +432,8 @@ def train_cli(
         done = made(r.folder/('denoiser' if r.condition else 'unet'))
         if not done: raise UserError(f'{run} has no finished denoiser: run latentdiff-train without --more first.')
         had = done['settings'].get('steps') if isinstance(done.get('settings'), dict) else None
-        r.settings['steps'] = number(1, 10**9, **{f'steps in the made.json of {run}': had}) + more
+        had = number(1, 10**9, **{f'steps in the made.json of {run}': had})
+        r.settings['steps'] = number(1, 10**9, **{'steps, with --more,': had + more})
         r.p = preset_of(r.settings)
     r.go(('denoiser', 'pipeline'))
 
@@ -444,8 +446,7 @@ def told_by(Class, prompt, guidance, negative):
         if not v.strip(' ,'): raise UserError(f'--{k} is empty: say what to draw, or leave it away.')
     told = {k: v for k, v in (('guidance', guidance), ('negative', negative)) if v is not None}
     if told and not given: raise UserError(f'--{[*told][0]} needs --class or --prompt: say what to draw.')
-    if Class: told['cond'] = source.listed(Class)
-    return told | {'cond': prompt} if prompt else told
+    return told | {'cond': source.listed(Class) if Class else prompt} if given else told
 
 def write_pngs(folder, px, put=None): # as for `whole_folder`
     "One PNG an image, 00000.png onwards, in a folder that appears when it is complete"
@@ -499,7 +500,7 @@ def eval_cli(
     out:str=None,  # JSON file for the result
     seed:int=0     # of the split in halves that gives the floor
 ):
-    "Score one set of images against another: KID with its standard error and floor, and FID"
+    "Score one set of images against another: KID with its standard error and floor, and FID, whose error is not known"
     if out:
         with first_ahead(): new_place(out, '--out')
     size = min(map(data.side_of, (generated, real)))
@@ -507,10 +508,9 @@ def eval_cli(
     if min(len(a), len(b)) < 8:
         raise UserError(f'{len(a)} and {len(b)} images are too few to score: give eight of each, better a thousand.')
     judge = kid_eval.EfficientNetFeatures()
-    for o in (a, b):
-        left = ''.join(f'\n  {name}: {why}' for name, why in o.skipped[:5])
-        print(f'{o!r}{left}', file=sys.stderr)
+    for o in (a, b): print(repr(o), *(f'  {name}: {why}' for name, why in o.skipped[:5]), sep='\n', file=sys.stderr)
     print(f'compared at {size} px, by {judge.name}', file=sys.stderr, flush=True)
-    d = json.dumps(kid_eval.evaluate(a, b, judge, seed=seed), indent=1)
-    print(d)
+    scores = kid_eval.evaluate(a, b, judge, seed=seed)
+    print(d := json.dumps(scores, indent=1))
+    for k, why in report.caution(scores).items(): print(f'{k}: {why}', file=sys.stderr, flush=True)
     if out: write_whole(out, d, put_beside)

@@ -14,9 +14,9 @@ from importlib.util import find_spec
 from torch import nn
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from fastai.basics import DataLoaders, Path
-from .core import UNFIT, UserError, find_class, fingerprint, number, stream, write_json
+from .core import UNFIT, UserError, checked, find_class, fingerprint, multiples, number, stream, write_json
 from .training import DeviceLoader, Learner, adamw, fit_steps, largest_divisor, rows_of, zero_init
-from .data import as_images, check_images, kind_of
+from .data import as_images, check_images, kind_of, like
 from .files import one_line
 from .unet import UNet, make_denoiser, unet_for
 
@@ -25,7 +25,7 @@ class CrossAttention(nn.Module):
     "x + attention of its h*w places over context tokens ('... synthesis with latent diffusion models', section 3.3)"
     def __init__(self, c, dim, heads=1, groups=None): # channels of x, length of a token, the rest as in `SelfAttention`
         super().__init__()
-        if c % heads: raise ValueError(f'{c} channels cannot be split into {heads} heads')
+        multiples(heads, c=checked(dim=dim, heads=heads, c=c))
         self.heads, self.group_norm = heads, nn.GroupNorm(groups or largest_divisor(c, min(32, c//4)), c)
         self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(dim, c), nn.Linear(dim, c)
         self.to_out = nn.ModuleList([zero_init(nn.Linear(c, c))])
@@ -66,7 +66,7 @@ class ConditionalUNet(UNet):
     def __init__(self, in_channels=4, out_channels=None, widths=(32,64,64,128), depth=2, # as `UNet` takes them
         attn_levels=None, head_dim=32, groups=None, dim=384): # the same; length of a token
         super().__init__(in_channels, out_channels, widths, depth, attn_levels, head_dim, groups)
-        number(1, dim=dim)
+        checked(dim=dim)
         for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
             block.attentions = nn.ModuleList(CrossAttentionBlock(attn, dim) for attn in block.attentions)
         self.null, self.norm = nn.Parameter(torch.randn(1, 1, dim)), nn.LayerNorm(dim)
@@ -75,21 +75,24 @@ class ConditionalUNet(UNet):
         "The tokens (b, 1+n, dim) that places can look at, the null token first, and their mask"
         null = self.null.expand(b, -1, -1)
         if cond is None: return self.norm(null), None
-        if cond.ndim != 3 or (len(cond), cond.shape[2]) != (b, null.shape[2]):
-            raise UserError(f'the condition must be tokens ({b}, n, {null.shape[2]}), not {tuple(cond.shape)}')
+        if not torch.is_tensor(cond) or cond.ndim != 3 or (len(cond), cond.shape[2]) != (b, null.shape[2]):
+            raise UserError(f'the condition must be tokens ({b}, n, {null.shape[2]}), not {kind_of(cond)}')
         if mask is None: mask = cond.new_ones(cond.shape[:2], dtype=torch.bool)
+        if kind_of(mask) != f'torch.bool {tuple(cond.shape[:2])}':
+            raise UserError(f'mask is {kind_of(mask)}: give bool {tuple(cond.shape[:2])}, True where it counts')
         tokens = torch.cat([null, torch.where(mask[..., None], cond, 0)], 1)
         return self.norm(tokens), F.pad(mask, (1, 0), value=True)
 
     def forward(self, x, time, # (b, in_channels, h, w) noisy latent, (b,) `process.time_input(t)`
                 cond=None, mask=None): # (b, n, dim) tokens; (b, n) bool: which of them count
         "The prediction (b, out_channels, h, w); unconditional without `cond`, or where a row of `mask` has no True"
+        like(x=x)
         return super().forward(x, time, context=self.context(len(x), cond, mask))
 
 # %% ../nbs/60_conditioning.ipynb #c029
 def conditional(unet, dim): # a `UNet`, trained or not, and the length of a token
     "A `ConditionalUNet` that answers as `unet` does, whatever it is told, until it is trained"
-    net = ConditionalUNet(dim=dim, **{k: v for k, v in unet.config.items() if k[0] != '_'})
+    net = ConditionalUNet(dim=dim, **{k: v for k, v in checked(unet=unet).config.items() if k[0] != '_'})
     old = {**net.state_dict(), **unet.state_dict()}
     net.load_state_dict({k: old[k.replace('.attn.', '.')] for k in net.state_dict()})
     return net.to(next(unet.parameters()).device)
@@ -103,7 +106,7 @@ class ClassConditioner(nn.Module, ConfigMixin):
         super().__init__()
         if not hasattr(classes, '__len__') or not len(classes):
             raise UserError(f'classes is {classes!r:.80}: give the name of each, one or more')
-        self.embedding, self.dim = nn.Embedding(len(classes), number(1, dim=dim)), dim
+        self.embedding, self.dim = nn.Embedding(len(classes), checked(dim=dim)), dim
 
     def number(self, label): # a class's name or number
         classes = list(self.config.classes)
@@ -128,7 +131,8 @@ class Conditioned(nn.Module, ConfigMixin):
     def __init__(self, net, *conditioners, # net(x, time, tokens, mask); each: conditioner(cond) -> (tokens, mask)
                  drop=.1): # how often each is left out (Ho & Salimans 2022, algorithm 1), half of it all at once
         super().__init__()
-        self.net, self.conditioners, self.drop = net, nn.ModuleList(conditioners), number(0, 1, False, drop=drop)
+        self.net, self.drop = checked(net=net), number(0, 1, False, drop=drop)
+        self.conditioners = nn.ModuleList(checked(conditioner=o) for o in conditioners)
 
     @property
     def config(self): return self.net.config
@@ -190,7 +194,7 @@ def guide(net, # Conditioned, or a bare net(x, time, tokens, mask)
     negative=None): # what to move away from, like `cond` or one row of it; None: the unconditional answer
     "net(x, time) for b rows of x: classifier-free guidance (Ho & Salimans 2022, eq. 6) from one batch of 2b, at 1 of b"
     if not torch.is_tensor(scale): number(-1e6, 1e6, False, scale=scale)
-    tokens, mask = context_of(net, cond)
+    tokens, mask = context_of(checked(net=net), cond)
     against = (tokens, torch.zeros_like(mask)) if negative is None else context_of(net, negative)
     b, n = len(tokens), max(tokens.shape[1], against[0].shape[1])
     sides = [fitted(*against, b, n), fitted(tokens, mask, b, n)]
@@ -198,6 +202,7 @@ def guide(net, # Conditioned, or a bare net(x, time, tokens, mask)
     told, k = [torch.cat(o) for o in zip(*sides)], len(sides)
     bare = net.net if hasattr(net, 'conditioners') else net
     def guided(x, time, cond=None):
+        like(x=x)
         if len(x) != b: raise UserError(f'{b} conditions for {len(x)} images: give one for each, and `sample` bs={b}')
         answers = bare(torch.cat([x]*k), torch.cat([time]*k), *told).chunk(k)
         return answers[0] if k == 1 else answers[0] + scale*(answers[1] - answers[0])
@@ -208,7 +213,7 @@ class FactorReader(nn.Module):
     "An image -> scores for each value of each factor: three convolutions, a linear layer. To judge generated images by"
     def __init__(self, sizes, channels=3, widths=(32,64,128)): # values of each factor; channels of image, convolutions
         super().__init__()
-        cs, self.sizes = (channels, *widths), list(sizes)
+        cs, self.sizes = (channels, *checked(channels=channels, sizes=sizes, widths=widths)), list(sizes)
         conv = lambda a, b: nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.ReLU())
         self.body = nn.Sequential(*map(conv, cs, widths), nn.AdaptiveAvgPool2d(4), nn.Flatten())
         self.head = nn.Linear(16*widths[-1], sum(self.sizes))
@@ -229,7 +234,7 @@ def train_reader(pixels, codes, # (n, c, h, w) uint8, real images; (n, factors) 
     whole = torch.is_tensor(codes) and codes.dtype == torch.int64 and codes.ndim == 2 and len(codes) == n
     if not whole or codes.min() < 0:
         raise UserError(f'codes is {kind_of(codes)}: give int64 ({n}, factors), 0 or more')
-    torch.manual_seed(seed)
+    torch.manual_seed(number(-2**63, 2**63 - 1, seed=seed))
     reader = FactorReader((codes.max(0).values + 1).tolist(), pixels.shape[1])
     dl = DeviceLoader(pixels, codes, bs=64, shuffle=True, seed=seed)
     loss = lambda scores, y: sum(F.cross_entropy(s, y[:, i]) for i, s in enumerate(scores))
@@ -303,7 +308,7 @@ class TextConditioner(nn.Module, ConfigMixin):
         captions = [captions] if isinstance(captions, str) or not hasattr(captions, '__len__') else list(captions)
         bad = [o for o in captions if not isinstance(o, str) or re.search('[\ud800-\udfff]', o)]
         if bad or not captions:
-            raise UserError(f'captions are a list of Unicode strings; this has {repr(bad[0])[:60] if bad else "none"}')
+            raise UserError(f'captions are a list of strings; this has {repr(bad[0])[:60] if bad else "none"}')
         new = [o for o in dict.fromkeys(captions) if o not in self.places]
         for i in range(0, len(new), 256): self.add(new[i:i+256])
         return torch.tensor([self.places[o] for o in captions])
@@ -335,7 +340,7 @@ def check_condition(kind, images): # 'class' or 'text'
     "Raise `UserError` if these images have no such thing, or the language model is missing"
     hints = {'class': 'these images are not of two or more classes: put each class into a folder of its own',
              'text': 'these images have no captions: write them to a metadata.csv'}
-    if kind not in hints: raise UserError(f"there is no condition {kind!r}: choose class or text")
+    if kind not in tuple(hints): raise UserError(f"there is no condition {kind!r}: choose class or text")
     if kind not in conditions_of(images): raise UserError(hints[kind])
     if kind == 'text': text_encoder('minilm')
 
@@ -369,14 +374,14 @@ class StyleConditioner(nn.Module, ConfigMixin):
         widths=(32,64,128), # channels of the features at each resolution; a token each
         code=8):            # numbers that pass from each resolution: few, or the picture itself gets through
         super().__init__()
-        strides, cs = (1, *[2]*len(widths)), (in_channels, *widths)
+        cs = (in_channels, *checked(in_channels=in_channels, dim=dim, code=code, widths=widths))
+        strides = (1, *[2]*len(widths))
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, s) for a, b, s in zip(cs, widths, strides))
         self.codes = nn.ModuleList(nn.Sequential(nn.Linear(2*w, code), nn.LayerNorm(code)) for w in widths)
         self.outs = nn.ModuleList(nn.Linear(code, dim) for _ in widths)
 
     def forward(self, images): # (b, c, h, w) float in [-1,1], or uint8 -> tokens (b, len(widths), dim), mask
-        c, shape = self.config.in_channels, tuple(images.shape)
-        if len(shape) != 4 or shape[1] != c: raise UserError(f'style images are (b, {c}, h, w), not {shape}')
+        check_images(images, (self.config.in_channels,), 1e30, name='style images')
         x, tokens = as_images(images, self.convs[0].weight.device), []
         for conv, code, out in zip(self.convs, self.codes, self.outs):
             x = F.silu(conv(x))

@@ -6,19 +6,21 @@
 __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT', 'default_device', 'Preset', 'preset',
            'run_folder', 'above_zero', 'preset_of', 'check_settings', 'settings_of', 'stream', 'Bar', 'progress',
            'every', 'agreed', 'share', 'gathered', 'first_ahead', 'to_toml', 'check_kinds', 'read_toml', 'beside_file',
-           'weights_name', 'not_finite', 'save_component', 'find_class', 'read_weights', 'load_weights',
-           'network_config', 'load_component', 'fingerprint', 'sealed', 'unsealed', 'made', 'content_of', 'altered',
-           'check_contents', 'artefact', 'locked', 'exercise']
+           'either_way', 'fingerprint', 'sealed', 'unsealed', 'made', 'content_of', 'altered', 'check_contents',
+           'artefact', 'locked', 'weights_name', 'not_finite', 'save_component', 'find_class', 'read_weights',
+           'check_fit', 'load_weights', 'network_config', 'load_component', 'exercise']
 
 # %% ../nbs/parts/core.ipynb #c004
-from .disk import UserError, clear_away, data_home, file_md5, on_disk, patience, rank, read_json, read_text
-from .disk import remove, replace_folder, runs_home, whole_folder, world, write_json, write_whole
+from .disk import NOWHERE, UserError, clear_away, data_home, file_md5, on_disk, patience, place, rank
+from .disk import read_json, read_text, remove, replace_folder, runs_home, utf8, whole_folder, world
+from .disk import write_json, write_whole
 from .checks import checked, multiples, number, numbers, one_of, positions, spread   # others ask core for all of them
-import hashlib, importlib, json, os, sys, time, tomllib   # after disk, which minds Ctrl-C
+import argparse, hashlib, importlib, json, os, sys, time, tomllib   # after disk, which minds Ctrl-C
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Annotated
 
 from fastcore.imports import IN_NOTEBOOK
 from fastprogress.fastprogress import progress_bar
@@ -113,7 +115,7 @@ def preset(name=None, data=None, size=None): # None: `$LATENTDIFF_PRESET`, else 
 
 def run_folder(p, seed=0): # a `Preset`
     "Where the run of a preset lives unless told otherwise: lessons and commands share it"
-    return runs_home()/f"{Path(p.data.rstrip('/')).name.split('.')[0]}-{p.name}-{p.size}px-seed{seed}"
+    return runs_home()/f"{Path(checked(p=p).data.rstrip('/')).name.split('.')[0]}-{p.name}-{p.size}px-seed{seed}"
 
 # %% ../nbs/parts/core.ipynb #n905
 STEPS = 'ae_steps', 'steps'  # what minutes become
@@ -166,7 +168,8 @@ def settings_of(data=None, preset=None, size=None, minutes=None, seed=0, n=None,
     p = preset_of(dict(preset=preset, data=data, size=size, n=n, autoencoder=autoencoder))
     if From is None and (autoencoder or p.data.split('/')[0] in DATASETS): From = 'none'  # else it will be seen
     rates = {k: v for k, v in dict(ae_lr=ae_lr, lr=lr).items() if v}
-    whole = lambda d, file='': str(Path(d).resolve()) if d and d not in DATASETS and os.path.exists(Path(d)/file) else d
+    there = lambda d, file: d and d not in DATASETS and os.path.exists(Path(d)/file)
+    whole = lambda d, file='': utf8(path=str(Path(d).resolve())) if there(d, file) else d
     return dict(data=whole(p.data), preset=p.name, size=p.size, minutes=minutes, seed=seed, n=p.n,
                 autoencoder=whole(p.ae_pretrained), condition=None if condition == 'none' else condition,
                 steps=steps, ae_steps=ae_steps, **{'from': whole(From, 'model_index.json')}, **rates)
@@ -278,87 +281,16 @@ def beside_file(given, path, kinds): # options; TOML file, None: there is none; 
     beaten = {o for k in given for o in rivals.get(k, ())}
     return {k: v for k, v in told.items() if k not in beaten} | given
 
-# %% ../nbs/parts/core.ipynb #c027
-WEIGHTS = 'diffusion_pytorch_model.safetensors'  # what diffusers looks for
-_OURS = dict(UNet2DModel='UNet', AutoencoderKL='PretrainedKL', AutoencoderTiny='PretrainedTiny')  # theirs: ours
+# %% ../nbs/parts/core.ipynb #v912
+class _EitherWay(argparse.Action):
+    "An option that may be written with `-` or `_`"
+    def __init__(self, option_strings, dest, **kw):
+        super().__init__([f"--{dest.replace('_', '-')}", f'--{dest}'], dest, **kw)
+    def __call__(self, parser, namespace, value, option_string=None): setattr(namespace, self.dest, value)
 
-def weights_name(module): return getattr(module, 'weights_name', 'weights.safetensors')  # WEIGHTS: for diffusers too
-
-def not_finite(state): # a dict of tensors
-    "The names of those with numbers that are not finite"
-    return [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
-
-def save_component(module, folder): # with diffusers' `ConfigMixin`; written in one step, an earlier one is replaced
-    "Save config and weights; returns the folder. Raises `UserError` if a weight is not finite"
-    from safetensors.torch import save
-    state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-    if bad := not_finite(state):
-        raise UserError(f'{bad[0]} of {type(module).__name__} is not finite, so it is not saved: train at a lower rate')
-    with whole_folder(folder) as new:
-        module.save_config(new)
-        write_whole(new/weights_name(module), save(state, metadata={'format': 'pt'}))
-    return Path(folder)
-
-# %% ../nbs/parts/core.ipynb #c028
-# what constructors raise for settings that no network has
-UNFIT = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError,
-         AssertionError, NameError)
-
-def _subclasses(cls): return [c for sub in cls.__subclasses__() for c in (sub, *_subclasses(sub))]
-
-def find_class(name): # of the class that was saved
-    "The class of that name among those already defined, else in this package"
-    from diffusers.configuration_utils import ConfigMixin
-    from latentdiff._modidx import d
-    name = _OURS.get(str(name), str(name))
-    found = [c for c in _subclasses(ConfigMixin) if c.__name__ == name and not c.__module__.startswith('diffusers')]
-    if found: return found[-1]
-    for module, syms in d['syms'].items():
-        cls = getattr(importlib.import_module(module), name, None) if f'{module}.{name}' in syms else None
-        if isinstance(cls, type) and issubclass(cls, ConfigMixin): return cls
-    raise UserError(f'no class named {name!s:.80} is known here: import the module that defines it first')
-
-# %% ../nbs/parts/core.ipynb #c029
-def read_weights(path): # .safetensors
-    "The tensors in a file by name; raises `UserError` if it is missing, damaged, or holds numbers that are not finite"
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    again = 'save or download it again'
-    if not os.path.isfile(path): raise UserError(f'{path} is missing: {again}')
-    try: state = load_file(path)
-    except SafetensorError as e: raise UserError(f'{path} is damaged ({e}): {again}') from e
-    if bad := not_finite(state): raise UserError(f'{path} holds {bad[0]} that is not finite: {again}')
-    return state
-
-def load_weights(module, path): # to be filled; .safetensors
-    "Fill `module` from `path`; raises `UserError` if it is missing, damaged or does not fit"
-    state, want = read_weights(path), module.state_dict()
-    kind = lambda x: (x.shape, x.is_floating_point())   # float16 may become float32, int8 may not
-    bad = sorted(want.keys() ^ state.keys()) + [k for k in want if k in state and kind(want[k]) != kind(state[k])]
-    if not bad: return module.load_state_dict(state)
-    raise UserError(f'{path} does not fit its {type(module).__name__}: {len(bad)} tensors differ, first {bad[0]}')
-
-def network_config(folder): # of a network, ours or diffusers'
-    "The dict in its config.json; raises `UserError` for one with so many layers that building it would not end"
-    config, few = read_json(Path(folder)/'config.json', 'it is not the folder of a saved component'), (int, float)
-    for d in (nested := [config]):
-        nested += [o for o in d.values() if isinstance(o, dict)]
-        for k in {'depth', 'layers_per_block'} & d.keys():
-            if isinstance(d[k], few) and d[k] > 100:
-                raise UserError(f'{folder}/config.json does not describe a network ({k} is {d[k]}): save it again')
-    return config
-
-def load_component(folder): # as `save_component` left it
-    "The module saved there, in eval mode; raises `UserError` if it is not whole"
-    config = network_config(folder)
-    try: module = find_class(config.get('_class_name')).from_config(config)
-    except UserError as e: raise type(e)(f'{folder}/config.json: {e}') from None
-    except UNFIT as e:
-        why = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise UserError(f'{folder}/config.json does not describe a network ({why}): save it again') from e
-    load_weights(module, Path(folder)/weights_name(module))
-    check_contents(folder)
-    return module.eval().requires_grad_(False)
+def either_way(kind): # of the value
+    "The annotation of such an option of a command, whatever the age of fastcore"
+    return Annotated[kind, dict(action=_EitherWay)]
 
 # %% ../nbs/parts/core.ipynb #c033
 def fingerprint(**what):
@@ -378,7 +310,7 @@ def unsealed(path, hint): # of a JSON file; what to do if it is damaged
 
 def made(path):
     "What made.json says of the artefact at `path`: settings, parents, facts, seconds; {} if there is none"
-    f = Path(path)/'made.json'
+    f = place(path=path)/'made.json'
     return unsealed(f, f'delete {path} and run the command again') if os.path.isfile(f) else {}
 
 def _difference(old, new):
@@ -428,7 +360,7 @@ def artefact(path, make,        # the folder; make(folder) fills one, maybe begu
              version=1,         # of the recipe: one more when the same settings give something else
              cheap=False):      # `remake`, and make again what was deleted or changed in it, which a loader refuses
     "Make the artefact at `path` unless it is there and made from the same; returns `path`"
-    path = Path(path)
+    path = place(path=path)
     want = json.loads(json.dumps(dict(settings=settings, parents=parents, version=version), default=str))
     there, old = agreed((os.path.exists(path), made(path)))
     if there and not old: raise UserError(f'{path} was not made by this version of latentdiff: choose another')
@@ -478,7 +410,7 @@ def _make(path, make, want):
 # %% ../nbs/parts/core.ipynb #c036
 def _lock(folder):
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        place(folder=folder).mkdir(parents=True, exist_ok=True)
         return FileLock(Path(folder)/'.lock', timeout=0, is_singleton=True).acquire()
     except Timeout: raise UserError(f'another process works in {folder}: wait, or choose another folder') from None
     except OSError as e: raise UserError(f'{folder} cannot be written ({e.strerror}): choose another folder') from None
@@ -488,6 +420,113 @@ def locked(folder):
     "Nobody else works in `folder`, which is made if need be, meanwhile; raises `UserError` if somebody does"
     with first_ahead(): lock = nullcontext() if rank() else _lock(folder)
     with lock: yield
+
+# %% ../nbs/parts/core.ipynb #c027
+WEIGHTS = 'diffusion_pytorch_model.safetensors'  # what diffusers looks for
+_OURS = dict(UNet2DModel='UNet', AutoencoderKL='PretrainedKL', AutoencoderTiny='PretrainedTiny')  # theirs: ours
+
+def weights_name(module): return getattr(module, 'weights_name', 'weights.safetensors')  # WEIGHTS: for diffusers too
+
+def not_finite(state): # a dict of tensors
+    "The names of those with numbers that are not finite"
+    return [k for k, v in state.items() if v.is_floating_point() and (v.element_size() < 2 or not v.isfinite().all())]
+
+def save_component(module, folder): # with diffusers' `ConfigMixin`; written in one step, an earlier one is replaced
+    "Save config and weights; returns the folder. Raises `UserError` if a weight is not finite"
+    from safetensors.torch import save
+    state = {k: v.detach().cpu().contiguous() for k, v in checked(module=module).state_dict().items()}
+    if bad := not_finite(state):
+        raise UserError(f'{bad[0]} of {type(module).__name__} is not finite, so it is not saved: train at a lower rate')
+    with on_disk(place(folder=folder), more=NOWHERE), whole_folder(folder) as new:
+        module.save_config(new)
+        write_whole(new/weights_name(module), save(state, metadata={'format': 'pt'}))
+    return Path(folder)
+
+# %% ../nbs/parts/core.ipynb #c028
+# what constructors raise for settings that no network has
+UNFIT = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError,
+         AssertionError, NameError)
+
+def _subclasses(cls): return [c for sub in cls.__subclasses__() for c in (sub, *_subclasses(sub))]
+
+def find_class(name): # of the class that was saved
+    "The class of that name among those already defined, else in this package"
+    from diffusers.configuration_utils import ConfigMixin
+    from latentdiff._modidx import d
+    name = _OURS.get(str(name), str(name))
+    found = [c for c in _subclasses(ConfigMixin) if c.__name__ == name and not c.__module__.startswith('diffusers')]
+    if found: return found[-1]
+    for module, syms in d['syms'].items():
+        cls = getattr(importlib.import_module(module), name, None) if f'{module}.{name}' in syms else None
+        if isinstance(cls, type) and issubclass(cls, ConfigMixin): return cls
+    raise UserError(f'no class named {name!s:.80} is known here: import the module that defines it first')
+
+# %% ../nbs/parts/core.ipynb #c029
+@contextmanager
+def _opened(path): # .safetensors
+    "The open file; raises `UserError` if it is missing or damaged"
+    from safetensors import SafetensorError, safe_open
+    again = 'save or download it again'
+    if not os.path.isfile(place(path=path)): raise UserError(f'{path} is missing: {again}')
+    try:
+        with safe_open(path, 'pt') as f: yield f
+    except SafetensorError as e: raise UserError(f'{path} is damaged ({e}): {again}') from e
+
+def read_weights(path): # .safetensors
+    "The tensors in a file by name; raises `UserError` if it is missing, damaged, or holds numbers that are not finite"
+    again = 'save or download it again'
+    with _opened(path) as f: state = {k: f.get_tensor(k) for k in f.keys()}
+    if bad := not_finite(state): raise UserError(f'{path} holds {bad[0]} that is not finite: {again}')
+    return state
+
+def _kinds(path): # .safetensors
+    "{name: (shape, whether it holds floats)}, of which nothing but the head of the file is read"
+    with _opened(path) as f:
+        parts = {k: f.get_slice(k) for k in f.keys()}
+        return {k: (o.get_shape(), o.get_dtype() in ('F64', 'F32', 'F16', 'BF16')) for k, o in parts.items()}
+
+def check_fit(module, path): # .safetensors
+    "`UserError` if the file is missing or damaged, or holds other tensors than `module`"
+    have, want = _kinds(path), {k: (list(o.shape), o.is_floating_point()) for k, o in module.state_dict().items()}
+    bad = [k for k in sorted(want.keys() | have.keys()) if want.get(k) != have.get(k)] # float16 may become float32
+    if not bad: return
+    raise UserError(f'{path} does not fit its {type(module).__name__}: {len(bad)} tensors differ, first {bad[0]}')
+
+def load_weights(module, path): # to be filled; .safetensors
+    "Fill `module` from `path`; raises `UserError` if it is missing, damaged or does not fit"
+    check_fit(module, path)
+    module.load_state_dict(read_weights(path))
+
+def network_config(folder): # of a network, ours or diffusers'
+    "The dict in its config.json; raises `UserError` for one with so many layers that building it would not end"
+    config = read_json(place(folder=folder)/'config.json', 'it is not the folder of a saved component')
+    for d in (nested := [config]):
+        nested += [o for o in d.values() if isinstance(o, dict)]
+        for k in {'depth', 'layers_per_block', 'widths', 'block_out_channels'} & d.keys():
+            n = len(d[k]) if isinstance(d[k], list) else d[k]
+            if isinstance(n, (int, float)) and n > 100:
+                raise UserError(f'{folder}/config.json does not describe a network ({k} is {d[k]!s:.80}): save it again')
+    return config
+
+def _built(folder, config, device): # where it was saved; a dict
+    "The network that `config` describes; raises `UserError` if it describes none"
+    import torch
+    try:
+        with torch.device(device): return find_class(config.get('_class_name')).from_config(config)
+    except UserError as e: raise type(e)(f'{folder}/config.json: {e}') from None
+    except UNFIT as e:
+        why = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise UserError(f'{folder}/config.json does not describe a network ({why}): save it again') from e
+
+def load_component(folder): # as `save_component` left it
+    "The module saved there, in eval mode; raises `UserError` if it is not whole"
+    config, plan = network_config(folder), None
+    with suppress(UserError): plan = _built(folder, config, 'meta')   # takes no memory, whatever size is asked for
+    if plan: check_fit(plan, Path(folder)/weights_name(plan))
+    module = _built(folder, config, 'cpu')
+    load_weights(module, Path(folder)/weights_name(module))
+    check_contents(folder)
+    return module.eval().requires_grad_(False)
 
 # %% ../nbs/parts/core.ipynb #c040
 def exercise(check): # a function without arguments that asserts, used as a decorator

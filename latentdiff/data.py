@@ -28,8 +28,7 @@ from .rooms import ROOM_FACTORS, draw_rooms, room_caption, room_codes
 # %% ../nbs/00_data.ipynb #c023
 def to_uint8(images): # (b,c,h,w) or (c,h,w) float in [-1,1], c 1 or 3
     "Pixels for people and metrics: uint8 (b,3,h,w), rounded and clamped, grey repeated. The one place this is done"
-    images = check_images(images[None] if getattr(images, 'ndim', 0) == 3 else images, most=1e30)
-    if not images.is_floating_point(): raise TypeError(f'to_uint8 takes floats in [-1,1], not {images.dtype}')
+    images = check_images(images[None] if getattr(images, 'ndim', 0) == 3 else images, most=1e30, uint8=False)
     pixels = (images.detach().float()*127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
     return pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
 
@@ -42,7 +41,7 @@ def from_uint8(pixels): # uint8, any shape
 def as_images(x, device=None): # uint8 pixels, or float images in [-1,1]; None: where x is
     "Float32 images in [-1,1] on the device, from either"
     if getattr(x, 'dtype', None) != torch.uint8: like(x=x)
-    x = x.to(device) if device is not None else x
+    x = x.to(default_device(device)) if device is not None else x
     return from_uint8(x) if x.dtype == torch.uint8 else x.float()
 
 # %% ../nbs/00_data.ipynb #L901
@@ -71,7 +70,8 @@ def like(**given): # tensors by their names
 def image_grid(images, nrow=8, pad=1, # (b,c,h,w) float in [-1,1]; pictures a row; white pixels between them
                scale=1):              # so many times larger, each pixel a square
     "One PIL image with all of them, row by row"
-    grid = make_grid(to_uint8(images).cpu(), number(1, nrow=nrow), pad, pad_value=255)
+    number(0, 1000, pad=pad), number(1, 64, scale=scale)
+    grid = make_grid(to_uint8(images).cpu(), number(1, 10**5, nrow=nrow), pad, pad_value=255)
     if len(images) > 1 and pad: grid = grid[:, pad:-pad, pad:-pad]
     grid = Image.fromarray(grid.permute(1, 2, 0).numpy())
     return grid if scale == 1 else grid.resize((grid.width*scale, grid.height*scale), Image.Resampling.NEAREST)
@@ -84,8 +84,8 @@ def show_images(
 ):
     "Show pictures in rows, with a title each, or with names of rows and columns, if given"
     pixels = to_uint8(images).cpu()
-    nrow, rows = min(number(1, nrow=nrow), len(images)), rows or []
-    n, titles = -(-len(images)//nrow), titles or cols or []
+    nrow, rows, titles = min(number(1, nrow=nrow), len(images)), *([*map(str, o or [])] for o in (rows, titles or cols))
+    n, scale = -(-len(images)//nrow), number(.1, 50, False, scale=scale)
     above = .17*max((t.count('\n') + 1 for t in titles), default=0)*(1 if cols else -(-len(images)//nrow))
     left = .08*max((len(line) for r in rows for line in r.split('\n')), default=0)
     fig, axs = plt.subplots(n, nrow, squeeze=False, layout='constrained', dpi=100,
@@ -104,7 +104,7 @@ def show_images(
 def split_of(name, valid_pct=10): # a file name, folders before it are ignored; how many of a hundred are 'valid'
     "'train' or 'valid', decided by the md5 of the name alone"
     if not isinstance(name, str): raise UserError(f'name is {name!r:.80}: give the name of a file')
-    digest = hashlib.md5(unicodedata.normalize('NFC', name.rsplit('/', 1)[-1]).encode()).hexdigest()
+    digest = hashlib.md5(unicodedata.normalize('NFC', name.rsplit('/', 1)[-1]).encode(errors='replace')).hexdigest()
     return 'valid' if int(digest[:8], 16) % 100 < number(0, 100, valid_pct=valid_pct) else 'train'
 
 # %% ../nbs/00_data.ipynb #c131
@@ -380,9 +380,9 @@ class Picture(TensorImage):
 # %% ../nbs/00_data.ipynb #c260
 def image_dls(images, bs=64, device=None): # `Images`; batch size; default: the GPU if there is one
     "fastai `DataLoaders` of (picture,) or (picture, label), split as `images` is; with labels, of those that have one"
-    tfms, splits = [[lambda i: Picture(images[i])]], [images.train_idxs, images.valid_idxs]
+    tfms, splits = [[lambda i: Picture(images[i])]], [checked(images=images).train_idxs, images.valid_idxs]
     if images.labels is not None:
         tfms.append([lambda i: images.classes[images.labels[i]], Categorize(images.classes, sort=False)])
         splits = [o[images.labels[o] >= 0] for o in splits]
     sets = Datasets(range(len(images)), tfms, splits=[o.tolist() for o in splits])
-    return sets.dataloaders(bs=number(1, bs=bs), num_workers=0, device=device or default_device())
+    return sets.dataloaders(bs=number(1, bs=bs), num_workers=0, device=default_device(device))

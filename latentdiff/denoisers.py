@@ -44,7 +44,7 @@ class TimedNorm(nn.Module):
     def forward(self, x, emb=None): # (b, c, ...), (b, temb) time embedding -> like x
         x = self.norm(x)
         if self.proj is None: return x
-        scale, shift = self.proj(F.silu(emb)).view(len(x), -1, *[1]*(x.ndim - 2)).chunk(2, dim=1)
+        scale, shift = self.proj(F.silu(emb)).view(len(emb), -1, *[1]*(x.ndim - 2)).chunk(2, dim=1)
         return x*(1 + scale) + shift
 
 # %% ../nbs/35_denoisers.ipynb #c025
@@ -231,8 +231,7 @@ class MLPDenoiser(Denoiser):
 # %% ../nbs/35_denoisers.ipynb #c056
 def sincos_places(h, w, dim, device=None): # tokens down and across; length of each vector, a multiple of 4
     "Fixed 2-D positions (h*w, dim), row by row: half says the column, half the row (MAE, He et al. 2021, app. A.1)"
-    checked(h=h, w=w, dim=dim)
-    multiples(4, dim=dim)
+    multiples(4, dim=checked(h=h, w=w, dim=dim))
     speed = 10000**(-torch.arange(dim//4, dtype=torch.float64)/(dim//4))
     wave = lambda n: torch.cat([(a := torch.arange(n)[:, None]*speed).sin(), a.cos()], dim=1)
     return torch.cat([wave(w).repeat(h, 1), wave(h).repeat_interleave(w, 0)], dim=1).float().to(device)
@@ -242,8 +241,7 @@ class DiTBlock(nn.Module):
     "Transformer block with adaLN-Zero: time shifts, scales, gates both branches (DiT, Peebles & Xie 2023, s. 3.2)"
     def __init__(self, width, heads): # length of a token, attention heads
         super().__init__()
-        checked(width=width, heads=heads)
-        multiples(heads, width=width)
+        multiples(heads, width=checked(heads=heads, width=width))
         self.heads, self.norm = heads, nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.qkv, self.out = nn.Linear(width, 3*width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4*width), nn.GELU('tanh'), nn.Linear(4*width, width))
@@ -294,6 +292,7 @@ class DiT(Denoiser):
 # %% ../nbs/35_denoisers.ipynb #c064
 def count(net, shape): # denoiser; of one latent: (c, h, w), (c, n) or (d,)
     "(parameters, multiply-adds of convolutions, linear layers and attention in one forward pass for one latent)"
+    checked(shape=tuple(shape) if isinstance(shape, torch.Size) else shape, denoiser=net)
     zeros = partial(torch.zeros, device=next(net.parameters()).device)
     flops = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), flops: net(zeros(1, *shape), zeros(1))
@@ -303,5 +302,5 @@ def count(net, shape): # denoiser; of one latent: (c, h, w), (c, n) or (d,)
 def step_seconds(nets, z, rounds=5): # {name: denoiser}; latents (b, ...) on their device; turns -> {name: seconds}
     "Seconds a training step of each network, measured in turns: on a busy machine all of them meet the same neighbours"
     for net in nets.values(): net.to(memory_format=torch.channels_last)
-    turns = [{k: seconds_per_step(net, z) for k, net in nets.items()} for _ in range(rounds)]
+    turns = [{k: seconds_per_step(net, z) for k, net in nets.items()} for _ in range(number(1, 1000, rounds=rounds))]
     return {k: min(turn[k] for turn in turns) for k in nets}

@@ -12,10 +12,10 @@ from pathlib import Path
 from torch import nn
 from torch.func import functional_call
 from diffusers.configuration_utils import ConfigMixin
-from .core import UserError, artefact, default_device, find_class, fingerprint, load_component, read_json
-from .core import number, save_component, spread, write_json
+from .core import UserError, artefact, checked, default_device, find_class, fingerprint, load_component
+from .core import number, read_json, save_component, spread, write_json
 from .training import Checkpoint, Graphed, fit_steps, zero_init
-from .noisify import NoisifyCB, bcast, weights_hash
+from .noisify import NoisifyCB, bcast, check_latents, weights_hash
 from .unet import TimeMLP, denoiser_learner
 from .sampling import levels, pairs, predict
 from .conditioning import guide
@@ -90,7 +90,7 @@ def two_in_one(slope, x, t, d): # (x, t, d) -> mean slope; as above
 # %% ../nbs/70_few_step.ipynb #f030
 def step_input(process, t, d): # (b,) time, 0..1; (b,) how far the step goes, 0..t; 0 asks for the slope here
     "(b, 2) float32, what a `Shortcut` network is told: the time, and the step in the same units"
-    return torch.stack([process.time_input(t), (process.steps*d).float()], 1)
+    return torch.stack([checked(process=process).time_input(t), (process.steps*d).float()], 1)
 
 class StepTime(nn.Module):
     "A time embedding that is also told how far the step goes; at first that changes nothing"
@@ -134,7 +134,7 @@ class Shortcut(nn.Module, ConfigMixin):
 
 def with_steps(net): # a trained `UNet`, `ConditionalUNet`, or `Conditioned` around one
     "A copy of it to train as a `Shortcut`, which begins as exactly what it was"
-    net = copy.deepcopy(net).float().requires_grad_(True)
+    net = copy.deepcopy(checked(net=net)).float().requires_grad_(True)
     if not hasattr(net, 'conditioners'): return Shortcut(net)
     net.net, net.drop = Shortcut(net.net), 0.   # its teacher knows what guidance would do: nothing is left unsaid
     return net
@@ -142,6 +142,7 @@ def with_steps(net): # a trained `UNet`, `ConditionalUNet`, or `Conditioned` aro
 # %% ../nbs/70_few_step.ipynb #f033
 def shortcut(net, process, x, ts, callback=None, generator=None):
     "Sample with a `Shortcut` network: each step as long as it is told (2410.12557, algorithm 2)"
+    checked(net=net, process=process), check_latents(False, x=x)
     for i, (t, u) in enumerate(pairs(ts)):
         now, d = x.new_full((len(x),), t), x.new_full((len(x),), t - u)
         slope = net(x, step_input(process, now, d))
@@ -154,7 +155,7 @@ SHARES = {1.: .3, .5: .25, .25: .2, .125: .15, 0.: .1}   # of a batch, by the le
 
 def draw_steps(n, generator=None, device=None): # rows; on the device
     "(t, d), each (n,): step lengths in the order of `SHARES`, and times that are whole numbers of such steps"
-    number(0, n=n)
+    number(0, 10**7, n=n)
     ends = (torch.tensor([*SHARES.values()]).cumsum(0)/sum(SHARES.values())*n).round().long()
     d = torch.tensor([*SHARES]).repeat_interleave(ends.diff(prepend=torch.zeros(1, dtype=torch.long))).to(device)
     u = torch.rand(n, generator=generator, device=device)
@@ -205,7 +206,7 @@ def train_shortcut(net, process, teacher, # from `with_steps`; as `Shortcuts` ta
                    z_train, z_valid, steps, lr=1e-3, seed=0, # the rest as for `train_denoiser`
                    checkpoint=None, rounds=5, cbs=(), **kw):
     "-> Learner with the averaged weights; `UserError` for a process that is not flow matching"
-    if (process.schedule, process.target) != ('flow', 'velocity'):
+    if (checked(process=process).schedule, process.target) != ('flow', 'velocity'):
         raise UserError(f"shortcuts need the straight line: Process('flow', 'velocity'), not {process}")
     learn = denoiser_learner(net, process, z_train, z_valid, seed=seed, **kw)
     learn.remove_cbs([o for o in learn.cbs if isinstance(o, (NoisifyCB, Graphed))])

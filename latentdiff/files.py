@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'SLOWEST', 'ARCHIVES', 'DAMAGED', 'UNPACKED', 'LARGEST', 'SUFFIXES', 'OURS', 'ON_HUB', 'one_line', 'there',
-           'download', 'unpacked', 'to_rgb', 'bytes_of', 'load_pixels', 'pixels_or_why', 'files_below', 'name_below',
-           'no_file', 'captions_in', 'known_folder', 'hub_folder', 'shard_names', 'shard_samples', 'npz_pixels',
-           'at_hand']
+           'is_url', 'download', 'unpacked', 'to_rgb', 'bytes_of', 'load_pixels', 'pixels_or_why', 'files_below',
+           'name_below', 'no_file', 'captions_in', 'known_folder', 'hub_folder', 'shard_names', 'shard_samples',
+           'npz_pixels', 'at_hand']
 
 # %% ../nbs/parts/files.ipynb #f004
 import csv, errno, gzip, hashlib, http.client, io, itertools, json, lzma, math, os, random, re, shutil, socket
@@ -34,6 +34,8 @@ def there(spec):
     paths = (way(spec) for way in (Path, os.path.expanduser) if str(spec))
     try: return next((Path(o) for o in paths if os.path.exists(o)), None)
     except (TypeError, RuntimeError, OSError, ValueError): return None # nobody's home, too long, or with a zero byte
+
+def is_url(o): return str(o).lower().startswith(('http://', 'https://'))
 
 PATIENCE, SLOWEST = 30., 1000.   # seconds without a byte; bytes a second on average over so many seconds
 
@@ -113,7 +115,7 @@ def _fetch(url, part, tag):
 def download(url, path): # http(s); where the file goes, whose folder is made
     "Download once: goes on where it broke off, appears in one step. Raises `UserError` when it cannot be had"
     path = Path(path)
-    if not str(url).lower().startswith(('http://', 'https://')): raise UserError(f'{url!r} is no address: begin with https://')
+    if not is_url(url): raise UserError(f'{url!r} is no address: begin with https://')
     part, tag, lock = (path.with_name(f'{path.name}.part{o}') for o in ('', '.tag', '.lock'))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,7 +198,7 @@ def unpacked(archive): # path of a .tar, .tgz, .tar.gz or .zip
                 with f, (new/name).open('wb') as out: shutil.copyfileobj(f, out)
     except UserError: raise
     except RecursionError:
-        raise UserError(f'{archive.name} holds folders in folders without end: pack it again with other names') from None
+        raise UserError(f'{archive.name} holds folders without end: pack it again with other names') from None
     except DAMAGED as e:
         raise UserError(f'{archive.name} is damaged, or no tar or zip ({one_line(e)}): get it again') from None
     except OSError as e:
@@ -374,6 +376,7 @@ def hub_folder(spec, n): # 'owner/name', '?image=..&label=..&caption=..&split=..
     from datasets import Image as HubImage, load_dataset
     from huggingface_hub.errors import HTTPError
     name, _, query = str(spec).partition('?')
+    if not name: raise UserError('spec is empty: give owner/name, or a folder')
     if not os.path.isdir(name) and not re.fullmatch(ON_HUB, name):
         raise UserError(f'spec is {spec!r:.200}: give owner/name, or a folder')
     told = dict(parse_qsl(query))
@@ -450,10 +453,11 @@ def npz_pixels(path): # of an .npz with one array
 def at_hand(data):
     "The path of a folder, archive or .npz, downloaded if it is a URL"
     data, path = str(data), there(data)
-    url = data.lower().startswith(('http://', 'https://'))
+    url = is_url(data)
     name = PurePosixPath(re.split('[?#]', data)[0] if url else data).name
     known = name.lower().endswith((*ARCHIVES, '.npz'))
-    if url and known: return download(data, data_home()/'downloads'/hashlib.md5(data.encode(errors='replace')).hexdigest()[:8]/name)
+    stamp = hashlib.md5(data.encode(errors='replace')).hexdigest()[:8]
+    if url and known: return download(data, data_home()/'downloads'/stamp/name)
     if url or (path and os.path.isfile(path) and not known):
         raise UserError(f"'{data}' is no archive ({' '.join(ARCHIVES)}): pass one, or a folder")
     if path: return path

@@ -21,8 +21,8 @@ from fastai.metrics import accuracy
 from torcheval.metrics import Metric
 from torcheval.metrics.toolkit import get_synced_metric
 from torchvision.transforms.functional import gaussian_blur
-from .core import UserError, artefact, data_home, default_device, load_component, number, one_of, positions
-from .core import progress, save_component, share, spread, stream, world
+from .core import UserError, artefact, checked, data_home, default_device, load_component, number, one_of
+from .core import positions, progress, save_component, share, spread, stream, world
 from .data import check_images, from_uint8, kind_of, to_uint8
 from .training import DeviceLoader, Learner, fit_steps
 from .autoencoder import efficientnet_lite0
@@ -109,13 +109,12 @@ def kid(a, b) -> tuple: # features (m,d), (n,d) -> (value, standard error), floa
 class Extractor:
     "A frozen net: uint8 pixels (b,3,h,w) in, float32 features (b,d) out; always in eval mode"
     def __init__(self, net, name, device=None):
-        self.device = device or default_device()
+        self.device = default_device(device)
         self.net, self.name = net.eval().requires_grad_(False).to(self.device), name
 
     def __call__(self, pixels):
-        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
-            got = f'{pixels.dtype} {tuple(pixels.shape)}'
-            raise UserError(f'feature nets take uint8 pixels (b,3,h,w), got {got}: convert with to_uint8')
+        if getattr(pixels, 'dtype', 0) != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
+            raise UserError(f'feature nets take uint8 pixels (b,3,h,w), got {kind_of(pixels)}: convert with to_uint8')
         self.net.eval()
         with torch.no_grad(): return self.embed(pixels.to(self.device)).float()
 
@@ -147,7 +146,7 @@ class EfficientNetFeatures(Extractor):
 # %% ../nbs/50_kid_eval.ipynb #c087
 def as_pixels(x): # float (b,c,h,w) in [-1,1], or uint8 (b,c,h,w) with 1 or 3 channels
     "uint8 (b,3,h,w) of either kind of image"
-    return to_uint8(x) if x.is_floating_point() else x.expand(-1, 3, -1, -1)
+    return to_uint8(x) if check_images(x, name='x').is_floating_point() else x.expand(-1, 3, -1, -1)
 
 def side(x, name='images'): # as `features` takes them; what they are called
     "Pixels (h, w), or None for features; raises `UserError` for what is neither"
@@ -160,6 +159,7 @@ def features(extractor, # pixels -> features
              bs=128, idxs=None):
     "Features of many images -> float32 (n,d) on the CPU"
     flat, n = side(images) is None and torch.is_tensor(images), len(images)
+    checked(extractor=extractor)
     if flat and idxs is None: return images
     idxs = torch.from_numpy(positions(n, idxs=range(n) if idxs is None else idxs))
     if flat: return images[idxs]
@@ -187,7 +187,7 @@ def frechet(mu1, l1, mu2, l2) -> float: # mean (d,) and covariance factor (d,k) 
 # %% ../nbs/50_kid_eval.ipynb #c064
 def gaussian_stats(x): # features (n,d)
     "Mean (d,) and covariance factor (d,k) of a feature set, float64"
-    x = x.cpu().double()
+    x = finite(x, 'x').cpu().double()
     c = (x - x.mean(0))/(len(x) - 1)**.5
     return x.mean(0), c.T if len(c) <= c.shape[1] else covariance_factor(c.T @ c)
 
@@ -199,7 +199,8 @@ def fid(a, b): # features (m,d), (n,d) -> float
 # %% ../nbs/50_kid_eval.ipynb #c089
 def halves(x, seed=0):
     "Two sets of equal size, split from one at random"
-    if len(x) < 2: raise UserError(f'x has {len(x)} rows: two or more are needed for two halves')
+    if not hasattr(x, '__len__') or len(x) < 2:
+        raise UserError(f'x is {kind_of(x)}: two rows or more are needed for two halves')
     a, b = torch.randperm(len(x), generator=torch.Generator().manual_seed(stream(seed, 'halves'))).chunk(2)
     return x[a[:len(b)]], x[b]
 
@@ -231,7 +232,7 @@ def nearest_neighbours(fake,  # (n,d) features, or images of any one range, whic
     for name, o in dict(fake=fake, train=train).items():
         if torch.is_tensor(o) and len(o) and kind_of(o[:1]) == kind_of(fake[:1]) and o.isfinite().all(): continue
         raise UserError(f'{name} is {kind_of(o)}: give two sets of one kind and shape, all finite')
-    number(1, len(train), k=k)
+    number(1, len(train), k=k), number(1, 2**20, block=block)
     t, found = train.flatten(1), []
     for x in fake.flatten(1).split(block):
         x = x.double() # cdist takes |x|²+|y|²-2xy, which in float32 puts a copy of a photograph 32 grey levels away
@@ -251,7 +252,7 @@ def kid_subsets(a, b,             # features (m,d), (n,d)
                 seed=0) -> tuple: # (mean, standard deviation) over the subsets, floats
     "KID by the protocol of the papers: n random subsets without replacement; same draws as torch-fidelity's"
     pair(a, b, 4, 'KID')
-    n, size = number(1, n=n), number(4, size=size)
+    n, size, seed = number(1, 10**6, n=n), number(4, size=size), number(seed=seed)
     m = min(len(a), len(b))
     if m < size: raise UserError(f'subsets of {size} need {size} images a set; got {m}: pass a smaller size or use kid')
     rng = np.random.RandomState(seed if 0 <= seed < 2**32 else stream(seed, 'subsets') % 2**32)
@@ -361,6 +362,7 @@ class InceptionFeatures(Extractor):
         try: from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError: raise UserError('the FID Inception is not installed: pip install torch-fidelity') from None
         path = str(weights or inception_weights())
+        if not os.path.isfile(path): raise UserError(f'weights is {path:.200}: there is no such file')
         torch.load(path, map_location='cpu', weights_only=True) # torch-fidelity's own runs a program hidden in the file
         net = FeatureExtractorInceptionV3('inception', ['2048'], path)
         super().__init__(net, 'inception-2015@299', device)
@@ -374,7 +376,7 @@ class GreyClassifier(nn.Module, ConfigMixin):
     @register_to_config
     def __init__(self, classes=10, widths=(32, 64, 128, 128)):
         super().__init__()
-        cs = (1, *widths)
+        cs = (1, *checked(classes=classes, widths=widths))
         conv = lambda i: nn.Conv2d(cs[i], cs[i+1], 3, stride=2 if i < 3 else 1, padding=1, bias=False)
         block = lambda i: nn.Sequential(conv(i), nn.BatchNorm2d(cs[i+1]), nn.ReLU())
         self.body = nn.Sequential(*map(block, range(len(widths))), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -413,7 +415,7 @@ def make_judge(folder,  # of the run; a classifier is kept in its subfolder `jud
                images,  # `Images`
                seed=0, device=None) -> Extractor:
     "The feature net that fits: a classifier for grey images with classes, trained once; else EfficientNet-Lite0"
-    known = images.channels == 1 and images.labels is not None and (images.labels >= 0).any()
+    known = checked(images=images).channels == 1 and images.labels is not None and (images.labels >= 0).any()
     if not known: return EfficientNetFeatures(device=device)
     def train(new):
         sides = images.train_idxs, spread(images.valid_idxs, 1000)

@@ -20,7 +20,7 @@ from .autoencoder import fit_bs
 from .core import UserError, agreed, artefact, check_contents, checked, default_device, first_ahead, made, number
 from .core import one_of, progress, rank, read_json, sealed, share, stream, unsealed, world, write_json
 from .data import from_uint8, kind_of, like
-from .disk import reserve
+from .disk import NOWHERE, on_disk, place, reserve
 
 # %% ../nbs/20_noisify.ipynb #c076
 def cosine_levels(t): # levels in [0,1] -> (alpha, sigma) like t
@@ -102,13 +102,14 @@ class Process:
 
     def save(self, folder):
         "Write `folder`/config.json"
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        with on_disk(place(folder=folder), more=NOWHERE): Path(folder).mkdir(parents=True, exist_ok=True)
         write_json(Path(folder)/'config.json', {'_class_name': 'Process', **asdict(self)}, indent=2)
 
     @classmethod
     def load(cls, folder):
         "Read what `save` wrote; UserError if it is not there"
-        config = read_json(Path(folder)/'config.json', 'no noise process here, give the folder that Process.save wrote')
+        hint = 'no noise process here, give the folder that Process.save wrote'
+        config = read_json(place(folder=folder)/'config.json', hint)
         lost = [k for k in cls.__dataclass_fields__ if k not in config]
         if lost: raise UserError(f'{folder}/config.json: not the settings of a noise process, they lack {lost[0]}')
         try: return cls(**{k:v for k,v in config.items() if k[0]!='_'})
@@ -496,6 +497,6 @@ def load_process(folder, network): # of the run, a Path; the folder of its netwo
 def save_process(process, folder): # a `Process`; of the run, a Path
     "Write process/ and, if diffusers has such a scheduler, scheduler/"
     if rank(): return
-    process.save(Path(folder)/'process')
+    checked(process=process).save(place(folder=folder)/'process')
     try: process.to_diffusers().save_pretrained(Path(folder)/'scheduler')
     except UserError: shutil.rmtree(Path(folder)/'scheduler', ignore_errors=True)

@@ -19,10 +19,10 @@ from fastai.callback.core import Callback
 from fastcore.basics import patch
 from huggingface_hub import create_repo, snapshot_download, upload_folder
 from huggingface_hub.errors import HTTPError
-from .core import UNFIT, WEIGHTS, UserError, default_device, gathered, load_component, number, numbers
-from .core import read_json, save_component, share, weights_name, write_json, write_whole
+from .core import UNFIT, WEIGHTS, UserError, checked, default_device, gathered, load_component, number
+from .core import numbers, read_json, save_component, share, weights_name, write_json, write_whole
 from .data import check_images, image_grid, to_uint8
-from .disk import enough
+from .disk import NOWHERE, enough, on_disk, place
 from .autoencoder import Autoencoder, fit_bs, open_autoencoder
 from .noisify import Process, load_process, other_noise, process_of, save_process
 from .files import ON_HUB, one_line
@@ -58,10 +58,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     ):
         super().__init__()
         parts = dict(autoencoder=autoencoder, denoiser=denoiser, process=process)
-        for (k, o), has in zip(parts.items(), ('latent_shape', 'parameters', 'levels')):
-            if not hasattr(o, has): raise UserError(f'{k} is {o!r:.80}: give one as from_pretrained has it')
-        if number(1, _MOST, size=size) % autoencoder.factor:
-            raise UserError(f'size is {size}: this autoencoder makes sides in multiples of {autoencoder.factor}')
+        checked(**parts, **({} if scheduler is None else dict(scheduler=scheduler)))
+        number(1, _MOST, size=size)
         self.register_modules(**parts, scheduler=scheduler)
         self.register_to_config(size=size)
         self.size, self.latent_shape = size, tuple(autoencoder.latent_shape(size))
@@ -94,8 +92,10 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     def to(self, *args, silence_dtype_warnings=False, **kw):
         "Move both networks to a device, to a type of numbers, or both"
         for part in (self.autoencoder, self.denoiser):
-            try: part.to(*args, **kw)
-            except (RuntimeError, TypeError, AssertionError) as e:
+            try:
+                if any(isinstance(o, float) for o in args): raise TypeError('a number')   # torch takes its type
+                part.to(*args, **kw)
+            except (RuntimeError, TypeError, ValueError, AssertionError) as e:
                 where = ', '.join(map(str, (*args, *kw.values())))
                 raise UserError(f'cannot move to {where:.80} ({one_line(e)}): take what this machine has') from e
         return self
@@ -189,8 +189,8 @@ def latents(self:LatentDiffusionPipeline, n, # how many
     seed=0, bs=16,            # of the start noise; latents at a time
     spacing=None, **told):    # of the times, as `time_steps` takes it; what to draw, as `listening` takes it
     "Draw `n` latents, float32 (n, *latent_shape) on the CPU; latent `i` depends on `seed` and `i` alone"
-    steps = self.how(steps, sampler)['steps']
-    number(1, 10**7, n=n), number(1, 10**5, bs=bs), number(1, 10**5, steps=steps)
+    steps = number(1, 10**5, steps=self.how(steps, sampler)['steps'])
+    n, bs = number(1, 10**7, n=n), number(1, 10**5, bs=bs)
     full = -(-n//bs)*bs   # whole batches only: in a batch of another size the same sums may be done in another order
     nets, step = self.listening(full, bs, **told), self.sampler_of(sampler)
     return sample(nets, self.process, full, self.latent_shape, steps, step, seed, bs, self.device, spacing)[:n]
@@ -219,12 +219,12 @@ def draw(self:LatentDiffusionPipeline, n=8, steps=None, sampler=None, seed=0, bs
 def pixels(self:LatentDiffusionPipeline, n=8, steps=None, sampler=None, seed=0, bs=16, **told):
     "The same as uint8 (n,c,h,w), grey as one channel: a quarter of the memory"
     z = self.latents(n, steps, sampler, seed, bs, **told)
-    images = (self.decode(b, bs) for b in z.split(64*bs))
+    images = (self.decode(b, bs) for b in z.split(64*int(bs)))
     return torch.cat([to_uint8(x)[:, :x.shape[1]] for x in images])
 
 def path_of(pipe, n, steps, seed, **told): # a `LatentDiffusionPipeline`; images; sampler steps; of the noise; as above
     "The way from noise to image: a list of (t, noisy latents, guess of the clean ones), steps+1 long"
-    x = start_noise(pipe.process, (number(1, 10**5, n=n), *pipe.latent_shape), seed, pipe.device)
+    x = start_noise(checked(pipe=pipe).process, (number(1, 10**5, n=n), *pipe.latent_shape), seed, pipe.device)
     net, = pipe.listening(n, n, **told)
     with torch.inference_mode(): return denoise_path(net, pipe.process, x, time_steps(pipe.process, steps))
 
@@ -258,9 +258,7 @@ def __call__(self:LatentDiffusionPipeline, num_images=8, num_inference_steps=Non
     "Draw as the pipelines of diffusers do, all images in one batch"
     no_more('a drawing', 'num_images, num_inference_steps, generator, guidance_scale, output_type and so on', theirs)
     steps = self.how(num_inference_steps, sampler)['steps']
-    for k, v in dict(num_images=num_images, num_inference_steps=steps).items():
-        if isinstance(v, bool) or not hasattr(v, '__index__') or v < 1:
-            raise UserError(f'{k} is {v!r:.80}: give a whole number above 0')
+    number(1, 10**5, num_images=num_images, num_inference_steps=steps)
     if not (callback_on_step_end is None or callable(callback_on_step_end)):
         raise UserError(f'callback_on_step_end is {callback_on_step_end!r:.80}: give a function')
     if output_type not in ('pil', 'pt', 'np', 'latent'):
@@ -286,12 +284,10 @@ def __call__(self:LatentDiffusionPipeline, num_images=8, num_inference_steps=Non
 def save_pretrained(self:LatentDiffusionPipeline, folder, safe_serialization=True, **theirs): # there is no other way
     "Write each part to its own folder, then `model_index.json`: no index, no pipeline"
     no_more('save_pretrained', 'a folder; for the Hub there is the method push_to_hub', theirs)
-    if not isinstance(folder, (str, os.PathLike)): raise UserError(f'folder is {folder!r:.80}: give the path of one')
-    folder = Path(folder)
-    try:
+    folder = place(folder=folder)
+    with on_disk(folder, more=NOWHERE):
         folder.mkdir(parents=True, exist_ok=True)
         (folder/'model_index.json').unlink(missing_ok=True)
-    except (OSError, ValueError) as e: raise UserError(f'cannot write to {folder} ({e}): choose another folder') from e
     for name, part in self.parts().items(): save_component(part, folder/name)
     save_process(self.process, folder)
     if self.own_scheduler: self.own_scheduler.save_pretrained(folder/'scheduler')
@@ -427,7 +423,10 @@ def scheduled(scheduler, process): # of diffusers; the `Process` that the networ
     takes, scale = inspect.signature(scheduler.step).parameters, getattr(scheduler, 'scale_model_input', lambda x, t: x)
     torchs = lambda g: g if isinstance(g, torch.Generator) else torch.Generator().manual_seed(int(g.integers(2**63)))
     def loop(net, process, x, ts, callback=None, generator=None):
-        scheduler.set_timesteps(len(ts) - 1, device=x.device)
+        try: scheduler.set_timesteps(len(ts) - 1, device=x.device)
+        except UNFIT as e:
+            name, n = type(scheduler).__name__, len(ts) - 1
+            raise UserError(f'{name} cannot draw in {n} steps ({one_line(e)}): take more, or another sampler') from e
         x = x*(getattr(scheduler, 'init_noise_sigma', 1.)/levels(process, ts[0])[1])
         gens = [torchs(g) for g in generator] if isinstance(generator, list) else generator
         kw = dict(generator=gens) if 'generator' in takes else {}

@@ -17,22 +17,22 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from .core import UNFIT, UserError, made, write_whole
-from .data import from_uint8, image_grid
-from .kid_eval import features, kid
+from .core import UNFIT, UserError, checked, made, place, write_whole
+from .data import check_images, from_uint8, image_grid
+from .kid_eval import features, finite, kid
 from .pipeline import path_of
 
 # %% ../nbs/parts/report.ipynb #c007
 def to_pil(fig):
     "A matplotlib figure as a PIL image"
     f = io.BytesIO()
-    fig.savefig(f, format='png')
+    checked(fig=fig).savefig(f, format='png')
     return Image.open(f).convert('RGB')
 
 def save_png(im, path):
     "Write a PIL image in one step"
     f = io.BytesIO()
-    im.save(f, 'png')
+    checked(im=im).save(f, 'png')
     write_whole(path, f.getvalue())
 
 def labelled(im, cols, rows):
@@ -40,7 +40,7 @@ def labelled(im, cols, rows):
     w, h, left, top = 1.05*len(cols), 1.05*len(rows), .8, .3*any(cols)
     fig = Figure((w + left, h + top), dpi=100)
     ax = fig.add_axes([left/(w + left), 0, w/(w + left), h/(h + top)])
-    ax.imshow(im, aspect='auto', interpolation='nearest')
+    ax.imshow(checked(im=im), aspect='auto', interpolation='nearest')
     ax.set_xticks((np.arange(len(cols)) + .5)*im.width/len(cols), cols, fontsize=9, parse_math=False)
     ax.set_yticks((np.arange(len(rows)) + .5)*im.height/len(rows), rows, fontsize=9, parse_math=False)
     ax.xaxis.tick_top()
@@ -50,7 +50,9 @@ def labelled(im, cols, rows):
 
 def picture_rows(rows): # name -> uint8 (n,c,h,w) of one size, the longest row first or the others filled up with white
     "PIL image: a row for each, with its name beside it"
-    n = max(map(len, rows.values()))
+    for k, x in rows.items(): check_images(x, name=k)
+    n = max(map(len, rows.values()), default=0)
+    if not n: raise UserError('rows is empty: give pictures by the name of their row')
     full = [torch.cat([x, x.new_full((n - len(x), *x.shape[1:]), 255)]) for x in rows.values()]
     return labelled(image_grid(from_uint8(torch.cat(full)), nrow=n), ['']*n, list(rows))
 
@@ -111,7 +113,7 @@ GUIDANCES = 1., 1.5, 2., 3.
 def class_judge(f, labels): # features (n,d) and classes (n,) int64 of real pictures, -1 where there is none
     "features (m,d) -> the likeliest class of each (m,)"
     known = labels >= 0
-    net = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300)).fit(f[known], labels[known])
+    net = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300)).fit(finite(f, 'f')[known], labels[known])
     return lambda f: torch.from_numpy(net.predict(f.numpy()))
 
 def by_guidance(draw, extractor, real, # guidance -> uint8 (n,c,h,w); pixels -> features; features of real pictures
@@ -150,7 +152,7 @@ figure{margin:0 0 1.2rem}
 
 def figure(path, caption, cls=''):
     "An HTML figure with the picture inside it as base64; small ones are shown three times as large"
-    try: data, width = base64.b64encode(path.read_bytes()).decode(), Image.open(path).width
+    try: data, width = base64.b64encode(place(path=path).read_bytes()).decode(), Image.open(path).width
     except OSError as e:
         raise UserError(f'{path} cannot be read ({e.strerror or e}): delete {path.parent} to make it again') from None
     width = min(900, width*max(1, min(3, 900//width)))
@@ -165,8 +167,8 @@ def table(d):
 def caution(m):
     "A warning for `headline` if there are few pictures to score against, else nothing"
     if min(m['n_real'], m['n_fake']) >= 500: return {}
-    return {'caution': f"{m['n_real']:,} held-out pictures and {m['n_fake']:,} samples: KID can be off by "
-                       f"{2*m['kid_se']:.2g} (two standard errors), and FID depends on their number."}
+    return {'caution': f"{m['n_real']:,} real pictures and {m['n_fake']:,} samples: KID can be off by "
+                       f"{2*m['kid_se']:.2g} (two standard errors); FID rises as they get fewer, and has no error."}
 
 def headline(m):
     "The numbers that matter, each with what it rests on and its floor: a dict for `table`"

@@ -83,14 +83,14 @@ def _ratio_range(process): # any `Process`
 
 def _falling(ts): # times -> a list
     "The same times, if a sampler can use them"
-    if pairs(ts)[-1][1] == 0: return list(ts)
+    if pairs(ts)[-1][1] == 0: return [*map(float, ts)]
     raise UserError(f'times fall from at most 1 to 0, in one step or more, not {ts}')
 
 def time_steps(process, n,   # any `Process`; number of steps
                spacing=None, # 'uniform' in t, 'karras', 'logsnr'; None: 'karras' for edm, else 'uniform'; or the times
                start=1.):    # first time; below 1 for image-to-image
     "`n+1` times as floats, falling from `start` to 0"
-    if isinstance(spacing, (list, tuple)): return _falling(spacing)
+    if hasattr(spacing, '__len__') and not isinstance(spacing, str): return _falling(spacing)
     spacing = spacing or ('karras' if checked(process=process).schedule == 'edm' else 'uniform')
     if spacing not in ('uniform', 'karras', 'logsnr'):
         raise UserError(f"spacing is uniform, karras or logsnr, not {spacing!r}")
@@ -112,10 +112,11 @@ def generators(seed, n, first=0): # a whole number of 64 bits, of any sign; how 
 def noise_like(x, generator=None):
     "Normal noise shaped like `x`, drawn on the CPU: from a torch generator, or a list with one or a stream a sample"
     check_latents(False, x=x)
-    each = generator if isinstance(generator, list) else [generator or torch.default_generator]*len(x)
-    if len(each) != len(x) or not all(isinstance(g, (torch.Generator, np.random.Generator)) for g in each):
+    several, kinds = isinstance(generator, list), (torch.Generator, np.random.Generator)
+    fits = several and len(generator) == len(x) and all(isinstance(g, kinds) for g in generator)
+    if not (fits or generator is None or isinstance(generator, torch.Generator)):
         raise UserError(f'generator is {generator!r:.80}: give a torch.Generator, or a list of {len(x)}')
-    if not isinstance(generator, list): return torch.randn(x.shape, generator=generator).to(x)
+    if not several: return torch.randn(x.shape, generator=generator).to(x)
     def draw(g):
         if isinstance(g, torch.Generator): return torch.randn(x.shape[1:], generator=g)
         return torch.from_numpy(g.standard_normal(x.shape[1:], dtype=np.float32))

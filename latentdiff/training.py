@@ -34,7 +34,7 @@ def zero_init(module):
 
 def peak_gb(device='cpu'):
     "Most memory this process has used so far, GB (of the GPU, if that is the device)"
-    if torch.device(device).type == 'cuda': return torch.cuda.max_memory_allocated()/1e9
+    if default_device(device).type == 'cuda': return torch.cuda.max_memory_allocated()/1e9
     if sys.platform == 'win32': return float('nan')
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1e9 if sys.platform == 'darwin' else 1e6)
@@ -58,12 +58,12 @@ class DeviceLoader(DataLoader):
         self.seed = int(torch.randint(2**31, (1,)) if seed is None else number(seed=seed))
         bs = min(number(1, bs=bs), len(x))
         super().__init__(torch.utils.data.TensorDataset(x, *ys), bs=bs, shuffle=shuffle, drop_last=shuffle)
-        self.to(device or default_device())
+        self.to(device)
 
     def to(self, device):
         "Move the tensors"
-        self.device, self._order = torch.device(device), (None, None)
-        self.dataset = torch.utils.data.TensorDataset(*(o.to(device) for o in self.dataset.tensors))
+        self.device, self._order = default_device(device), (None, None)
+        self.dataset = torch.utils.data.TensorDataset(*(o.to(self.device) for o in self.dataset.tensors))
 
     def order(self, epoch):
         "The rows in the order of an epoch, a function of (seed, epoch)"
@@ -508,7 +508,7 @@ def fit_steps(learn,                                 # a fastai Learner whose tr
     given = {k: v for k, v in dict(steps=steps, epochs=epochs, minutes=minutes).items() if v is not None}
     if len(given) != 1: raise UserError('say how long to train: steps=..., epochs=... or minutes=..., one of the three')
     number(0 if 'epochs' in given else 1e-6, 1e9, 'steps' in given, **given)
-    number(0, 1e38, False, lr=lr), number(1, rounds=rounds), number(seed=seed)
+    number(0, 1e38, False, lr=lr), number(1, 10**4, rounds=rounds), number(seed=seed)
     dl = learn.dls.train
     with torch.random.fork_rng():
         secs = step_time(no_sync(learn))

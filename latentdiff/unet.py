@@ -54,8 +54,7 @@ class SelfAttention(nn.Module):
     "x + attention over the h*w places of x ('Attention is all you need', equation 1)"
     def __init__(self, c, heads=1, groups=None): # channels, heads of c/heads channels each, groups as in `ResBlock`
         super().__init__()
-        checked(c=c, heads=heads)
-        multiples(heads, c=c)
+        multiples(heads, c=checked(heads=heads, c=c))
         self.heads, self.group_norm = heads, nn.GroupNorm(groups or largest_divisor(c, min(32, c//4)), c)
         self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
         self.to_out = nn.ModuleList([zero_init(nn.Linear(c, c))])
@@ -136,8 +135,7 @@ class TimeMLP(nn.Module):
     "Two linear layers that turn the sinusoidal embedding into what the residual blocks read"
     def __init__(self, dim, temb): # lengths of the sinusoidal embedding and of the time embedding
         super().__init__()
-        checked(dim=dim, temb=temb)
-        multiples(2, dim=dim)
+        multiples(2, dim=checked(temb=temb, dim=dim))
         self.linear_1, self.linear_2 = nn.Linear(dim, temb), nn.Linear(temb, temb)
     def forward(self, time): # (b,) `process.time_input(t)` -> (b, temb)
         return self.linear_2(F.silu(self.linear_1(timestep_embedding(time, self.linear_1.in_features))))
@@ -296,7 +294,7 @@ def denoiser_learner(net, process, # denoiser: net(x_t, time) -> prediction; the
     device=None, opt_func=muon # None: default_device(); a fastai optimizer
 ):
     "A Learner that denoises; raises `UserError` without latents"
-    (z_train, *y_train), (z_valid, *y_valid) = (o if isinstance(o, tuple) else (o,) for o in (z_train, z_valid))
+    (z_train, *y_train), (z_valid, *y_valid) = (o if isinstance(o, tuple) and o else (o,) for o in (z_train, z_valid))
     device = default_device(device)
     checked(net=net, process=process)
     for k, z in dict(z_train=z_train, z_valid=z_valid).items():

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from notebooks import NBS, ROOT, read
 
-INSTALL = '.venv/bin/pip install playwright && .venv/bin/playwright install --with-deps chromium'
-HOW = f'it needs playwright and its Chromium: {INSTALL}'
+INSTALL = ".venv/bin/pip install -e '.[browser]' && .venv/bin/playwright install --with-deps chromium"
+HOW = f'it needs playwright, which the extra `browser` brings, and its Chromium (or name another in $CHROMIUM): {INSTALL}'
 LESSONS, PAGES = ['40_sampling'], ['index', '40_sampling', 'api/sampling']
 MINUTES = 20                                                   # for one notebook
 # A slider of a lesson's panel, and which of the pictures beside it show something else when it moves

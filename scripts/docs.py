@@ -201,6 +201,8 @@ def build(folder, whole):
     with tempfile.TemporaryDirectory() as tmp:
         sources(Path(tmp)/'pages', whole)
         options = ['-q', '-W', '--keep-going', '-c', str(ROOT/'docs'), '-d', f'{tmp}/doctrees']
-        return build_main([*options, f'{tmp}/pages', str(folder)])
+        failed = build_main([*options, f'{tmp}/pages', f'{tmp}/site'])     # myst-nb puts a folder beside the site
+        shutil.copytree(f'{tmp}/site', folder, dirs_exist_ok=True)
+        return failed
 
 if __name__ == '__main__': sys.exit(build(Path(sys.argv[1]), [NBS/f'{n}.ipynb' for n in sys.argv[2:]] or notebooks()))

@@ -139,7 +139,7 @@ AGAIN = {'scores/made.json', 'unet/made.json', 'samples/made.json'}     # what h
 
 @pytest.mark.parametrize('file', HOLDS)
 def test_what_a_run_folder_holds(file, folder, short):
-    "Wrong type, missing, nested 10,000 deep, huge: one line each"
+    "Wrong type, missing, nested 100,000 deep, huge: one line each"
     said = {(path, repr(v)[:30]): answer_to(folder, *o) for o in JSONS for f, path, v in [o] if f == file}
     assert {k: v for k, v in said.items() if v != 'one line' and not (v == 'started' and file in AGAIN)} == {}
 

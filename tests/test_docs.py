@@ -23,6 +23,7 @@ def site(shared):
             r = build(ROOT, new, *WHOLE)
             assert r.returncode == 0, r.stderr
             new.rename(folder)
+            assert not (shared/'jupyter_execute').exists(), 'only the site is left'
     return folder
 
 def build(root, *args):

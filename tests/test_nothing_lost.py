@@ -1,6 +1,6 @@
 "Killed, stopped, starved of disk: what is finished is kept, what is half done is never taken for the whole, and the same command goes on."
 import json, os, random, signal, subprocess, sys, threading
-import numpy as np, pytest
+import numpy as np, pytest, torch
 from filelock import FileLock
 from pathlib import Path
 from fastcore.basics import AttrDict
@@ -621,6 +621,8 @@ def test_names_and_seeds_are_looked_at_first(tmp_path):
     from latentdiff.core import read_toml, to_toml
     assert '--out is empty' in one_line(lambda: check_call(dict(out=''))) and '--npz' in one_line(lambda: check_call(dict(n=3, npz='')))
     assert 'UTF-8' in one_line(lambda: check_call(dict(data=os.fsdecode(b'caf\xe9'))))
+    (strange := tmp_path/os.fsdecode(b'nu\xff')/'photos').mkdir(parents=True)
+    assert 'UTF-8' in one_line(lambda: settings_of(str(strange), 'tiny'))   # as from within that folder
     check_call(dict(data='café', out='x', n=3, prompt=''))
     for seed in (2**63, -2**63 - 1, .5): assert 'seed' in one_line(lambda: settings_of('rooms', 'tiny', seed=seed))
     assert settings_of('rooms', 'tiny', seed=-2**63)['seed'] == -2**63
@@ -642,6 +644,20 @@ def test_what_has_no_end_is_not_read(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path/'bomb.npz', np.zeros((100, 256, 256, 3), np.uint8))
     monkeypatch.setattr(disk, 'free_memory', lambda: 1e7)
     assert 'needs 19.7 MB of memory' in one_line(lambda: npz_pixels(tmp_path/'bomb.npz'))
+
+@pytest.mark.parametrize('widths', [[8000]*3, [90_000], [32]*2000])
+def test_a_config_that_asks_for_too_much_takes_no_memory(widths, tmp_path, monkeypatch):
+    "The head of the file of weights says what there is, before a network of the size that the config names is built; float8 is none of ours"
+    from safetensors.torch import save_file
+    from latentdiff.autoencoder import KLAutoencoder
+    from latentdiff.core import load_component, read_weights, save_component
+    save_component(KLAutoencoder(3, (16,), 4, 2), tmp_path/'ae')
+    config, whole = tmp_path/'ae'/'config.json', core._built
+    monkeypatch.setattr(core, '_built', lambda folder, config, device: whole(folder, config, device) if device == 'meta' else pytest.fail('built'))
+    config.write_text(json.dumps(json.loads(config.read_text()) | dict(widths=widths)))
+    assert 'does not ' in one_line(lambda: load_component(tmp_path/'ae'))
+    save_file({k: v.to(torch.float8_e4m3fn) for k, v in read_weights(tmp_path/'ae'/'autoencoder.safetensors').items()}, tmp_path/'ae'/'autoencoder.safetensors')
+    assert one_line(lambda: load_component(tmp_path/'ae')) and 'not finite' in one_line(lambda: read_weights(tmp_path/'ae'/'autoencoder.safetensors'))
 
 def test_nothing_steers_the_terminal(capfd):
     @one_line_errors

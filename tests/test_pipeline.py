@@ -283,7 +283,7 @@ def test_a_callback_sees_every_step_end(capsys):
     quiet(p)(1, num_inference_steps=2)
     assert not capsys.readouterr().err
 
-@pytest.mark.parametrize('kw,words', [(dict(num_images=0), 'above 0'), (dict(output_type='gif'), 'pil, pt or np'), (dict(sampler='magic'), 'heun'), (dict(generator=[seeded(), seeded()]), 'one for each'),
+@pytest.mark.parametrize('kw,words', [(dict(num_images=0), 'num_images is 0'), (dict(output_type='gif'), 'pil, pt or np'), (dict(sampler='magic'), 'heun'), (dict(generator=[seeded(), seeded()]), 'one for each'),
     (dict(callback_on_step_end=lambda pipe, i, t, d: dict(latents=d['latents']*2)), 'not replace'), (dict(cond='cat'), 'trained without'),
     (dict(sampler=DDIMScheduler()), 'is for ddpm_linear noise and target eps, the network for flow noise and target velocity')])
 def test_calls_that_cannot_be(kw, words):
@@ -473,6 +473,8 @@ def test_any_scheduler_is_a_sampler(tmp_path, scheduler):
     with torch.no_grad():
         for t in scheduler.timesteps: x = scheduler.step(net(scale(x, t), t).sample, t, x, **kw).prev_sample
     torch.testing.assert_close(got, x.clamp(-1, 1)/2 + .5, atol=5e-4, rtol=0)
+    if isinstance(scheduler, PNDMScheduler):
+        with pytest.raises(UserError, match='PNDMScheduler cannot draw in 3 steps .*: take more'): p(2, num_inference_steps=3)
     edm = scheduler.config.get('timestep_type') == 'continuous'
     assert p.process.schedule == ('edm' if edm else 'flow' if 'Flow' in type(scheduler).__name__ or scheduler.config.prediction_type == 'flow_prediction' else 'scaled_linear' if scheduler.config.beta_schedule != 'linear' else 'ddpm_linear')
 
@@ -564,8 +566,8 @@ class StandIn(BaseHTTPRequestHandler):
 
 PUSH = '''
 import importlib, os, sys, torch
-import huggingface_hub.constants, huggingface_hub.hf_api
-importlib.reload(huggingface_hub.constants)   # this process was forked from one without the Hub
+import huggingface_hub.constants, huggingface_hub.file_download, huggingface_hub.hf_api
+for o in (huggingface_hub.constants, huggingface_hub.file_download): importlib.reload(o)   # this process was forked from one without the Hub
 huggingface_hub.hf_api.api.endpoint = os.environ['HF_ENDPOINT']
 from latentdiff.pipeline import LatentDiffusionPipeline, UserError
 p = LatentDiffusionPipeline.from_pretrained(sys.argv[1], 'cpu')

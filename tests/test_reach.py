@@ -11,7 +11,7 @@ from latentdiff.commands import Run, run_cli
 from latentdiff.core import beside_file, default_device, made, read_toml, settings_of, to_toml
 from latentdiff.conditioning import ClassConditioner, Conditioned, TextConditioner, conditional
 from latentdiff.denoisers import ResNetDenoiser
-from latentdiff.data import from_uint8, open_images, to_uint8
+from latentdiff.data import from_uint8, open_images, some_pixels, to_uint8
 from latentdiff.few_step import with_steps
 from latentdiff.noisify import Latents, Process, make_latents, weights_hash
 from latentdiff.pipeline import LatentDiffusionPipeline
@@ -240,19 +240,26 @@ def test_strange_pictures_are_announced(rooms, tmp_path, capsys):
 # --- few pictures ---------------------------------------------------------------------------------------------------
 
 def test_few_pictures_get_a_proposal(saved, rooms, tmp_path, monkeypatch, capsys):
-    "The pipeline that keeps most of them, if it keeps enough; the reason is printed; many pictures get none."
+    """The pipeline that keeps most of them, if it keeps enough; where none fits, such an autoencoder alone, unless the run has one; the reason is
+    printed; many pictures get none."""
     good = small()
     good.autoencoder.encode = good.autoencoder.decode = lambda x: x
-    sharp = dict(bad=small(), good=good)
-    monkeypatch.setattr(source, 'zoo', lambda: dict(bad=saved, good=saved))
-    monkeypatch.setattr(source, 'fitting', lambda name, *_: sharp[name])
-    assert source.choice(rooms, None) == 'good'
-    said = capsys.readouterr().out
-    assert 'good' in said and '--from none' in said and 'dB' in said
-    monkeypatch.setattr(source, 'zoo', lambda: dict(bad=saved))
-    assert source.choice(rooms, None) == 'none' and 'only' in capsys.readouterr().out
+    grey = LatentDiffusionPipeline(KLAutoencoder(1, (8,), 4, 1, 4), small().denoiser, Process(*FLOW), 32)
+    sharp = dict(bad=small(), good=good, grey=grey)
+    monkeypatch.setattr(source, 'zoo', lambda: sharp)
+    monkeypatch.setattr(source, 'opened', lambda name: sharp[name])
+    def said(condition=None, **kw): return source.choice(rooms, condition, **kw), capsys.readouterr().out
+    found, why = said()
+    assert found == {'from': 'good'} and 'goes on from good' in why and '--from none' in why and 'dB' in why
+    found, why = said('class')
+    assert found == {'from': 'none', 'autoencoder': 'good'} and 'the autoencoder is that of good' in why and 'told class' in why and '--from none' in why
+    found, why = said('class', given='taef2')
+    assert found == {'from': 'none'} and 'from nothing' in why and 'at random' not in why
+    del sharp['good']
+    found, why = said()
+    assert found == {'from': 'none'} and 'bad gives these back with only' in why and 'at random' in why
     monkeypatch.setattr(source, 'FEW', 120)
-    assert source.choice(rooms, None) == 'none' and not capsys.readouterr().out
+    assert said() == ({'from': 'none'}, '')
 
 def test_where_a_choice_is_made():
     "For pictures of one's own, unless an autoencoder or a source is given; the course's data sets start from nothing."
@@ -266,7 +273,7 @@ def test_a_choice_is_made_once(saved, tmp_path, monkeypatch):
     (tmp_path/'pics').mkdir()
     for i in range(120): Image.new('RGB', (32, 32), (i, 2*i, 99)).save(tmp_path/'pics'/f'{i}.png')
     options = dict(data=str(tmp_path/'pics'), preset='tiny', steps=1)
-    monkeypatch.setattr(source, 'choice', lambda *_: str(saved))
+    monkeypatch.setattr(source, 'choice', lambda *_: {'from': str(saved)})
     r = Run(tmp_path/'run', settings_of(**options))
     r.begin()
     r.fix_steps()
@@ -276,6 +283,25 @@ def test_a_choice_is_made_once(saved, tmp_path, monkeypatch):
     again = Run(r.folder, settings_of(**options))
     assert again.settings == r.settings and again.settings['from'] == str(saved) and again.p == r.p and r.p.widths == (16, 32)
     assert 'from' in one_line(Run, r.folder, settings_of(**options, From='none'))
+
+def test_an_autoencoder_of_the_package_is_chosen_once(tmp_path, monkeypatch, capsys):
+    "For few pictures with classes: it is found by its name, measured on these, announced and written down; the same command goes on with it."
+    for name, grey in (('a', 50), ('b', 150)):
+        (tmp_path/'pics'/name).mkdir(parents=True)
+        for i in range(60): Image.new('RGB', (32, 32), (grey + i, grey, 99)).save(tmp_path/'pics'/name/f'{i}.png')
+    options = dict(data=str(tmp_path/'pics'), preset='tiny', condition='class', steps=1)
+    monkeypatch.setattr(Run, 'step_times', lambda self: (0., 0.))
+    r = Run(tmp_path/'run', settings_of(**options))
+    r.go(('autoencoder',))
+    said, name = capsys.readouterr().out, r.settings['autoencoder']
+    assert r.settings['from'] == 'none' and name in source.zoo() and f'that of {name}' in said and '120 images at 32 px' in said
+    its = LatentDiffusionPipeline.from_pretrained(name, 'cpu').autoencoder
+    assert same(r.autoencoder, its.fit_scale(some_pixels(r.images, 'train', 0)))
+    monkeypatch.delattr(source, 'choice')
+    again = Run(r.folder, settings_of(**options))
+    assert again.settings == r.settings and again.p == r.p
+    assert beside_file({}, r.folder/'config.toml', {k: str for k in r.options()} | dict(size=int, seed=int, n=int, steps=int))['autoencoder'] == name
+    assert 'autoencoder' in one_line(Run, r.folder, settings_of(**options, From='none'))
 
 def test_size_and_condition_are_those_of_the_source():
     assert source.as_there({'from': 'fashion_mnist32'}) == {'from': 'fashion_mnist32', 'size': 32, 'condition': 'class'}
@@ -448,5 +474,5 @@ def test_guidance_against_what_is_asked():
 def test_few_pictures_are_a_caution():
     "With the error of this very score; where there are many of both, none."
     m = dict(n_real=18, n_fake=500, kid_se=.123)
-    assert '18 held-out' in caution(m)['caution'] and '0.25' in caution(m)['caution']
+    for w in ('18 real', '500 samples', '0.25', 'has no error'): assert w in caution(m)['caution'], w
     assert caution({**m, 'n_real': 500}) == {}
