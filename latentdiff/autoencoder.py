@@ -24,7 +24,7 @@ from fastai.basics import Callback, DataLoaders, Metric, Path, patch
 from fastai.callback.training import GradientClip
 from .core import UNFIT, WEIGHTS, UserError, agreed, artefact, checked, data_home, default_device, file_md5
 from .core import find_class, fingerprint, first_ahead, load_component, load_weights, multiples, network_config
-from .core import number, numbers, save_component, stream, write_whole
+from .core import number, numbers, place, save_component, stream, write_whole
 from .data import FEW, as_images, check_images, kind_of, like, some_pixels
 from .files import download, one_line, there
 from .training import Checkpoint, DeviceLoader, Graphed, Learner, adamw, fit_steps, muon, randn_rows, zero_init
@@ -127,8 +127,7 @@ def patch_pca(x, f, k): # images (n,c,h,w) in [-1,1], side of a patch, component
 def posterior_sample(mean, logvar, generator=None, draw=torch.randn): # (b,...) both; on their device; of the noise
     "A draw from N(mean, exp(logvar)) through which gradients flow (Kingma and Welling 2014, eq. 10)"
     like(mean=mean, logvar=logvar)
-    eps = draw(*mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-    return mean + (0.5*logvar).exp()*eps
+    return mean + (0.5*logvar).exp()*draw(*mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
 
 # %% ../nbs/10_autoencoder.ipynb #c056
 class Autoencoder(nn.Module, ConfigMixin):
@@ -454,7 +453,8 @@ def open_autoencoder(spec): # a folder, saved or of TAEF2; 'taef2', 'bedrooms64'
 # %% ../nbs/10_autoencoder.ipynb #c184
 def make_autoencoder(folder, images, p, seed=0, device=None): # of the run; `Images`; a `Preset`; of chance; None: GPU
     "The autoencoder of a run, in eval mode: made once, in autoencoder/ (ours) or vae/ (diffusers'), then loaded"
-    folder, device, parents = Path(folder), default_device(device), dict(images=checked(p=p, images=images).fingerprint)
+    parents = dict(images=checked(p=p, images=images).fingerprint)
+    folder, device = place(folder=folder), default_device(device)
     found = agreed(next((o for o in ('autoencoder', 'vae') if os.path.exists(folder/o)), None))
     with first_ahead(): ready = open_autoencoder(p.ae_pretrained) if p.ae_pretrained and not found else None
     path = folder/(found or ('vae' if isinstance(ready, PretrainedKL) else 'autoencoder'))

@@ -9,7 +9,7 @@ __all__ = ['data', 'training', 'autoencoder', 'noisify', 'unet', 'sampling', 'ki
 
 # %% ../nbs/90_commands.ipynb #c004
 from .disk import enough, matching, new_place, new_places, one_line_errors, put_beside   # it minds Ctrl-C
-import dataclasses, importlib, io, json, math, os, platform, sys
+import dataclasses, importlib, io, itertools, json, math, os, platform, sys
 from functools import wraps
 from pathlib import Path
 from typing import get_type_hints
@@ -154,19 +154,22 @@ def real_features(self:Run):
     return self.once('real', lambda: kid_eval.features(self.judge, self.images, idxs=held))
 
 # %% ../nbs/90_commands.ipynb #c020
+@patch
+def said(self:Run, idxs): # of images: their classes, -1 where there is none, or their captions, a list
+    every = self.images.labels.tolist() if self.condition == 'class' else self.images.captions
+    return [every[i] for i in idxs]
+
 @patch(as_prop=True)
 def asked(self:Run):
     "What samples shall show: the classes or captions of held-out images, shuffled; nothing without a condition"
     if not self.condition: return {}
-    said = self.images.labels.tolist() if self.condition == 'class' else self.images.captions
-    of = lambda idxs: [said[i] for i in idxs if said[i] not in ('', -1)]
+    of = lambda idxs: [o for o in self.said(idxs) if o != -1 and str(o).strip()]
     conds = of(self.images.valid_idxs) or of(self.images.train_idxs)
     return dict(cond=[conds[i] for i in np.random.default_rng(self.seed % 2**64).permutation(len(conds))], guidance=2.)
 
 @patch
 def told(self:Run, n): # of the first `n` samples, what each was asked to show, a list
-    cond = self.asked['cond']
-    return [cond[i % len(cond)] for i in range(n)]
+    return [*itertools.islice(itertools.cycle(self.asked['cond']), n)]
 
 @patch(as_prop=True)
 def denoiser(self:Run):
@@ -229,10 +232,9 @@ def draw(self:Run, folder):
 @patch
 def grid(self:Run, px):
     "PIL image of the first 64 samples; if they were told a class, up to eight of each, a row a class"
-    import torch
     if self.condition != 'class': return data.image_grid(data.from_uint8(px[:64]), nrow=8)
-    asked = torch.tensor(self.told(len(px)))
-    return report.picture_rows({self.images.classes[k]: px[asked == k][:8] for k in asked.unique()[:16].tolist()})
+    asked = np.array(self.told(len(px)))
+    return report.picture_rows({self.images.classes[k]: px[asked == k][:8] for k in np.unique(asked)[:16]})
 
 # %% ../nbs/90_commands.ipynb #c026
 @patch
@@ -255,12 +257,11 @@ def scores(self:Run):
 
 @patch
 def by_guidance(self:Run, folder, f, idxs): # as for `evaluate`; features of some training images, and which these are
-    "KID against guidance, and for classes how often a judge sees the one asked for; few samples, drawn unless there"
-    n, labels, held = min(128, len(self.samples)), self.images.labels, spread(self.images.valid_idxs, 2000)
-    how = self.how | self.asked
+    "KID against guidance, and how often a judge sees the class or caption asked for; few samples, drawn unless there"
+    n, held, how = min(128, len(self.samples)), self.said(spread(self.images.valid_idxs, 2000)), self.how | self.asked
     draw = lambda g: self.samples[:n] if g == how['guidance'] else self.pipeline.pixels(n, **how | {'guidance': g})
-    seen = (labels[held], (f, labels[idxs]), self.told(n)) if self.condition == 'class' else ()
-    d = report.by_guidance(draw, self.judge, self.real_features, *seen)
+    listen = self.pipeline.denoiser.conditioners[0] if self.condition == 'text' else None
+    d = report.by_guidance(draw, self.judge, self.real_features, held, (f, self.said(idxs)), self.told(n), listen)
     report.save_png(report.guidance_curves(d), folder/'guidance.png')
     return d
 
@@ -292,7 +293,7 @@ def metrics(self:Run):
     ae, net = (notes[k]['facts'] for k in self.pipeline.parts())
     d = self.scores | dict(psnr=ae.get('psnr'), ssim=ae.get('ssim'), n_reconstructed=ae.get('n'))
     for k in SCORES: number(whole=False, **{f'{k}, in a made.json in {self.folder},': d.get(k)})
-    return d | dict(kid_curve=net.get('kid', []),
+    return d | dict(kid_curve=net.get('kid', []), told=self.asked and {**self.asked, 'cond': self.told(64)},
         **{k: notes['samples']['settings'][k] for k in ('sampler', 'steps')}, threads=torch.get_num_threads(),
         seconds={k: v['seconds'] for k, v in notes.items()}, peak_gb=round(training.peak_gb(self.device), 2))
 

@@ -324,7 +324,7 @@ def attention_maps(net, x, time, tokens, mask=None # ConditionalUNet, and what i
     "Which place looks at which token"
     maps = []
     def look(module, args): maps.append(module.weights(*args).mean(1).transpose(1, 2).unflatten(2, args[0].shape[2:]))
-    hooks = [m.register_forward_pre_hook(look) for m in net.modules() if isinstance(m, CrossAttention)]
+    hooks = [m.register_forward_pre_hook(look) for m in checked(module=net).modules() if isinstance(m, CrossAttention)]
     try: net(x, time, tokens, mask)
     finally:
         for h in hooks: h.remove()

@@ -123,6 +123,7 @@ class Images(torch.utils.data.Dataset):
         size, channels,         # pixels a side; 3, or 1 for grey
         contents=None, stamp='' # a hash of each, by which exact copies are told; what else the fingerprint depends on
     ):
+        number(1, 2048, size=size), one_of((1, 3), channels=channels)
         self.kind, self.names, self.size, self.channels, self.skipped = kind, list(names), size, channels, []
         self.contents = contents or self.names
         self.fingerprint = fingerprint(pixels=f'{channels}x{size}x{size} v3', names=self.names, of=[stamp, contents])
@@ -283,7 +284,10 @@ class FileImages(Images):
         if len(classes) > 1:
             self.classes = classes
             self.labels = torch.tensor([classes.index(o.split('/')[0]) if '/' in o else -1 for o in self.names])
-        if captions := captions_in(folder): self.captions = [captions.get(o, '') for o in self.paths]
+        if not (captions := captions_in(folder)): return
+        self.captions = [captions.get(o, '') for o in self.paths]
+        if not {*captions} & {*files}:
+            raise UserError(f'{folder}: no file_name in its metadata is that of a picture in it: mend the names')
 
     def read(self, idxs):
         if self.raw is not None: return super().read(idxs)

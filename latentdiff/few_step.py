@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call
 from diffusers.configuration_utils import ConfigMixin
 from .core import UserError, artefact, checked, default_device, find_class, fingerprint, load_component
-from .core import number, read_json, save_component, spread, write_json
+from .core import number, place, read_json, save_component, spread, write_json
 from .training import Checkpoint, Graphed, fit_steps, zero_init
 from .noisify import NoisifyCB, bcast, check_latents, weights_hash
 from .unet import TimeMLP, denoiser_learner
@@ -217,10 +217,10 @@ def train_shortcut(net, process, teacher, # from `with_steps`; as `Shortcuts` ta
 def make_shortcut(folder, net, process, latents, steps, # of the run: gets denoiser/; trained; its process; `Latents`
                   guidance=1., lr=1e-3, bs=32, seed=0, device=None, remake=False): # as for `guide` and `make_denoiser`
     "The few-step network of a run, in eval mode: loaded, or trained now from `net`, which it replaces"
-    device = device or default_device()
+    folder, device = place(folder=folder), default_device(device)
     parents = dict(latents=latents.fingerprint, teacher=weights_hash(net))
     settings = dict(guidance=guidance, lr=lr, bs=bs, seed=seed, shares=list(SHARES.items()))
-    checkpoint = Checkpoint(Path(folder)/'checkpoints'/'shortcut', fingerprint(**parents, **settings))
+    checkpoint = Checkpoint(folder/'checkpoints'/'shortcut', fingerprint(**parents, **settings))
     def make(out):
         torch.manual_seed(seed)
         teacher, z = net.to(device).eval(), [latents.tensor('train'), spread(latents.tensor('valid'), 256)]
@@ -230,5 +230,5 @@ def make_shortcut(folder, net, process, latents, steps, # of the run: gets denoi
                                bs=bs, device=device, checkpoint=checkpoint)
         save_component(learn.model, out)
         return learn.history
-    made_at = artefact(Path(folder)/'shortcut', make, parents, dict(**settings, steps=steps), remake)
+    made_at = artefact(folder/'shortcut', make, parents, dict(**settings, steps=steps), remake)
     return load_component(made_at).to(device)

@@ -22,7 +22,7 @@ from fastai.data.external import untar_data
 from filelock import FileLock
 from .core import DATASETS, Bar, UserError, data_home, fingerprint, progress, rank, whole_folder
 from .core import number, one_of
-from .disk import FULL, enough, matching, on_disk
+from .disk import FULL, enough, matching, on_disk, place
 
 # %% ../nbs/parts/files.ipynb #f007
 def one_line(e): # an exception
@@ -230,7 +230,7 @@ LARGEST = 1 << 30 # bytes of a file that may be a picture; a gigabyte holds more
 
 def bytes_of(path):
     "The bytes of a picture file; raises `OSError`, also for one that is larger than `LARGEST`"
-    if (size := os.stat(path).st_size) <= LARGEST: return Path(path).read_bytes()
+    if (size := os.stat(place(file=path)).st_size) <= LARGEST: return Path(path).read_bytes()
     raise OSError(errno.EFBIG, f'{size/1e9:,.0f} GB, too much for a picture')
 
 def load_pixels(file, size, channels=3): # path of an image file, or its bytes; pixels a side; 3, or 1 for grey
@@ -296,7 +296,7 @@ def captions_in(folder):
         try:
             if why := no_file(path): raise OSError(why)
             with path.open(newline='', encoding='utf-8') as f:
-                for row in csv.DictReader(f) if path.suffix == '.csv' else map(json.loads, f):
+                for row in csv.DictReader(f) if path.suffix == '.csv' else map(json.loads, filter(str.strip, f)):
                     found[path.parent/row['file_name']] = said = row.get('text') or row.get('caption') or ''
                     said.encode()   # half a surrogate pair, which JSON can hold, is no text
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as e:

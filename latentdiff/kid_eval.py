@@ -22,7 +22,7 @@ from torcheval.metrics import Metric
 from torcheval.metrics.toolkit import get_synced_metric
 from torchvision.transforms.functional import gaussian_blur
 from .core import UserError, artefact, checked, data_home, default_device, load_component, number, one_of
-from .core import positions, progress, save_component, share, spread, stream, world
+from .core import place, positions, progress, save_component, share, spread, stream, world
 from .data import check_images, from_uint8, kind_of, to_uint8
 from .training import DeviceLoader, Learner, fit_steps
 from .autoencoder import efficientnet_lite0
@@ -405,7 +405,7 @@ def train_classifier(pixels, labels, # uint8 (n,1,h,w), int64 (n,), -1 where a p
 class ClassifierFeatures(Extractor):
     "The pooled features (128) of a GreyClassifier; the hash of its weights is part of the score's name"
     def __init__(self, net, device=None):
-        weights = b''.join(v.detach().cpu().numpy().tobytes() for v in net.state_dict().values())
+        weights = b''.join(v.detach().cpu().numpy().tobytes() for v in checked(module=net).state_dict().values())
         super().__init__(net, f'classifier-{hashlib.md5(weights).hexdigest()[:8]}', device)
 
     def embed(self, pixels): return self.net.body(from_uint8(pixels[:, :1]))
@@ -421,5 +421,5 @@ def make_judge(folder,  # of the run; a classifier is kept in its subfolder `jud
         sides = images.train_idxs, spread(images.valid_idxs, 1000)
         (x, y), valid = ((images.pixels(i), images.labels[i]) for i in sides)
         save_component(train_classifier(x, y, valid, seed=seed).model, new)
-    path = artefact(Path(folder)/'judge', train, dict(images=images.fingerprint), dict(seed=seed))
+    path = artefact(place(folder=folder)/'judge', train, dict(images=images.fingerprint), dict(seed=seed))
     return ClassifierFeatures(load_component(path), device)

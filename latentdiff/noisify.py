@@ -241,7 +241,7 @@ def noisify(self:Process, x0, t=None, eps=None, generator=None): # latents (b,..
 # %% ../nbs/20_noisify.ipynb #c015
 def weights_hash(ae): # an `Autoencoder` -> 64 hex digits
     "sha256 of an autoencoder's settings (its scale among them) and weights"
-    config = {k:v for k,v in ae.config.items() if k[0]!='_'}
+    config = {k:v for k,v in checked(module=ae).config.items() if k[0]!='_'}
     h = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for k,v in sorted(ae.state_dict().items()):
         h.update(f'{k} {v.dtype} {tuple(v.shape)}'.encode())
@@ -369,7 +369,7 @@ def make_latents(folder, images, ae, p, # of the run; `Images`; an `Autoencoder`
         (work/'done.json').unlink(missing_ok=True)
         return dict(n=len(images), shape=shape[1:])
     made_of = dict(images=images.fingerprint, autoencoder=weights_hash(ae))
-    return Latents(artefact(Path(folder)/'latents', make, made_of, dict(mirrored=flip)))
+    return Latents(artefact(place(folder=folder)/'latents', make, made_of, dict(mirrored=flip)))
 
 # %% ../nbs/20_noisify.ipynb #c141
 class NoisifyCB(Callback):
@@ -417,9 +417,11 @@ def from_diffusers(cls:Process, scheduler, times='uniform'): # a diffusers sched
     if kind in ('FlowMatchEulerDiscreteScheduler', 'FlowMatchHeunDiscreteScheduler') and not karras:
         return cls('flow', 'velocity', times, steps=steps)
     target = {v:k for k,v in PREDICTION_TYPES.items()}.get(c.get('prediction_type'))
-    edm = kind.startswith('EDM') or karras and c.get('sigma_min') and c.get('timestep_type')=='continuous'
-    if target=='v' and edm:
+    told_sigma = target=='v' and c.get('timestep_type')=='continuous'
+    if target=='v' and kind.startswith('EDM') or told_sigma and karras and c.get('sigma_min'):
         return cls('edm', target, times, steps=steps, **{k: c[k] for k in ('sigma_min', 'sigma_max', 'rho') if k in c})
+    if told_sigma:
+        raise UserError("cannot convert timestep_type='continuous' without use_karras_sigmas, sigma_min and sigma_max")
     if target and {'beta_schedule', 'beta_start'} <= {*c} and not karras:
         left,ends = scheduler.alphas_cumprod.float(), (c['beta_start'], c['beta_end'])
         for p in (cls(s, target, times, *ends, steps=len(left)) for s in ('cosine', *BETA_SCHEDULES)):
@@ -439,9 +441,7 @@ def process_of(scheduler): # of diffusers
         return Process('flow', 'velocity', 'uniform', steps=c['num_train_timesteps'])
     of_the_loop = {k: v[0] for k, v in NEUTRAL.items() if k in c and k not in OF_THE_NOISE}
     if 'use_karras_sigmas' in c and not told_sigma: of_the_loop['use_karras_sigmas'] = False
-    p = Process.from_diffusers(type(scheduler).from_config(c, **of_the_loop))
-    if not told_sigma or p.schedule == 'edm': return p
-    raise UserError("cannot convert timestep_type='continuous' without use_karras_sigmas, sigma_min and sigma_max")
+    return Process.from_diffusers(type(scheduler).from_config(c, **of_the_loop))
 
 def other_noise(scheduler, process): # of diffusers; the `Process` that the network was trained with
     "How the noise of the scheduler differs from that of the network, in words; None: it does not"

@@ -471,7 +471,7 @@ def their_parts(folder, d): # of a pipeline of diffusers; its model_index.json, 
 # %% ../nbs/80_pipeline.ipynb #n102
 def expectation(pipe, n, steps, sampler, bs, **told):
     "What drawing `n` images will take, in words, from the time of one step of a batch of up to 16"
-    steps, by, _ = pipe.how(steps, sampler).values()
+    steps, by, _ = checked(pipe=pipe).how(steps, sampler).values()
     name = by if isinstance(by, str) else getattr(by, '__name__', type(by).__name__)
     few, before = min(bs, 16), peak_gb(pipe.device)
     pipe.draw(few, 1, sampler, bs=few, **told)

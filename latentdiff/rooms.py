@@ -260,7 +260,7 @@ def draw_rooms(seed, idxs, size): # of the rooms; array of ints >= 0; pixels a s
 # %% ../nbs/parts/rooms.ipynb #c082
 def rooms(n, size, seed=0, start=0): # how many; pixels a side; another seed, other rooms; index of the first
     "Rooms as uint8 (n,3,size,size); each depends on its seed and index alone"
-    return draw_rooms(seed, np.arange(number(0, start=start), start + number(1, n=n)), size)
+    return draw_rooms(seed, np.arange(number(0, start=start), start + number(1, 10**6, n=n)), size)
 
 def render_room(factors, size): # as in `room_factors`, what is missing at its first value, no jitter; pixels a side
     "One room from its factors as uint8 (3,size,size); raises `UserError` for an unknown factor or value"

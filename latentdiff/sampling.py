@@ -36,6 +36,7 @@ def predict(net, process, x, t): # `net(x_t, time) -> prediction`; its process; 
 def optimal_denoiser(process, means, # any `Process`; (k, ...) centres of the mixture, equally likely
                      std=0.):        # of each Gaussian; 0: the data are the k points themselves
     "The best possible denoiser, in closed form, for data that are a mixture of Gaussians"
+    check_latents(means=means), checked(process=process), number(0, 1e6, False, std=std)
     m = means.flatten(1)
     def net(x, time, cond=None):
         t = process.t_of_time(time)
@@ -104,7 +105,7 @@ def time_steps(process, n,   # any `Process`; number of steps
 # %% ../nbs/40_sampling.ipynb #c022
 def generators(seed, n, first=0): # a whole number of 64 bits, of any sign; how many; index of the first
     "A stream of noise for each of the samples `first` to `first+n`, whatever batch they fall in"
-    seed = seed.item() if hasattr(seed, 'item') else seed
+    seed = seed.item() if getattr(seed, 'ndim', 1) == 0 else seed
     number(-2**63, 2**63 - 1, seed=seed), number(0, 10**7, n=n), number(0, 2**62, first=first)
     keys = (np.array([int(seed) % 2**64, i], np.uint64) for i in range(first, first+n))
     return [np.random.Generator(np.random.Philox(key=k)) for k in keys]

@@ -12,7 +12,7 @@ import csv, os, torch, warnings
 from copy import deepcopy
 from dataclasses import asdict
 from functools import lru_cache
-from .core import UserError, artefact, default_device, fingerprint, load_component, save_component
+from .core import UserError, artefact, checked, default_device, fingerprint, load_component, save_component
 from .data import FEW, some_pixels
 from .autoencoder import batches_for, channel_stats, quality
 from .noisify import Process, weights_hash
@@ -153,7 +153,7 @@ def fits(name, images, condition): # as for `fitting`
 def choice(images, condition, seed=0, # `Images`; 'class', 'text' or None; of the pictures it is tried on
            given=None):               # the autoencoder that the run has anyway
     "Settings, a dict: from what in the zoo, or 'none', maybe with an autoencoder; for few images the reason is printed"
-    if len(images) >= FEW: return {'from': 'none'}
+    if len(checked(images=images)) >= FEW: return {'from': 'none'}
     x, kept, whole = some_pixels(images, 'train', seed, 100), {None: 0.}, [None]
     for name in zoo():
         kept[name] = kept_by(name, x)

@@ -16,7 +16,7 @@ from fastai.basics import DataLoaders, Path, patch
 from fastai.callback.all import ActivationStats, GradientClip
 from .core import UNFIT, WEIGHTS, UserError, artefact, default_device, fingerprint, load_component
 from .core import checked, multiples, network_config, number, positions, save_component
-from .core import spread, world, write_json
+from .core import place, spread, world, write_json
 from .data import kind_of, like
 from .files import one_line
 from .training import Checkpoint, DeviceLoader, EMA, Graphed, Learner, fit_steps, largest_divisor
@@ -332,7 +332,7 @@ def make_denoiser(folder, latents, p, # run folder: gets unet/, process/, schedu
     build=unet_for, conds=None, **told # (shape of a latent, `p`) -> untrained; (n,) what it is told of each image;
 ): # what that depends on -> (denoiser in eval mode on the device, Process)
     "The denoiser of a run: loaded, or trained now for `p.steps` steps and saved"
-    folder, process = Path(folder), process or Process('flow', 'velocity', 'logit_normal')
+    folder, process = place(folder=folder), process or Process('flow', 'velocity', 'logit_normal')
     parents, recipe = dict(latents=latents.fingerprint), dict(bs=p.bs, seed=seed)
     network = dict(widths=p.widths, depth=p.depth, attn_levels=p.attn_levels)
     settings = dict(**recipe, **network, process=asdict(process), optimizer='Muon', **told)

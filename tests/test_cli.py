@@ -1,5 +1,5 @@
 "The console commands, each in a process of its own: what they leave behind, and one clear line for every bad input."
-import io, json, os, random, re, shlex, shutil, signal, subprocess, sys, tarfile, time
+import base64, io, json, os, random, re, shlex, shutil, signal, subprocess, sys, tarfile, time
 from html import unescape
 import numpy as np, pytest, torch
 from fastcore.basics import AttrDict
@@ -10,6 +10,7 @@ from latentdiff.commands import Run, settings_of
 from latentdiff.core import UserError, locked, preset
 from latentdiff.data import open_images
 from latentdiff.files import npz_pixels
+from latentdiff.kid_eval import Extractor, features
 from latentdiff.report import figure, report
 from processes import command
 
@@ -77,8 +78,12 @@ def test_what_a_picture_spells_is_no_link(into, alone):
 def test_report_shows_what_it_is_told_and_runs_none_of_it(run):
     "A name from outside is text in the page, and one word in the command to paste."
     name = 'x ; touch PWN <script>alert(1)</script>'
-    m = json.loads((run.folder/'metrics.json').read_text()) | dict(device=name)
+    m = json.loads((run.folder/'metrics.json').read_text()) | dict(device=name, told=dict(cond=[name]*64, guidance=2.5))
     page = report(run.folder, dict(data=name, size=32, preset='tiny', seed=0), m)
+    cells = re.findall('<figure><img[^>]*base64,([^"]*)"[^>]*><figcaption>(.*?)</figcaption>', page.split('<div class="asked">')[1])[:64]
+    assert [unescape(words) for _, words in cells] == [name]*64 and 'not chosen' in page and 'guidance 2.5' in page
+    shown = np.stack([np.array(Image.open(io.BytesIO(base64.b64decode(o)))) for o, _ in cells])
+    assert (shown == npz_pixels(run.folder/'samples'/'samples.npz').permute(0, 2, 3, 1)[:64].numpy()).all()   # each above its words
     command = unescape(re.search('<code>(.*?)</code>', page)[1])
     assert '<script' not in page and shlex.split(command)[:3] == ['latentdiff-run', '--data', name]
 
@@ -398,8 +403,21 @@ def two_colours(tmp_path_factory):
     (folder/'metadata.csv').write_text('\n'.join(lines))
     return folder
 
+class Greys(Extractor):
+    "A picture's features are its mean colour."
+    def __init__(self): super().__init__(torch.nn.Identity(), 'grey', 'cpu')
+    def embed(self, pixels): return pixels.float().mean((2, 3))/255
+
+def judged_by_captions(r, folder, monkeypatch): # a run with a denoiser
+    "Real pictures have the caption that a judge picks; samples, drawn at each guidance in the order of what they are told, mostly so."
+    r.kept['judge'], train = Greys(), r.images.train_idxs
+    monkeypatch.setattr(Run, 'samples', r.pipeline.pixels(16, **r.how | r.asked))
+    d = r.by_guidance(folder, features(r.judge, r.images, idxs=train), train)
+    assert (d['of'], d['right'], d['luck'], d['n']) == ('caption', 1, .5, 16) and min(o[3] for o in d['rows']) > .7, d
+    assert (folder/'guidance.png').exists()
+
 @pytest.mark.parametrize('kind,option', [('auto', '--class'), ('text', '--prompt')])
-def test_a_run_that_is_told(cli, two_colours, tmp_path, kind, option):
+def test_a_run_that_is_told(cli, two_colours, tmp_path, monkeypatch, kind, option):
     "Its samples are dark where dark ones are asked for; the same command again does nothing; it can be trained further."
     folder, whole = tmp_path/'run', kind == 'auto' or 'LATENTDIFF_LONG' in os.environ   # one report is enough in `make test`
     args = '--data', two_colours, '--preset', 'tiny', '--condition', kind, '--out', folder
@@ -415,13 +433,13 @@ def test_a_run_that_is_told(cli, two_colours, tmp_path, kind, option):
     assert dark + 40 < bright, (dark, bright)
     index = json.loads((folder/'model_index.json').read_text())
     assert index['denoiser'] == ['latentdiff.conditioning', 'Conditioned'] and not (folder/'unet').exists()
-    if not whole: return
+    if not whole: return judged_by_captions(Run(folder, json.loads((folder/'run.json').read_text())['settings']), tmp_path, monkeypatch)
     settings = json.loads((folder/'samples'/'made.json').read_text())['settings']
     assert settings['condition'] == dict(auto='class', text='text')[kind] and settings['guidance'] == 2
     d, page = json.loads((folder/'metrics.json').read_text())['guidance'], (folder/'report.html').read_text()
     assert [o[0] for o in d['rows']] == [1, 1.5, 2, 3] and d['n'] == 64 and 'What guidance does' in page and 'caution' in page
-    if kind == 'auto': assert d['right'] == 1 and all(0 <= o[3] <= 1 for o in d['rows'])   # nothing is easier than dark and bright
-    else: assert d['right'] is None
+    assert d['right'] == 1 and all(0 <= o[3] <= 1 for o in d['rows']) and 'A judge that' in page   # nothing is easier than dark and bright
+    assert d['luck'] == dict(auto=None, text=.5)[kind] and ('a row a class' in page, '"asked"' in page) == (kind == 'auto', kind == 'text')
     if kind == 'text': return
     assert cli('train', folder, '--more', 5).rc == 0
     assert json.loads((folder/'denoiser'/'made.json').read_text())['settings']['steps'] == 45
@@ -449,7 +467,7 @@ def told_run(tmp_path, kind, images):
 
 def test_samples_are_told_what_held_out_images_are(tmp_path):
     "In their shares; never a class without a picture, and captions of training pictures if those held out have none."
-    images = Told([0, 1, 1, 1, -1, 3]*8, ['', '', 'a', '', '', '']*8, [*range(0, 48, 6), *range(1, 48, 6), *range(4, 48, 6)])
+    images = Told([0, 1, 1, 1, -1, 3]*8, ['', ' ', 'a', '', '', '']*8, [*range(0, 48, 6), *range(1, 48, 6), *range(4, 48, 6)])
     assert sorted(told_run(tmp_path, 'class', images).asked['cond']) == [0]*8 + [1]*8
     assert set(told_run(tmp_path, 'text', images).asked['cond']) == {'a'}
 
@@ -465,11 +483,8 @@ class Sorted(Told):
 def test_scores_look_at_every_class_of_sorted_folders(tmp_path, monkeypatch):
     "More pictures a class than are looked at: held-out ones, the floor's and the classes a judge learns from are of both, half and half"
     from latentdiff import commands, kid_eval, report
-    class Judge(kid_eval.Extractor):
-        def __init__(self): super().__init__(torch.nn.Identity(), 'grey', 'cpu')
-        def embed(self, pixels): return pixels.float().mean((1, 2, 3))[:, None]/255
     r = told_run(tmp_path, 'class', Sorted())
-    r.kept |= dict(judge=Judge(), autoencoder=AttrDict(encode=lambda x: x, decode=lambda x: x))
+    r.kept |= dict(judge=Greys(), autoencoder=AttrDict(encode=lambda x: x, decode=lambda x: x))
     monkeypatch.setattr(commands.Run, 'samples', torch.zeros(200, 3, 8, 8, dtype=torch.uint8))
     monkeypatch.setattr(commands.Run, 'neighbours', lambda self: None)
     monkeypatch.setattr(commands.Run, 'pipeline', AttrDict(parts=lambda: ('autoencoder', 'denoiser')))
@@ -477,7 +492,7 @@ def test_scores_look_at_every_class_of_sorted_folders(tmp_path, monkeypatch):
     shown, seen = [], {}
     monkeypatch.setattr(report, 'save_png', lambda im, path: shown.append(path.name))
     monkeypatch.setattr(kid_eval, 'evaluate', lambda fake, real, judge, floor_from, seed: seen.update(real=real, floor=floor_from) or {})
-    monkeypatch.setattr(report, 'by_guidance', lambda draw, judge, real, labels, known, asked: seen.update(labels=labels, known=known[1]) or seen['stop'])
+    monkeypatch.setattr(report, 'by_guidance', lambda draw, judge, real, said, known, asked, listen: seen.update(labels=torch.tensor(said), known=torch.tensor(known[1])) or seen['stop'])
     with pytest.raises(KeyError): r.evaluate(tmp_path)
     assert shown == ['pairs.png', 'neighbours.png'] and len(seen['real']) == len(seen['labels']) == 2000 and len(seen['floor']) == len(seen['known']) == 200
     for o in (seen['real'].mean(1), seen['floor'].mean(1), seen['labels'], seen['known']): assert o.float().mean() == .5

@@ -242,6 +242,7 @@ PLAIN = dict(clip_sample=False, timestep_spacing='trailing')
     DDPMScheduler(clip_sample=False), DDPMScheduler(variance_type='learned_range', **PLAIN),
     DDIMScheduler(set_alpha_to_one=False, **PLAIN), EulerDiscreteScheduler(use_karras_sigmas=True, timestep_spacing='trailing'),
     EulerDiscreteScheduler(use_karras_sigmas=True, sigma_min=.002, sigma_max=80., timestep_spacing='trailing', timestep_type='continuous'),
+    EulerDiscreteScheduler(prediction_type='v_prediction', timestep_type='continuous', timestep_spacing='trailing'),
     DPMSolverMultistepScheduler(use_lu_lambdas=True, timestep_spacing='trailing'), diffusers.LCMScheduler(),
     FlowMatchEulerDiscreteScheduler(shift=3.), FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
     FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True), FlowMatchEulerDiscreteScheduler(shift_terminal=.1),

@@ -15,7 +15,7 @@ from latentdiff.data import from_uint8, open_images, some_pixels, to_uint8
 from latentdiff.few_step import with_steps
 from latentdiff.noisify import Latents, Process, make_latents, weights_hash
 from latentdiff.pipeline import LatentDiffusionPipeline
-from latentdiff.report import by_guidance, caution, class_judge
+from latentdiff.report import by_guidance, caption_judge, caution, class_judge, guidance_curves, guidance_figure
 from latentdiff.training import fit_steps, orthogonalise, rate, trackers
 from latentdiff.unet import UNet, denoiser_learner, loss_by_level, make_denoiser
 
@@ -470,6 +470,47 @@ def test_guidance_against_what_is_asked():
     k = [o[1] for o in d['rows']]
     assert k[-1] == min(k) and k[0] == max(k)
     assert by_guidance(draw, None, x[:200])['rows'][0][3] is None
+
+def hearing(n, seed=0):
+    "n captions; what hears them: a token or two each, in 8 dimensions, NaN where the mask says no; and the means (n,8)"
+    table, mask = torch.randn(n, 2, 8, generator=torch.Generator().manual_seed(seed)), torch.ones(n, 2, dtype=torch.bool)
+    mask[::2, 1] = False
+    means = torch.where(mask[..., None], table, 0).sum(1)/mask.sum(1, True)
+    table[~mask] = math.nan
+    rows = lambda captions: [int(o.split()[1]) for o in captions]
+    return [f'picture {i}' for i in range(n)], lambda o: (table[rows(o)], mask[rows(o)]), means
+
+@pytest.mark.parametrize('k', [2, 10])
+def test_a_judge_of_captions_finds_what_is_there_and_no_more(k):
+    "Always, where features are a linear function of the embeddings and an offset; where they have nothing to do with them, by luck."
+    captions, listen, means = hearing(1200)
+    g = torch.Generator().manual_seed(1)
+    for f, right, off in ((means@torch.randn(8, 20, generator=g) + 5, 1, 0), (torch.randn(1200, 20, generator=g), 1/k, 3*(1/k*(1 - 1/k)/1000)**.5)):
+        see = caption_judge(f[:200], captions[:200], listen, captions[200:], k)
+        assert abs(see(f[200:], captions[200:]).double().mean().item() - right) <= off
+
+def test_a_judge_of_captions_is_fair():
+    "It is tried with the same others each time; of what sounds alike nothing is the nearest; one caption is no choice, nor are blank ones."
+    captions, listen, means = hearing(80)
+    same, noisy = caption_judge(means[:40], captions[:40], listen, captions[40:]), means + torch.randn(80, 8, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(same(noisy[40:], captions[40:]), same(noisy[40:], captions[40:]))
+    assert not caption_judge(means[:40], captions[:40], lambda o: listen(['picture 0']*len(o)), captions[40:])(means[40:], captions[40:]).any()
+    score = lambda held, known: by_guidance(lambda g: means[:40], None, means[40:], held, (means[:40], known), held, listen)['right']
+    assert score(captions[40:], captions[:40]) == 1 and score([captions[0]]*40, captions[:40]) is score(captions[40:], [captions[0]]*40) is score([' ']*40, captions[:40]) is None
+
+def test_guidance_against_the_caption_asked_for():
+    "Samples of which a known share shows it, among three captions that pictures share; those with none are left out; the judge comes first in what is said."
+    captions, listen, means = hearing(3)
+    said, asked, wrong = [captions[i % 3] for i in range(300)], [i % 3 for i in range(90)], {1.: 60, 1.5: 30, 2.: 9, 3.: 0}
+    f = means[[i % 3 for i in range(300)]] + .01*torch.randn(300, 8, generator=torch.Generator().manual_seed(1))
+    def draw(g): return f[[(k + (i < wrong[g])) % 3 for i, k in enumerate(asked)]]
+    d = by_guidance(draw, None, f[:120], said[:90] + ['', '  ']*15, (f[120:], said[120:]), [captions[k] for k in asked], listen)
+    assert d['right'] == 1 and d['n_real'] == 90 and d['luck'] == pytest.approx(1/3) and [o[3] for o in d['rows']] == pytest.approx([1/3, 2/3, .9, 1])
+    (_, _, text, _), = guidance_figure(d)
+    assert text.startswith('A judge') and 'out of 3 for 100% of 90 held-out ones (luck for 33%)' in text and 'caption that was asked for' in text
+    assert guidance_curves(d).width > 400 and guidance_figure({**d, 'right': None})[0][2].startswith('KID')
+    old = {k: d[k] for k in ('right', 'n_real', 'rows', 'n')}   # as runs with classes have noted it before
+    assert 'the class of 100% of 90 held-out ones. Left' in guidance_figure(old)[0][2]
 
 def test_few_pictures_are_a_caution():
     "With the error of this very score; where there are many of both, none."

@@ -1,5 +1,5 @@
 "Training: batches by number, averages, rates; a training that was killed, or continued, ends with the weights of one that was not."
-import copy, json, os, random
+import copy, json, os, random, time
 import pytest, torch
 from fastai.basics import SGD, Callback, DataLoaders, Learner
 from safetensors import safe_open
@@ -336,6 +336,21 @@ def test_killed_at_any_moment_and_called_again(kind, tmp_path):
         assert [r[::2] for r in again.history['rows']] == [r[::2] for r in whole.history['rows']], (event, k)
         assert [again.history['step'][-1], len(again.history['step'])] == [40, 40]
 
+def test_a_minute_is_all_that_can_be_lost(tmp_path, monkeypatch):
+    "By a clock that moves 15 seconds a step: no minute goes by without a checkpoint of where the training is"
+    now, written = [1000.], [1000.]
+    class Clock(Callback):
+        order = -8
+        def before_batch(self): now[0] += 15*self.training
+    class Noted(Checkpoint):
+        def save(self, name, tensors, note):
+            written.append(now[0])
+            super().save(name, tensors, note)
+    monkeypatch.setattr(time, 'monotonic', lambda: now[0])
+    trained('average_and_best', Noted(tmp_path, 'this'), cbs=Clock())
+    gaps = [b - a for a, b in zip(written, [*written[1:], now[0]])]
+    assert now[0] == 1600 and max(gaps) <= 60, gaps
+
 def test_the_best_weights_are_those_that_were_validated():
     "With an average the best validation is the average's, and so are the weights that are kept"
     learn = small_learner(EMA(.9))
@@ -531,17 +546,17 @@ class Poison(Callback):
         if self.here('weights'): next(self.model.parameters()).data[0] = float('inf')
 
 @pytest.mark.parametrize('what', ['loss', 'infinite loss', 'gradient', 'weights'])
-@pytest.mark.parametrize('k', [0, 13, 39])
+@pytest.mark.parametrize('k,every', [(0, (0,)), (13, (0,)), (39, (0,)), (13, ())], ids=['0', '13', '39', 'seldom written'])
 @pytest.mark.parametrize('kind', ['plain', 'average_and_best'])
-def test_what_is_not_finite_stops_within_a_step(what, k, kind, tmp_path):
+def test_what_is_not_finite_stops_within_a_step(what, k, every, kind, tmp_path):
     "In one line, at once or one step later, and no file holds any of it; nor does the folder of a training that fell ill at once"
-    keep, last = Checkpoint(tmp_path/'keep', 'this', every=0), []
+    keep, last = Checkpoint(tmp_path/'keep', 'this', *every), []
     class Count(Callback):
         order = -8
         def before_batch(self): last.append(self.step_by_step.k)
     with pytest.raises(UserError, match='train again at a lower rate') as e: trained(kind, keep, cbs=[Poison(what, k), Count()])
     assert '\n' not in str(e.value) and last[-1] <= k + 1
-    if k == 0: assert not keep.folder.exists()
+    if k == 0 or not every: assert not keep.folder.exists()
     else:
         assert keep.load(40, exact=True)[1]['k'] <= k
         for f in keep.folder.iterdir(): assert all(v.isfinite().all() for v in load_file(f).values() if v.is_floating_point())

@@ -61,7 +61,7 @@ CALLS = {
     **each(D.image_dls, 'bs', 0, -1, 'a', images=ROOMS, device='cpu'),
     **each(F.shard_names, 'spec', None, 5, 'a', says='names no shards'), **each(F.shard_names, 'seed', 'a', nan, spec='{0..3}.tar'),
     **each(F.npz_pixels, 'path', None, 5, 'nowhere.npz', says='cannot be read'), **each(F.at_hand, 'data', None, 5, '', 'a\0b', 'x'*5000, says='no folder or file'), **each(F.at_hand, 'data', 'http://\udcff/a.zip', says='could not', title='surrogate'),
-    **each(F.hub_folder, 'n', 0, -1, 'a', spec='nobody/nothing'), **each(F.hub_folder, 'spec', '', n=3, says="spec is ''"),
+    **each(F.hub_folder, 'n', 0, -1, 'a', spec='nobody/nothing'), **each(F.hub_folder, 'spec', '', n=3, says='spec is empty'),
     **each(F.unpacked, 'archive', None, 'nowhere.zip', '.', says='is no archive'),
     **each(F.download, 'url', None, '', 'nowhere', 'file:///etc/hostname', path=NOWHERE, says='begin with https://'),
     **each(F.download, 'url', 'http://[1/x.zip', 'http://127.0.0.1/ä.zip', path=NOWHERE, says='could not download'),
@@ -251,6 +251,12 @@ for f, arg, good in ((PIPE.save_pretrained, 'folder', {}), (FLOW.save, 'folder',
 CALLS |= {
     **each(lambda device: PIPE.to(device), 'device', 1.5, nan, 2**63, title='to', says='cannot move to'), **each(TOLD.net.forward, 'mask', 5, 'a', {}, torch.ones(3, 2).bool(), torch.ones(3, 1), x=Z8, time=torch.ones(3), cond=torch.zeros(3, 1, 8), title='ConditionalUNet', says='mask is'), **each(unet.denoiser_learner, 'z_train', (), says='z_train is', title='denoiser_learner of', **but(TRAIN, 'z_train')),
     **each(report.picture_rows, 'rows', {}, title='rows', says='rows is empty'), **each(report.picture_rows, 'rows', dict(cats=X*3), dict(cats=None), title='rows of', says='cats '), **each(report.figure, 'path', *NO_PATH, caption='x', title='figure', says='path is'), **each(report.class_judge, 'f', *SET[:4], labels=torch.arange(40) % 2),
+}
+
+CALLS |= {
+    **each(N.weights_hash, 'ae', *NOT, says='module is'), **each(G.attention_maps, 'net', *NOT, x=Z8, time=torch.ones(3), tokens=torch.zeros(3, 1, 8), says='module is'), **each(K.ClassifierFeatures, 'net', *NOT, says='module is'), **each(P.expectation, 'pipe', *NOT, n=1, steps=1, sampler='ddim', bs=1), **each(sampling.optimal_denoiser, 'means', *NO_BATCH, process=FLOW, says='means '), **each(sampling.optimal_denoiser, 'std', -1, None, 'a', nan, process=FLOW, means=Z),
+    **each(A.make_autoencoder, 'folder', *NO_PATH, images=ROOMS, p=C.preset('tiny'), says='folder is'), **each(U.make_denoiser, 'folder', *NO_PATH, latents=None, p=C.preset('tiny'), says='folder is'), **each(E.make_shortcut, 'folder', *NO_PATH, net=None, process=FLOW, latents=None, steps=1, says='folder is'), **each(N.make_latents, 'folder', *NO_PATH, images=ROOMS, ae=AE, p=C.preset('tiny'), says='folder is'),
+    **each(sampling.generators, 'seed', torch.arange(3), np.arange(2), n=1, title='generators of'), **each(R.rooms, 'n', 10**12, size=16, title='rooms of'), **each(D.RoomImages, 'size', *COUNT, None), **each(D.RoomImages, 'channels', 2, -1, '3', size=16), **each(F.load_pixels, 'file', None, 5, nan, [], '', 'a\0b', size=8, says='file is'), **each(C.spread, 'n', -1, 1.5, 'a', None, items=Z), 
 }
 
 @pytest.mark.parametrize('title', CALLS)
