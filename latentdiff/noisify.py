@@ -6,7 +6,7 @@
 __all__ = ['SCHEDULES', 'TARGETS', 'TIMES', 'FILES', 'PREDICTION_TYPES', 'BETA_SCHEDULES', 'TARGETS_THERE', 'NEUTRAL',
            'OF_THE_NOISE', 'cosine_levels', 'log_abar_table', 'ddpm_levels', 'edm_levels', 'Process', 'check_level',
            'check_latents', 'bcast', 'mix', 'weights_hash', 'prefetch', 'Latents', 'make_latents', 'NoisifyCB',
-           'process_of', 'other_noise', 'save_process']
+           'process_of', 'other_noise', 'load_process', 'save_process']
 
 # %% ../nbs/20_noisify.ipynb #c003
 import functools, hashlib, inspect, json, math, os, shutil, time, warnings
@@ -494,6 +494,16 @@ def to_diffusers(self:Process, cls=None): # another scheduler class of the famil
     raise UserError(f"diffusers cannot express this process as {type(s).__name__}: {self}")
 
 # %% ../nbs/20_noisify.ipynb #c181
+def load_process(folder, network): # of the run, a Path; the folder of its network, which may know what it was trained with
+    "The process of a run; raises `UserError` if that of another run lies there"
+    process, note = Process.load(folder/'process'), made(network).get('settings')
+    told = note.get('process') if isinstance(note, dict) else None
+    for k,v in (told if isinstance(told, dict) else {}).items():
+        if getattr(process, k, v)==v: continue
+        said = f'{folder}/process has {k} {getattr(process, k)}, {network} was trained with {v}'
+        raise UserError(f'{said}: take both from one run')
+    return process
+
 def save_process(process, folder): # a `Process`; of the run, a Path
     "Write process/ and, if diffusers has such a scheduler, scheduler/"
     if rank(): return

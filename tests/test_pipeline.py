@@ -595,7 +595,7 @@ def test_pushed_to_the_hub_and_loaded_from_it(tmp_path, server):
     p = server.code(PUSH, tmp_path/'run', HF_ENDPOINT=at, HF_HUB_OFFLINE='0', HF_HOME=str(tmp_path/'home'), HF_HUB_DISABLE_PROGRESS_BARS='1')
     httpd.shutdown()
     assert p.rc == 0, p.err
-    where, same, refused, missing = p.out.strip().splitlines()[-4:]
+    where, same, refused, missing = [l for l in p.out.strip().splitlines() if not l.startswith('drawing')][-4:]   # a busy machine says that
     assert where == f'{at}/us/rooms' and same == 'True'
     assert 'us/rooms' in refused and 'hf auth login' in refused and 'us/nothing' in missing and '<newline>' not in refused + missing
     names = {'README.md', 'grid.png', 'model_index.json', 'process/config.json', 'scheduler/scheduler_config.json', 'unet/config.json',
