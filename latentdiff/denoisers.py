@@ -29,7 +29,8 @@ class Denoiser(nn.Module, ConfigMixin):
         cond=None): # no conditioning here
         "The prediction, like x. One line of `UserError` for a condition, other channels, sides that do not fit"
         if cond is not None: raise UserError(f'{type(self).__name__} takes no conditioning: leave cond=None')
-        check_noisy(x, time, getattr(self, self.first).weight, self.multiple)
+        told = time if self.time_embedding else torch.zeros(1)
+        check_noisy(x, told, getattr(self, self.first).weight, self.multiple)
         return self.predict(x, self.time_embedding(time) if self.time_embedding else None)
 
 # %% ../nbs/35_denoisers.ipynb #c023
