@@ -284,7 +284,10 @@ class FileImages(Images):
         if len(classes) > 1:
             self.classes = classes
             self.labels = torch.tensor([classes.index(o.split('/')[0]) if '/' in o else -1 for o in self.names])
-        if captions := captions_in(folder): self.captions = [captions.get(o, '') for o in self.paths]
+        if not (captions := captions_in(folder)): return
+        self.captions = [captions.get(o, '') for o in self.paths]
+        if not {*captions} & {*files}:
+            raise UserError(f'{folder}: no file_name in its metadata is that of a picture in it: mend the names')
 
     def read(self, idxs):
         if self.raw is not None: return super().read(idxs)

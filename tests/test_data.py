@@ -562,13 +562,15 @@ def test_captions_of_a_folder(tmp_path, table):
     for name in ('x/a.png', 'x/b.png', 'x/c.png'): put(tmp_path/'s'/name, png(len(name)))
     path = tmp_path/'s'/f'metadata.{table}'
     with path.open('w', newline='') as f:
-        if table == 'jsonl': f.writelines(json.dumps(o) + '\n' for o in rows)
+        if table == 'jsonl': f.writelines(json.dumps(o) + '\n\n' for o in rows)   # empty lines say nothing
         else:
             w = csv.DictWriter(f, ['file_name', 'text'])
             w.writeheader()
             w.writerows(rows)
     images = open_images(tmp_path/'s', 16)
     assert images.captions == ['a red bed', 'a blue bed, made', ''] and open_images(tmp_path/'s', 16, n=1).captions[0] in images.captions
+    path.write_text('file_name,text\nc.png,a bed' if table == 'csv' else '{"file_name": "c.png", "text": "a bed"}')
+    assert 'no file_name' in one_line(open_images, tmp_path/'s', 16)
     for bad in (b'name,text\nx,y\n' if table == 'csv' else b'{"name": 1}\n', 'file_name,text\nx,\xe9\n'.encode('latin1') if table == 'csv' else b'[1]\n'):
         path.write_bytes(bad)
         assert f'metadata.{table}' in one_line(open_images, tmp_path/'s', 16)
