@@ -223,8 +223,9 @@ def samples(self:Run):
 @patch
 def draw(self:Run, folder):
     "Fill `folder`: the samples, a grid of the first 64, the way from noise to image of the first three"
-    new = lambda: to_hwc(self.pipeline.pixels(self.p.n_eval, **self.how, **self.asked))
-    if not os.path.exists(folder/'samples.npz'): write_npz(folder/'samples.npz', new())
+    if not agreed(os.path.exists(folder/'samples.npz')):
+        new = to_hwc(self.pipeline.pixels(self.p.n_eval, **self.how, **self.asked))
+        with first_ahead(): write_npz(folder/'samples.npz', new)   # the others read it when it is there
     px = data.npz_pixels(folder/'samples.npz')
     report.save_png(self.grid(px), folder/'grid.png')
     report.save_png(report.path_picture(self.pipeline, self.p.sample_steps, self.seed, **self.asked), folder/'path.png')

@@ -29,7 +29,8 @@ class Denoiser(nn.Module, ConfigMixin):
         cond=None): # no conditioning here
         "The prediction, like x. One line of `UserError` for a condition, other channels, sides that do not fit"
         if cond is not None: raise UserError(f'{type(self).__name__} takes no conditioning: leave cond=None')
-        check_noisy(x, time, getattr(self, self.first).weight, self.multiple)
+        timed = getattr(self, 'time_embedding', True) is not None
+        check_noisy(x, time, getattr(self, self.first).weight, self.multiple, timed)
         return self.predict(x, self.time_embedding(time) if self.time_embedding else None)
 
 # %% ../nbs/35_denoisers.ipynb #c023
@@ -292,7 +293,7 @@ class DiT(Denoiser):
 # %% ../nbs/35_denoisers.ipynb #c064
 def count(net, shape): # denoiser; of one latent: (c, h, w), (c, n) or (d,)
     "(parameters, multiply-adds of convolutions, linear layers and attention in one forward pass for one latent)"
-    checked(shape=tuple(shape) if isinstance(shape, torch.Size) else shape, denoiser=net)
+    checked(shape=shape, denoiser=net)
     zeros = partial(torch.zeros, device=next(net.parameters()).device)
     flops = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), flops: net(zeros(1, *shape), zeros(1))

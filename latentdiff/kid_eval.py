@@ -159,8 +159,8 @@ def features(extractor, # pixels -> features
              bs=128, idxs=None):
     "Features of many images -> float32 (n,d) on the CPU"
     flat, n = side(images) is None and torch.is_tensor(images), len(images)
-    checked(extractor=extractor)
     if flat and idxs is None: return images
+    if not flat: checked(extractor=extractor)
     idxs = torch.from_numpy(positions(n, idxs=range(n) if idxs is None else idxs))
     if flat: return images[idxs]
     get = (lambda i: images[i]) if torch.is_tensor(images) else images.pixels

@@ -24,7 +24,7 @@ from .core import numbers, read_json, save_component, share, weights_name, write
 from .data import check_images, image_grid, to_uint8
 from .disk import NOWHERE, enough, on_disk, place
 from .autoencoder import Autoencoder, fit_bs, open_autoencoder
-from .noisify import Process, other_noise, process_of, save_process
+from .noisify import Process, load_process, other_noise, process_of, save_process
 from .files import ON_HUB, one_line
 from .unet import AnyUNet2D, OtherNetwork
 from .card import PIPELINES, SCHEDULERS, check_index, model_card, names_class
@@ -369,7 +369,7 @@ def our_parts(folder, d): # as `save_pretrained` left it; its model_index.json, 
     if missing: raise UserError(f"{folder/'model_index.json'} names no {missing[0]}: take the file from the run again.")
     number(1, _MOST, **{f"size in {folder/'model_index.json'}": d.get('size')})
     autoencoder, denoiser = (load_part(folder/k, d[k][1]) for k in names)
-    process, scheduler = Process.load(folder/'process'), None
+    process, scheduler = load_process(folder, folder/names[1]), None
     if os.path.exists(folder/'scheduler'):
         scheduler = load_scheduler(folder)
         if differs := other_noise(scheduler, process): raise UserError(f'{folder}: {differs}: take both from one run')

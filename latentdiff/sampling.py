@@ -79,7 +79,7 @@ def _spaced(spacing, n, low, top, rho=7.): # 'karras' or 'logsnr'; how many; sma
 def _ratio_range(process): # any `Process`
     "The smallest and the largest ratio sigma/alpha that a grid of times should have"
     if process.schedule == 'edm': return process.sigma_min, process.sigma_max
-    if process.schedule in ('cosine', 'flow'): return .002, 80.   # theirs are 0 and infinite; these are EDM's, table 1
+    if process.alpha(1.) < 1e-6: return .002, 80.   # theirs are 0 and infinite; these are EDM's, table 1
     return tuple(s/a for a, s in (levels(process, 1/process.steps), levels(process, 1.)))
 
 def _falling(ts): # times -> a list

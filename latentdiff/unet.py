@@ -21,7 +21,7 @@ from .data import kind_of, like
 from .files import one_line
 from .training import Checkpoint, DeviceLoader, EMA, Graphed, Learner, fit_steps, largest_divisor
 from .training import mixed_precision, muon, zero_init
-from .noisify import NoisifyCB, Process, check_latents, save_process
+from .noisify import NoisifyCB, Process, check_latents, load_process, save_process
 
 # %% ../nbs/30_unet.ipynb #c020
 def timestep_embedding(time, dim): # (b,) `process.time_input(t)`; length of the embedding, even
@@ -161,7 +161,7 @@ def check_unet(in_channels, out_channels, widths, depth, attn_levels, head_dim, 
     if groups is not None and any(w % number(1, groups=groups) for w in widths):
         raise UserError(f'groups is {groups}: give a divisor of the widths {tuple(widths)}')
 
-def check_noisy(x, time, weight, of=1): # as a network takes them; of its first layer; what sides are multiples of
+def check_noisy(x, time, weight, of=1, timed=True): # as a network takes them; of its first layer; divides sides
     "Raises `UserError` for what the network cannot look at"
     c, n, there = weight.shape[1], weight.ndim, torch.is_tensor(x) and x.is_floating_point()
     if not (there and x.ndim == n and x.shape[1] == c and len(x)) or (
@@ -171,6 +171,7 @@ def check_noisy(x, time, weight, of=1): # as a network takes them; of its first 
         hint = f', or make a network with in_channels={x.shape[1]}' if other else ''
         raise UserError(f'x is {kind_of(x)}: give {weight.dtype} {shape}{hint}')
     multiples(of, sides=tuple(x.shape[2:]))
+    if not timed: return   # it does not look at the time
     if torch.is_tensor(time) and time.shape[1:] in ((), (2,)) and time.ndim and len(time) in (1, len(x)): return
     raise UserError(f'time is {kind_of(time)}: give one number for each latent, as process.time_input makes them')
 
@@ -348,7 +349,7 @@ def make_denoiser(folder, latents, p, # run folder: gets unet/, process/, schedu
         save_component(net, out)
         return learn.history
     made_at = artefact(folder/name, make, parents, dict(**settings, lr=p.lr, steps=p.steps), remake)
-    return load_component(made_at).to(default_device(device)), Process.load(folder/'process')
+    return load_component(made_at).to(default_device(device)), load_process(folder, made_at)
 
 # %% ../nbs/30_unet.ipynb #c097
 @torch.no_grad()

@@ -59,7 +59,7 @@ def test_weights_are_those_of_forward():
     assert gap(x + m.to_out[0](out).transpose(1, 2).reshape(x.shape), m(x, tokens, mask)) < 1e-5
 
 def test_cross_attention_refuses_uneven_heads():
-    with pytest.raises(ValueError, match='32 channels'): CrossAttention(32, 8, 3)
+    with pytest.raises(ValueError, match='c is 32: give multiples of 3, such as 30 or 33'): CrossAttention(32, 8, 3)
 
 # --- the net --------------------------------------------------------------------------------------------------------
 
@@ -161,7 +161,7 @@ def test_style_forgets_where():
 def test_style_takes_both_kinds_of_image():
     style,pixels = StyleConditioner(1, 16), torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     assert gap(style(pixels)[0], style(from_uint8(pixels))[0]) == 0
-    with pytest.raises(UserError, match=r'\(b, 1, h, w\)') as e: style(torch.zeros(2, 3, 16, 16))
+    with pytest.raises(UserError, match=r'style images are .*: give floats or uint8.* with c in \(1,\)') as e: style(torch.zeros(2, 3, 16, 16))
     one_line(e)
 
 # --- text -----------------------------------------------------------------------------------------------------------

@@ -265,6 +265,18 @@ def test_a_file_of_another_run_is_noticed(what, folder, short):
         note.write_text(said)
     assert answer(load, folder) == 'no word'
 
+@pytest.mark.parametrize('reader', [load, train])
+def test_the_noise_of_another_run_is_noticed(reader, folder, short):
+    "Its process/ and its scheduler/, which agree with one another; the notes of the network know better"
+    kept = {o: o.read_bytes() for d in ('process', 'scheduler') for o in (folder/d).iterdir()}
+    N.save_process(N.Process('ddpm_linear', 'eps', 'uniform'), folder)
+    try:
+        with pytest.raises(UserError, match=f'{folder}/process has schedule ddpm_linear, {folder}/unet was trained with flow'): reader(folder)
+    finally:
+        for d in ('process', 'scheduler'): shutil.rmtree(folder/d), (folder/d).mkdir()
+        for o, raw in kept.items(): o.write_bytes(raw)
+    assert answer(load, folder) == 'no word'
+
 def answer_to_weights(folder, file, kind):
     f = folder/file
     good = f.read_bytes()

@@ -57,6 +57,7 @@ def test_time_matters(cls, kw, shape):
 def test_untimed_never_hears_the_time(cls, kw, shape):
     net,x = randomise(cls(**kw)), noise(2, *shape)
     assert torch.equal(net(x, torch.tensor([200., 300.])), net(x, torch.tensor([700., 1000.])))
+    assert torch.equal(net(x, None), net(x, torch.tensor([700., 1000.])))
     assert not any('time' in n or 'proj' in n for n,_ in net.named_parameters())
 
 @each(SMALL | UNTIMED)

@@ -72,7 +72,8 @@ def test_table_is_exact_on_the_grid_and_monotone_between():
 def test_ends(s):
     a, sg = Process(s).levels(torch.tensor([0., 1.]))
     assert (a[0], sg[0]) == (1, 0)
-    want = dict(cosine=(0, 1), flow=(0, 1), edm=(1, 80), ddpm_linear=(.00635, .99998), scaled_linear=(.02708, .99963), ddpm_cosine=(0, 1))[s]
+    want = dict(cosine=(0, 1), flow=(0, 1), edm=(1, 80), ddpm_linear=(.00635, .99998), scaled_linear=(.02708, .99963), ddpm_cosine=(0, 1), ddpm_linear_zero=(0, 1),
+                scaled_linear_zero=(0, 1))[s]
     assert (a[1].item(), sg[1].item()) == pytest.approx(want, abs=1e-4)
     assert a[1] >= 0 and sg.isfinite().all()
 
@@ -85,7 +86,7 @@ def test_snr_closed_forms():
     left = DDPMScheduler().alphas_cumprod.double()
     assert torch.allclose(Process('ddpm_linear').log_snr(T.double()), (left/(1-left)).log(), atol=1e-3)
 
-@pytest.mark.parametrize('s', ['cosine', 'ddpm_linear', 'scaled_linear', 'ddpm_cosine'])
+@pytest.mark.parametrize('s', ['cosine', 'ddpm_linear', 'scaled_linear', 'ddpm_cosine', 'scaled_linear_zero'])
 def test_variance_preserving(s):
     a, sg = Process(s).levels(torch.linspace(0, 1, 333))
     assert torch.allclose(a**2+sg**2, torch.ones(333), atol=1e-6)

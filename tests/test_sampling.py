@@ -109,6 +109,22 @@ def test_cosine_betas_equal_diffusers(sampler, theirs, kw):
     x = start_noise(p, SHAPE, seed=1)
     close(sampler(denoiser(p), p, x, times(sch), generator=gen()), drive(sch, denoiser(p), x, **(dict(generator=gen()) if sampler is ddpm else {})))
 
+@pytest.mark.parametrize('beta_schedule,schedule', [('linear', 'ddpm_linear_zero'), ('scaled_linear', 'scaled_linear_zero')])
+@pytest.mark.parametrize('theirs,sampler', [(diffusers.DDIMScheduler, ddim), (diffusers.EulerDiscreteScheduler, euler)])
+def test_noise_that_leaves_nothing_equals_diffusers(theirs, sampler, beta_schedule, schedule):
+    "With zero SNR at the end the first guess is -v; diffusers' Euler begins at alpha = 2^-12, and so do its two ends agree no closer."
+    sch = theirs(beta_schedule=beta_schedule, prediction_type='v_prediction', timestep_spacing='trailing', rescale_betas_zero_snr=True,
+                 **(dict(clip_sample=False) if sampler is ddim else {}))
+    p = Process.from_diffusers(sch)
+    assert p.schedule == schedule and p.levels(1.)[0] < 1e-9
+    x = start_noise(p, SHAPE, seed=1)
+    v = denoiser(p)(x, p.time_input(torch.ones(len(x))))
+    assert torch.equal(p.x0_eps(v, x, 1.)[0], -v)
+    sch.set_timesteps(20)
+    got = sampler(denoiser(p), p, x, times(sch))
+    want = drive(sch, denoiser(p), x if sampler is ddim else x*sch.init_noise_sigma)
+    assert (got - want).abs().max() < (1e-4 if sampler is ddim else 2e-3), (got - want).abs().max()
+
 @pytest.mark.parametrize('sampler,theirs', [(euler, diffusers.FlowMatchEulerDiscreteScheduler), (heun, diffusers.FlowMatchHeunDiscreteScheduler)])
 def test_flow_equals_diffusers(sampler, theirs):
     p = Process('flow', 'velocity'); sch = theirs(); sch.set_timesteps(12); x = start_noise(p, SHAPE, seed=1)

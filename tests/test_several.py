@@ -48,6 +48,14 @@ def half_done(run, tmp_path, *keep):
 
 def facts(folder, part): return json.loads((folder/part/'made.json').read_text())['facts']
 
+SLOW_DISK = '''
+import time, latentdiff.commands as C
+at_once = C.write_whole
+def write_whole(*args):
+    if not C.rank(): time.sleep(1)
+    at_once(*args)
+C.write_whole = write_whole
+'''   # of the first process: the others must wait for what it writes
 EVERY_STEP = 'from latentdiff import training\ntraining.Checkpoint.__init__.__defaults__ = (0.,)\n'   # a checkpoint after every step
 
 def test_two_processes_killed_and_going_on_are_one_process(several, run, tmp_path):
@@ -60,7 +68,7 @@ def test_two_processes_killed_and_going_on_are_one_process(several, run, tmp_pat
     while server.alive() and not [*folder.glob('checkpoints/unet/last*')]: time.sleep(.02)
     server.kill()
     assert server.wait().rc == -signal.SIGKILL
-    r = several(2, 'run', *run.args, '--out', folder)
+    r = several(2, 'run', *run.args, '--out', folder, before=SLOW_DISK)
     assert r.rc == 0 and 'ENDS 0' in r.out and 'from step' in r.out, r
     one, two = (np.array(facts(o, 'unet')['loss']) for o in (run.folder, folder))
     assert len(one) == 40 and np.abs(one - two).max() < 1e-4
