@@ -494,7 +494,7 @@ def to_diffusers(self:Process, cls=None): # another scheduler class of the famil
     raise UserError(f"diffusers cannot express this process as {type(s).__name__}: {self}")
 
 # %% ../nbs/20_noisify.ipynb #c181
-def load_process(folder, network): # of the run, a Path; the folder of its network, which may know what it was trained with
+def load_process(folder, network): # of the run, a Path; the folder of its network, which may know how it was trained
     "The process of a run; raises `UserError` if that of another run lies there"
     process, note = Process.load(folder/'process'), made(network).get('settings')
     told = note.get('process') if isinstance(note, dict) else None

@@ -5,19 +5,22 @@ from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 import pytest, torch, torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DModel
 from flat import Flat
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from latentdiff import noisify, sampling
-from latentdiff.autoencoder import AELoss, KLAutoencoder, PretrainedKL, ssim_map
+from latentdiff import few_step, noisify, pipeline, sampling
+from latentdiff.autoencoder import (TAEF2, AELoss, Adversary, FeatureLoss, KLAutoencoder, PatchDiscriminator, PretrainedKL, PretrainedTiny,
+                                    hinge_loss, ssim_map)
 from latentdiff.conditioning import (ClassConditioner, Conditioned, ConditionalUNet, FactorReader, StyleConditioner, TextConditioner,
                                      attention_maps, guide)
 from latentdiff.core import PRESETS
+from latentdiff.few_step import Shortcut, autoguide, shortcut, unipc
 from latentdiff.denoisers import CNN1d, DiT, MLPDenoiser, ResNetDenoiser, SegNet, UNet1d
 from latentdiff.kid_eval import EfficientNetFeatures, GreyClassifier, kernel_sums
+from latentdiff.muon import Muon, moves
 from latentdiff.noisify import SCHEDULES, TARGETS, NoisifyCB, Process
-from latentdiff.sampling import SAMPLERS, inpaint, optimal_denoiser, time_steps
+from latentdiff.sampling import SAMPLERS, img2img, inpaint, optimal_denoiser, time_steps
 from latentdiff.training import EMA, DeviceLoader
 from latentdiff.unet import ActStats, AnyUNet2D, UNet, unet2d_args
 
@@ -90,7 +93,9 @@ def test_conditioned_networks(device):
         maps = attention_maps(model.net, batch(4, 8, 8, device=device), 1000*times(device), *model.tokens(*conds))
         assert {m.device.type for m in maps} == {device}
 
-AES = {'KL': (partial(KLAutoencoder, 3, GPU.ae_widths, GPU.ae_patch), 64), 'flat': (partial(Flat, 32), 32),
+TINY = dict(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
+AES = {'TAEF2': (partial(TAEF2, 8, 4), 32), 'pretrained tiny': (lambda: PretrainedTiny(dict(AutoencoderTiny(**TINY).config)), 32),
+       'KL': (partial(KLAutoencoder, 3, GPU.ae_widths, GPU.ae_patch), 64), 'flat': (partial(Flat, 32), 32),
        'pretrained KL': (lambda: PretrainedKL(dict(AutoencoderKL(block_out_channels=(32, 64), down_block_types=('DownEncoderBlock2D',)*2,
                                                                  up_block_types=('UpDecoderBlock2D',)*2).config)), 32)}
 
@@ -143,9 +148,14 @@ def test_noise(device, process):
 def plain_levels(monkeypatch):
     "A fake tensor has no value to make a float of: samplers compute their levels outside."
     real = sampling.levels
-    def levels(process, t):
-        with unset_fake_temporarily(): return real(process, t)
-    monkeypatch.setattr(sampling, 'levels', levels)
+    def outside(f):
+        def g(*args, **kw):
+            with unset_fake_temporarily(): return f(*args, **kw)
+        return g
+    for room in (sampling, few_step): monkeypatch.setattr(room, 'levels', outside(real))
+    monkeypatch.setattr(sampling, 'time_steps', outside(sampling.time_steps))
+    monkeypatch.setattr(few_step, '_unipc_weights', outside(few_step._unipc_weights))
+    monkeypatch.setattr(sampling, 'generators', lambda seed, n, first=0: [torch.default_generator]*n) # numpy's numbers are never fake
 
 @both
 @pytest.mark.parametrize('sampler', SAMPLERS)
@@ -157,6 +167,29 @@ def test_samplers(device, sampler, process, plain_levels):
         assert SAMPLERS[sampler](net, process, batch(4, 8, 8, device=device), ts).device.type == device
         oracle = optimal_denoiser(process, torch.randn(3, 4, 8, 8, device=device), .5)
         assert SAMPLERS[sampler](oracle, process, batch(4, 8, 8, device=device), ts).device.type == device
+
+def long_steps(net, z, ts):
+    return shortcut(made(partial(Shortcut, net), z.device), FLOW, z, ts)
+
+WAYS = {'img2img': lambda net, z, ts: img2img(net, FLOW, z, .6, 3), 'inpaint': lambda net, z, ts: inpaint(net, FLOW, z, z > 0, 2, 2),
+        'unipc': lambda net, z, ts: unipc(net, FLOW, z, ts, order=3), 'shortcut': long_steps,
+        'autoguidance': lambda net, z, ts: SAMPLERS['euler'](autoguide(net, net), FLOW, z, ts)}
+
+@both
+@each(WAYS)
+def test_other_ways_to_draw(device, name, plain_levels):
+    ts = time_steps(FLOW, 4)
+    with on(device), torch.no_grad():
+        net = made(partial(UNet, 4, widths=(16,), depth=1), device)
+        assert WAYS[name](net, batch(4, 8, 8, device=device), ts).device.type == device
+
+def test_a_pipeline_draws(plain_levels, monkeypatch):
+    "From start noise to pictures on the CPU; not on `meta`, from which nothing comes back, and values of pictures are not looked at"
+    monkeypatch.setattr(pipeline, 'check_images', lambda *args, **kw: None)
+    with on('cuda'):
+        ae, net = made(lambda: (KLAutoencoder(3, (16,), 4, latent_channels=4), UNet(4, widths=(16,), depth=1)), 'cuda')
+        pipe = pipeline.LatentDiffusionPipeline(ae.eval(), net.eval(), FLOW, 32)
+        assert pipe.device.type == 'cuda' and pipe.draw(3, 2, bs=2).device.type == 'cpu'
 
 # --- callbacks, loaders, metrics ------------------------------------------------------------------------------------
 
@@ -190,9 +223,44 @@ def test_batches(device, dtype, monkeypatch):
     monkeypatch.setattr(torch, 'Generator', NoGenerator)
     with on(device):
         x,y = torch.zeros(10, 3, 8, 8, device=device).to(dtype), torch.zeros(10, dtype=torch.long, device=device)
-        dl = DeviceLoader(x, y, bs=4, shuffle=True, flip=True, seed=0, device=device)
+        dl = DeviceLoader(x, y, bs=4, shuffle=True, flip=True, crop=2, seed=0, device=device)
         a,b = dl.batch(1)
         assert (a.device.type, b.device.type, a.dtype, len(a)) == (device, device, torch.float32, 4)
+
+@both
+def test_feature_loss(device):
+    loss = FeatureLoss()
+    with on(device):
+        for table in [d for m in loss.modules() for d in (m._parameters, m._buffers)]:
+            table |= {k: torch.empty(v.shape, dtype=v.dtype, device=device) for k, v in table.items() if v is not None}
+        check(device, lambda x, y: loss(x.requires_grad_(), y), batch(3, 32, 32, device=device), batch(3, 32, 32, device=device))
+
+@both
+def test_discriminator(device):
+    "Its loss; on `meta`, where backward runs, also its part in a step of training"
+    with on(device):
+        net, x, y = made(PatchDiscriminator, device), batch(3, 32, 32, device=device), batch(3, 32, 32, device=device)
+        check(device, lambda: hinge_loss(net(x), net(y)))
+    if device == 'cuda': return
+    model, cb = made(partial(KLAutoencoder, 3, (16,), 4), device), Adversary(0, .3, 1e-3, 0, 8)
+    out = model(x)
+    cb.learn = SimpleNamespace(model=model, dls=SimpleNamespace(device=torch.device(device)), pred=out, yb=(x,), loss_grad=(out[0] - x).square().mean())
+    cb.before_fit(), cb.after_loss(), cb.after_step()
+    assert {o.device.type for o in (cb.learn.loss_grad, *cb.log, *cb.net.parameters())} == {device}
+
+@both
+def test_orthogonal_moves(device):
+    with on(device): check(device, moves, *(torch.randn(32, c, 3, 3, device=device, requires_grad=True) for c in (16, 32, 32)))
+
+def test_a_step_of_muon(monkeypatch):
+    "Without the recording; not on `meta`, for which AdamW has no fused step"
+    monkeypatch.setattr(Muon, 'moves_for', lambda self, ahead: moves)
+    with on('cuda'):
+        net = made(partial(UNet, 4, widths=(16,), depth=1), 'cuda')
+        opt = Muon(net.parameters())
+        for p in net.parameters(): p.grad = torch.randn_like(p)
+        opt.step()
+        assert {v.device.type for s in opt.state.values() for k, v in s.items() if k != 'step'} == {'cuda'} and len(opt.state) == len([*net.parameters()])
 
 @both
 def test_activation_statistics(device):
