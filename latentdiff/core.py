@@ -14,7 +14,7 @@ __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT',
 from .disk import NOWHERE, UserError, clear_away, data_home, file_md5, on_disk, patience, place, rank
 from .disk import read_json, read_text, remove, replace_folder, runs_home, utf8, whole_folder, world
 from .disk import write_json, write_whole
-from .checks import checked, multiples, number, numbers, one_of, positions, spread   # others ask core for all of them
+from .checks import checked, largest_divisor, multiples, number, numbers, one_of, positions, spread # all pass on
 import argparse, hashlib, importlib, json, os, sys, time, tomllib   # after disk, which minds Ctrl-C
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FULL', 'NOWHERE', 'world', 'rank', 'Stopped', 'last_words', 'stop_politely', 'UserError', 'data_home', 'runs_home',
            'DiskError', 'place', 'size_of', 'room_at', 'on_disk', 'enough', 'free_memory', 'reserve', 'remove',
-           'matching', 'clear_away', 'put_beside', 'write_whole', 'write_json', 'read_text', 'read_json', 'file_md5',
-           'replace_folder', 'whole_folder', 'new_place', 'new_places', 'refused', 'utf8', 'check_call', 'printable',
-           'patience', 'plain_output', 'one_line_errors']
+           'matching', 'clear_away', 'put_beside', 'write_whole', 'write_json', 'read_text', 'read_json', 'crc_of',
+           'file_md5', 'replace_folder', 'whole_folder', 'new_place', 'new_places', 'refused', 'utf8', 'check_call',
+           'printable', 'patience', 'plain_output', 'one_line_errors']
 
 # %% ../nbs/parts/disk.ipynb #k001
 import os, signal, sys
@@ -211,6 +211,11 @@ def read_json(path, hint): # of the file; what to do if there is none
     except (OSError, ValueError, RecursionError): raise UserError(f'{path} cannot be read: {hint}') from None
     if not isinstance(d, dict): raise UserError(f'{path} holds no settings: {hint}')
     return d
+
+def crc_of(tensors): # a dict of tensors on the CPU
+    "{name: checksum of its bytes}"
+    import torch
+    return {k: zlib.crc32(v.contiguous().reshape(-1).view(torch.uint8).numpy()) for k, v in tensors.items()}
 
 def file_md5(path):
     "The md5 of a file's bytes, as hexadecimal"
