@@ -307,7 +307,7 @@ def captions_in(folder):
     for path in tables:
         try:
             if why := no_file(path): raise OSError(why)
-            with path.open(newline='', encoding='utf-8') as f:
+            with path.open(newline='', encoding='utf-8-sig') as f:
                 for row in csv.DictReader(f) if path.suffix == '.csv' else map(json.loads, filter(str.strip, f)):
                     found[path.parent/row['file_name']] = said = row.get('text') or row.get('caption') or ''
                     said.encode()   # half a surrogate pair, which JSON can hold, is no text

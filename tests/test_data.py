@@ -584,7 +584,7 @@ def test_captions_of_a_folder(tmp_path, table):
     rows = [dict(file_name='x/a.png', text='a red bed'), dict(file_name='x/b.png', text='a blue bed, made')]
     for name in ('x/a.png', 'x/b.png', 'x/c.png'): put(tmp_path/'s'/name, png(len(name)))
     path = tmp_path/'s'/f'metadata.{table}'
-    with path.open('w', newline='') as f:
+    with path.open('w', newline='', encoding='utf-8-sig') as f:   # as Excel writes it
         if table == 'jsonl': f.writelines(json.dumps(o) + '\n\n' for o in rows)   # empty lines say nothing
         else:
             w = csv.DictWriter(f, ['file_name', 'text'])

@@ -15,6 +15,7 @@ from latentdiff.muon import *
 from latentdiff.noisify import Process
 from latentdiff.rooms import rooms
 from latentdiff.training import *
+from latentdiff.training import largest_divisor   # which it passes on
 from latentdiff.training import _DECAY as DECAY, _WARM as WARM
 from latentdiff.unet import UNet, denoiser_learner, train_denoiser
 
