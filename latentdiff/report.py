@@ -64,7 +64,7 @@ def path_picture(pipe, steps, seed, n=3, cols=8, **told): # ...; what the sample
     path = [path[i] for i in np.linspace(0, len(path) - 1, cols).astype(int)]
     x, x0 = (torch.stack([pipe.decode(p[k]) for p in path], 1) for k in (1, 2)) # (n, cols, c, h, w)
     rows = torch.stack([x, x0], 1).flatten(0, 2)
-    return labelled(image_grid(rows, nrow=cols), [f't = {p[0]:.2f}' for p in path], ['x at t', 'guess of x at 0']*n)
+    return labelled(image_grid(rows, nrow=cols), [f't = {p[0]:.2f}' for p in path], ['x at t', 'guess']*n)
 
 # %% ../nbs/parts/report.ipynb #L701
 def history_of(path): # of a network's folder in a run
