@@ -67,7 +67,7 @@ def conv_decoder(cin, widths, patch, depth, cout): # latent channels; as the enc
 # %% ../nbs/10_autoencoder.ipynb #c019
 def as_double(x):
     "`x` in float64, on the CPU if its device has none"
-    if torch.is_tensor(x) or not hasattr(x, 'device'): like(x=x)   # a stand-in for a tensor passes
+    like(x=x)
     return (x.cpu() if x.device.type == 'mps' else x).double()
 
 class PSNR(Mean):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NETWORK', 'ENOUGH', 'told_of', 'channels_of', 'check_told', 'listed', 'opened_once', 'opened', 'fitting', 'as_there',
            'counted_as', 'mark', 'description', 'take_autoencoder', 'said_already', 'strangeness', 'going_on',
-           'kept_by', 'fits', 'choice', 'proposal', 'half', 'refusal']
+           'kept_by', 'fits', 'choice', 'proposal', 'ae_alone', 'refusal']
 
 # %% ../nbs/parts/source.ipynb #c004
 import csv, os, torch, warnings
@@ -163,7 +163,7 @@ def choice(images, condition, seed=0, # `Images`; 'class', 'text' or None; of th
     why = f'{whole} gives these back with only {kept[whole]:.1f} dB' if whole else f'none draws {shape}'
     found, said = {'from': 'none'}, refusal(images, why, given)
     if kept[whole] >= ENOUGH: found, said = {'from': whole}, proposal(images, condition, whole, kept[whole])
-    elif kept[alone] >= ENOUGH and not given: found['autoencoder'], said = alone, half(why, alone, kept[alone])
+    elif kept[alone] >= ENOUGH and not given: found['autoencoder'], said = alone, ae_alone(why, alone, kept[alone])
     print(f'{len(images)} pictures are few to learn everything from, {said}', flush=True)
     return found
 
@@ -174,7 +174,7 @@ def proposal(images, condition, name, db): # ...; a name in the zoo; PSNR of its
             f'{told} too, and its autoencoder, which is kept as it is, gives these back with {db:.1f} dB ({ENOUGH:g} '
             'are asked for). To start from nothing, say --from none.')
 
-def half(why, name, db): # no whole pipeline; ...
+def ae_alone(why, name, db): # no whole pipeline; ...
     "Why only the autoencoder of `name` is taken"
     return (f'but training can go on from no pipeline of this package: {why}. So the denoiser starts from nothing, and '
             f'the autoencoder is that of {name}, as it is: it gives these back with {db:.1f} dB ({ENOUGH:g} are asked '

@@ -415,8 +415,12 @@ def test_the_device_of_a_mac(monkeypatch):
     monkeypatch.setattr('torch.backends.mps.is_available', lambda: True)
     assert default_device().type == 'mps'
     x = torch.randn(3)
-    there = SimpleNamespace(device=SimpleNamespace(type='mps'), cpu=lambda: x)   # `double` on it would be an AttributeError
-    assert torch.equal(as_double(there), x.double())
+    class OnAMac(torch.Tensor):
+        "A tensor that says it lies on a Mac's GPU"
+        device = property(lambda self: SimpleNamespace(type='mps'))
+        def cpu(self): return x
+        def double(self): pytest.fail('float64 on a GPU that has none')
+    assert torch.equal(as_double(torch.zeros(3).as_subclass(OnAMac)), x.double())
 
 class NoDouble(TorchDispatchMode):
     "No float64 comes to lie on `meta`, which stands for the GPU of a Mac"
