@@ -33,9 +33,9 @@ class Course:
     """fast.ai's course22p2, notebooks 19 and 20: DDPM's noise as far as beta .01, pictures in [-.5,.5], convolutions that begin at zero or orthogonal, AdamW, one cycle of the
     rate, no average; drawn by DDIM with as much fresh noise as DDPM, in 200 steps (its FID there: 3.7 in 1,000, 4.2 in 333, 4.5 in 200, 8.4 in 100)"""
     size, bs, decay, noise, optimizer, lr, evaluations = SIDE, 512, 0, dict(beta_end=.01), torch.optim.AdamW, 1e-2, 200
+    widths = 32, 64, 128, 256
     def __init__(self, channels):
-        widths = 32, 64, 128, 256
-        self.net = PixelUNet(in_channels=channels, out_channels=channels, block_out_channels=widths, norm_num_groups=8)
+        self.net = PixelUNet(in_channels=channels, out_channels=channels, block_out_channels=self.widths, norm_num_groups=8)
         for block in (*self.net.down_blocks, *self.net.up_blocks):
             for o in block.resnets: torch.nn.init.zeros_(o.conv2.weight)
         for block in self.net.down_blocks:
@@ -129,7 +129,8 @@ def seconds_of(peer, x): # pictures of one part
 def plan(file, kind, x, bs, seconds): # where it is written down; pixels; of the training
     "Steps in so many seconds, and whether they are in bfloat16: measured once"
     if file.exists(): return read_json(file, f'delete {file}')
-    each = [seconds_of(begin(kind, x.shape[1], 0, o), from_uint8(x[:PART]).to(default_device()))*bs/PART for o in (False, True)]
+    part = from_uint8(x[:min(bs, PART)]).to(default_device())
+    each = [seconds_of(begin(kind, x.shape[1], 0, o), part)*bs/len(part) for o in (False, True)]
     d = dict(steps=max(1, int(seconds/min(each))), bfloat16=each[1] < each[0], seconds_in_float32=each[0], seconds_in_bfloat16=each[1])
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, d, indent=1)
@@ -179,7 +180,7 @@ def samples(folder, name, images, x, bs, steps, bfloat16, seed, n):
     def make(new):
         peer = begin(PEERS[name], images.channels, seed, bfloat16)
         spent = train(peer, x, bs, steps, seed, new/'last.pt')
-        px, start = draw(peer, n, seed, new), time.monotonic()
+        px = draw(peer, n, seed, new)
         save_png(image_grid(from_uint8(px[:40]), nrow=10), new/'grid.png')
         (new/'last.pt').unlink()
         return dict(seconds=spent)
