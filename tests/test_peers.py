@@ -85,8 +85,8 @@ def test_a_peer_is_measured_trained_drawn_and_scored(finished_run, server, tmp_p
     args = ['--run', finished_run.made_at, '--peers', 'course22p2-cosine', '--steps', 1, '--bs', 8, '--n', 8, '--out', tmp_path]
     r = server.run(BENCH, *args)
     assert r.rc == 0, r.err
-    rows = [o.split(' | ') for o in r.out.splitlines() if o.startswith('| ')]
-    assert [o[0].split(',')[0] for o in rows] == ['| on cpu', '| real against real', '| ours', '| course22p2-cosine']
+    rows = [[c.strip() for c in o.split('|')[1:-1]] for o in r.out.splitlines() if o.startswith('| ')]
+    assert [o[0].split(',')[0] for o in rows] == ['on cpu', 'real against real', 'ours', 'course22p2-cosine']
     assert rows[3][2:4] == ['8', '1'] and float(rows[3][5]) > float(rows[1][5])
     assert 'times that of ours' in r.out.splitlines()[-1] and (tmp_path/'course22p2-cosine-8-600s.json').exists()
     assert npz_pixels(tmp_path/'course22p2-cosine-8-1-0/0.npz').shape == (8, 3, 32, 32)
