@@ -54,7 +54,7 @@ def stop_politely():
 stop_politely()
 
 # %% ../nbs/parts/disk.ipynb #d006
-import errno, glob, hashlib, io, itertools, json, math, platform, re, shutil, tempfile, zlib
+import atexit, errno, glob, hashlib, io, itertools, json, math, platform, re, shutil, tempfile, zlib
 from contextlib import contextmanager, suppress
 from functools import wraps
 from threading import Timer
@@ -317,6 +317,13 @@ def plain_output():
         if not sys.stdout.isatty(): bars.NO_BAR, bars.ConsoleProgressBar.fill = True, ''
     if 0 < rank() < world(): sys.stdout = sys.stderr = open(os.devnull, 'w')   # the first of several processes speaks
 
+def _leave(code): # for the shell
+    "End this process at once: the interpreter would collect its garbage first, which takes seconds after a training"
+    atexit._run_exitfuncs()
+    for o in filter(None, (sys.stdout, sys.stderr)):
+        with suppress(OSError, ValueError): o.flush()
+    os._exit(code)
+
 def one_line_errors(f):
     "A `UserError`, and what the system refuses, become one line on stderr and exit code 1; a signal, code 128+n"
     @wraps(f)
@@ -332,5 +339,6 @@ def one_line_errors(f):
             if isinstance(e, OSError) and why is not e and e.filename is None:   # what was printed is lost
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             raise SystemExit(f"latentdiff-{f.__name__.removesuffix('_cli')}: {printable(str(why))}") from None
-        except KeyboardInterrupt as e: raise SystemExit(last_words(*e.args)) from None
+        except Stopped as e: _leave(last_words(*e.args))
+        except KeyboardInterrupt: raise SystemExit(last_words()) from None   # in a notebook
     return _f

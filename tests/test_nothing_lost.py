@@ -52,7 +52,7 @@ def test_only_what_nobody_is_at_is_cleared_away(tmp_path):
 # --- signals
 
 HANDED = """
-import os, signal, sys, time
+import atexit, os, signal, sys, time
 sys.argv[0] = sys.argv[0].replace('program.py', 'latentdiff-train')
 from latentdiff import core, commands
 from latentdiff.core import write_whole
@@ -76,9 +76,7 @@ def train_cli():
             if how == 'twice': os.kill(me, n)
     if how == 'after': os.kill(me, n)
 
-if how == 'late':
-    try: train_cli()
-    finally: os.kill(me, n)
+if how == 'late': atexit.register(os.kill, me, n)
 train_cli()
 """
 
@@ -92,6 +90,28 @@ def test_a_signal_is_one_line_and_its_code(server, tmp_path, how, name):
     assert r.err == 'stopped: what is finished is kept, and the same command goes on from there\n', r.err
     if how in ('once', 'late'): assert not [*tmp_path.iterdir()]
     assert not (tmp_path/'a').exists()
+
+ENDS = """
+import atexit, os, signal, sys
+sys.argv[0] = 'latentdiff-train'
+from latentdiff.disk import one_line_errors
+class Garbage:                                             # which only a collector finds
+    def __init__(self): self.me = self
+    def __del__(self): os.write(1, b'collected')
+kept = Garbage()
+@one_line_errors
+def train_cli():
+    atexit.register(print, 'left')
+    sys.stdout.write('begun, ')
+    os.kill(os.getpid(), signal.SIGTERM)
+train_cli()
+"""
+
+@posix
+def test_a_command_that_was_stopped_ends_at_once():
+    "In a process of its own: what it has printed comes out, and what others have asked for at the end is done, but no garbage is collected, for seconds after a training"
+    r = subprocess.run([sys.executable, '-c', ENDS], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(Path(core.__file__).parents[1])))
+    assert r.returncode == 143 and r.stdout == 'begun, left\n' and r.stderr.startswith('stopped') and r.stderr.count('\n') == 1, r
 
 @posix
 def test_what_nohup_ignores_stays_ignored(server, tmp_path):
