@@ -267,9 +267,17 @@ def new_places(**places): # the options without their dashes; None: not asked fo
     for k in given: new_place(places[k[2:]], k)
 
 # %% ../nbs/parts/disk.ipynb #k811
+def _deserted(e): # an exception
+    "Whether it says that one of the processes that share the work has gone"
+    return world() > 1 and isinstance(e, RuntimeError) and re.search('gloo|nccl|connection|TCPStore', str(e), re.I)
+
 def refused(e): # an exception
     "What the system has refused, and where, as a `UserError`; None if it is something else"
     if isinstance(e, UserError): return e
+    if _deserted(e):
+        sys.stderr = sys.__stderr__   # the first process, which speaks, may be the one that has gone
+        said = f'another of the {world()} processes has ended: what is finished is kept'
+        return UserError(f'{said}, and the same command goes on from there')
     if isinstance(e, MemoryError) or isinstance(e, RuntimeError) and re.search('allocate|out of memory', str(e)):
         return UserError('the memory does not suffice: ask for fewer or smaller images, or for fewer at a time')
     if not isinstance(e, OSError): return

@@ -6,7 +6,7 @@ from test_cli import cli, command, one_line, run, weights
 
 # Forks as many processes, tells them what `accelerate launch` tells them, and runs the command, or the code, in each. Rank 0 waits for the others and prints how they ended.
 START = '''
-import os, socket, sys
+import atexit, os, socket, sys
 import latentdiff.commands as C
 world, what, *args = sys.argv[1:]
 with socket.socket() as s:
@@ -20,12 +20,15 @@ for r in range(1, int(world)):
         break
     others.append(pid)
 os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+def ends():
+    if others: print('ENDS', *[os.waitstatus_to_exitcode(os.waitpid(others.pop(0), 0)[1]) for _ in (*others,)])
+atexit.register(ends)   # a command that is stopped comes to no end but this one
 sys.argv, code = [f'latentdiff-{what}', *args], 0
 try: exec(what) if ' ' in what else getattr(C, f'{what}_cli')()
 except SystemExit as e:
     if isinstance(e.code, str): print(e.code, file=sys.stderr)
     code = e.code if isinstance(e.code, int) else int(e.code is not None)
-if not rank: print('ENDS', *[os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) for p in others])
+ends()
 sys.exit(code)
 '''
 
@@ -169,6 +172,27 @@ def test_a_signal_to_several_processes(several, name):
     r = several(2, SIGNALLED, name)
     if name == 'SIGINT': assert r.rc == 130 and 'ENDS 130' in r.out and r.err == 'stopped: what is finished is kept, and the same command goes on from there\n', r
     else: assert r.rc == 0 and f'ENDS -{getattr(signal, name):d}' in r.out and not r.err, r
+
+DESERTED = """
+import os, signal
+from latentdiff.core import agreed
+def train_cli():
+    agreed()
+    if rank == int(args[0]): os.kill(os.getpid(), signal.SIGKILL)
+    agreed()
+C.one_line_errors(train_cli)()
+"""
+
+@pytest.mark.parametrize('dead', [0, 1])
+def test_the_death_of_one_process_is_one_line_of_the_other(several, dead):
+    "Killed by the system, say; whoever is left says so, even where the first one, which speaks for all, has gone"
+    server = several.start(2, DESERTED, dead)
+    r, end = server.wait(), time.monotonic() + 60
+    while not r.err and time.monotonic() < end:             # nobody waits for the second process if the first is killed
+        time.sleep(.1)
+        r.err = (server.tmp/'err').read_text()
+    if dead: assert r.rc == 1 and f'ENDS -{signal.SIGKILL:d}' in r.out, r
+    assert r.err == 'latentdiff-train: another of the 2 processes has ended: what is finished is kept, and the same command goes on from there\n', r
 
 METRICS = '''
 import torch
