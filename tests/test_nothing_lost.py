@@ -98,11 +98,11 @@ from latentdiff.disk import one_line_errors
 class Garbage:                                             # which only a collector finds
     def __init__(self): self.me = self
     def __del__(self): os.write(1, b'collected')
-kept = Garbage()
 @one_line_errors
 def train_cli():
     atexit.register(print, 'left')
     sys.stdout.write('begun, ')
+    Garbage()
     os.kill(os.getpid(), signal.SIGTERM)
 train_cli()
 """
