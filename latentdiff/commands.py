@@ -188,7 +188,7 @@ def denoiser(self:Run):
 def pipeline(self:Run):
     "The three parts as one; `model_index.json` says that they are there"
     pipe = pipeline.LatentDiffusionPipeline(self.autoencoder, *self.denoiser, self.p.size)
-    if not os.path.exists(self.folder/'model_index.json'): pipe.write_index(self.folder)
+    pipe.write_index(self.folder)
     return pipe
 
 # %% ../nbs/90_commands.ipynb #c023

@@ -6,7 +6,7 @@
 __all__ = ['SCHEDULES', 'TARGETS', 'TIMES', 'FILES', 'PREDICTION_TYPES', 'BETA_SCHEDULES', 'TARGETS_THERE', 'NEUTRAL',
            'OF_THE_NOISE', 'cosine_levels', 'log_abar_table', 'ddpm_levels', 'edm_levels', 'Process', 'check_level',
            'check_latents', 'bcast', 'mix', 'weights_hash', 'prefetch', 'Latents', 'make_latents', 'NoisifyCB',
-           'process_of', 'other_noise', 'load_process', 'save_process']
+           'process_of', 'other_noise', 'load_process', 'save_process', 'mend_process']
 
 # %% ../nbs/20_noisify.ipynb #c003
 import functools, hashlib, inspect, json, math, os, shutil, time, warnings
@@ -510,3 +510,13 @@ def save_process(process, folder): # a `Process`; of the run, a Path
     checked(process=process).save(place(folder=folder)/'process')
     try: process.to_diffusers().save_pretrained(Path(folder)/'scheduler')
     except UserError: shutil.rmtree(Path(folder)/'scheduler', ignore_errors=True)
+
+def mend_process(process, folder): # as above
+    "The same where one of the two was lost"
+    files = dict(process='config.json', scheduler='scheduler_config.json')
+    lost = [k for k,o in files.items() if not os.path.isfile(Path(folder)/k/o)]
+    try: lost and process.to_diffusers()
+    except UserError: lost = [o for o in lost if o=='process']
+    if not lost: return
+    print(f"{folder} has lost {' and '.join(lost)}: made again", flush=True)
+    save_process(process, folder)

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'NAMED', 'no_more', 'LatentDiffusionPipeline', 'check_channels', 'several', 'answering', 'layers_of',
-           'path_of', 'after_steps', 'load_part', 'zoo', 'folder_of', 'our_parts', 'load_scheduler', 'scheduled',
-           'Pixels', 'with_their_scale', 'their_parts', 'expectation', 'KIDCurve']
+           'path_of', 'after_steps', 'load_part', 'zoo', 'folder_of', 'our_parts', 'scheduler_in', 'load_scheduler',
+           'scheduled', 'Pixels', 'with_their_scale', 'their_parts', 'expectation', 'KIDCurve']
 
 # %% ../nbs/80_pipeline.ipynb #c006
 import importlib.resources, inspect, os, re, tempfile, time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 import diffusers, torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
@@ -27,7 +27,7 @@ from .autoencoder import Autoencoder, fit_bs, open_autoencoder
 from .noisify import Process, load_process, other_noise, process_of, save_process
 from .files import ON_HUB, one_line
 from .unet import AnyUNet2D, OtherNetwork
-from .card import PIPELINES, SCHEDULERS, check_index, model_card, names_class
+from .card import PIPELINES, SCHEDULERS, check_index, check_size, model_card, names_class
 from .conditioning import guide
 from .sampling import SAMPLER, SAMPLERS, denoise_path, evaluations, levels, sample, start_noise, time_steps
 from .few_step import Shortcut, shortcut, unipc
@@ -302,16 +302,18 @@ def parts(self:LatentDiffusionPipeline):
 
 @patch
 def write_index(self:LatentDiffusionPipeline, folder):
-    "Write `model_index.json`: the library and class of each part, and the size of the images"
-    d = {'_class_name': 'LatentDiffusionPipeline', '_diffusers_version': diffusers.__version__, 'size': self.size}
+    "Write `model_index.json`, unless it is there: the library and class of each part, and the size of the images"
+    version = '_diffusers_version'   # any will do
+    d = {'_class_name': 'LatentDiffusionPipeline', version: diffusers.__version__, 'size': self.size}
     name = lambda file: read_json(Path(folder)/file, 'save the pipeline again')['_class_name']
     for k, part in self.parts().items():
         saved, ours = name(f'{k}/config.json'), type(part)
         d[k] = [ours.__module__, saved] if saved == ours.__name__ else ['diffusers', saved]
-    scheduler = 'scheduler/scheduler_config.json'
-    if os.path.exists(Path(folder)/scheduler): d['scheduler'] = ['diffusers', name(scheduler)]
+    if scheduler := scheduler_in(Path(folder), self.process): d['scheduler'] = ['diffusers', type(scheduler).__name__]
     if self.own_scheduler: d['sampler'] = 'scheduler'
-    write_json(Path(folder)/'model_index.json', d, indent=1)
+    with suppress(UserError):   # it is missing, or damaged
+        if read_json(path := Path(folder)/'model_index.json', '') | {version: d[version]} == d: return
+    write_json(path, d, indent=1)
 
 # %% ../nbs/80_pipeline.ipynb #c033
 def load_part(folder, name):
@@ -368,12 +370,18 @@ def our_parts(folder, d): # as `save_pretrained` left it; its model_index.json, 
     missing = [k for k in names if not names_class(d.get(k))]
     if missing: raise UserError(f"{folder/'model_index.json'} names no {missing[0]}: take the file from the run again.")
     number(1, _MOST, **{f"size in {folder/'model_index.json'}": d.get('size')})
+    check_size(folder, d['size'])
     autoencoder, denoiser = (load_part(folder/k, d[k][1]) for k in names)
-    process, scheduler = load_process(folder, folder/names[1]), None
-    if os.path.exists(folder/'scheduler'):
-        scheduler = load_scheduler(folder)
-        if differs := other_noise(scheduler, process): raise UserError(f'{folder}: {differs}: take both from one run')
+    process = load_process(folder, folder/names[1])
+    scheduler = scheduler_in(folder, process)
     return autoencoder, denoiser, process, d['size'], scheduler if d.get('sampler') == 'scheduler' else None
+
+def scheduler_in(folder, process): # of a pipeline; the `Process` of its network
+    "The scheduler in it, None if there is none; `UserError` if it is not for such noise"
+    if not os.path.exists(folder/'scheduler'): return
+    scheduler = load_scheduler(folder)
+    if differs := other_noise(scheduler, process): raise UserError(f'{folder}: {differs}: take both from one run')
+    return scheduler
 
 def load_scheduler(folder): # of a pipeline
     "The scheduler in it; raises `UserError` if it is none that can be had, or not for noise of ours"

@@ -14,14 +14,14 @@ from torch import nn
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from fastai.basics import DataLoaders, Path, patch
 from fastai.callback.all import ActivationStats, GradientClip
-from .core import UNFIT, WEIGHTS, UserError, artefact, default_device, fingerprint, load_component
+from .core import UNFIT, WEIGHTS, UserError, artefact, default_device, fingerprint, first_ahead, load_component
 from .core import checked, multiples, network_config, number, positions, save_component
 from .core import place, spread, world, write_json
 from .data import kind_of, like
 from .files import one_line
 from .training import Checkpoint, DeviceLoader, EMA, Graphed, Learner, fit_steps, largest_divisor
 from .training import mixed_precision, muon, zero_init
-from .noisify import NoisifyCB, Process, check_latents, load_process, save_process
+from .noisify import NoisifyCB, Process, check_latents, load_process, mend_process, save_process
 
 # %% ../nbs/30_unet.ipynb #c020
 def timestep_embedding(time, dim): # (b,) `process.time_input(t)`; length of the embedding, even
@@ -349,6 +349,7 @@ def make_denoiser(folder, latents, p, # run folder: gets unet/, process/, schedu
         save_component(net, out)
         return learn.history
     made_at = artefact(folder/name, make, parents, dict(**settings, lr=p.lr, steps=p.steps), remake)
+    with first_ahead(): mend_process(process, folder)
     return load_component(made_at).to(default_device(device)), load_process(folder, made_at)
 
 # %% ../nbs/30_unet.ipynb #c097

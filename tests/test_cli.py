@@ -110,7 +110,8 @@ def test_run_of_the_first_version_is_refused(cli, tmp_path):
     (tmp_path/'run.json').write_text(json.dumps(dict(settings={}, stages={})))
     one_line(cli('run', '--preset', 'tiny', '--out', tmp_path), '0.1', '--out')
 
-@pytest.mark.parametrize('lost,says', [(('scores', 'metrics.json', 'report.html'), ''), (('samples/grid.png', 'scores/pairs.png', 'report.html'), 'samples has lost grid.png')], ids=['parts', 'pictures'])
+@pytest.mark.parametrize('lost,says', [(('scores', 'metrics.json', 'report.html'), ''), (('samples/grid.png', 'scores/pairs.png', 'report.html'), 'samples has lost grid.png'),
+    (('process/config.json', 'scheduler', 'model_index.json', 'report.html'), 'has lost process and scheduler: made again'), (('scheduler/scheduler_config.json', 'report.html'), 'has lost scheduler: made again')], ids=['parts', 'pictures', 'noise', 'scheduler'])
 def test_interrupted_run_goes_on(cli, run, tmp_path, lost, says):
     "Without its last parts, or pictures of its report, a run makes those and no other."
     folder, kept = shutil.copytree(run.folder, tmp_path/'run'), ('autoencoder/made.json', 'latents/made.json', 'unet/made.json', 'samples/samples.npz')
@@ -120,7 +121,7 @@ def test_interrupted_run_goes_on(cli, run, tmp_path, lost, says):
     r = cli('run', *run.args, '--out', folder)
     assert r.rc == 0 and (folder/'report.html').exists() and says in r.out, r
     assert [*map(stamp, kept)] == before
-    for o in ('samples/grid.png', 'scores/pairs.png'): assert (folder/o).read_bytes() == (run.folder/o).read_bytes()
+    for o in ('samples/grid.png', 'scores/pairs.png', 'process/config.json', 'scheduler/scheduler_config.json', 'model_index.json'): assert (folder/o).read_bytes() == (run.folder/o).read_bytes()
     same = [json.loads((f/'metrics.json').read_text()) for f in (folder, run.folder)]
     assert same[0]['kid'] == pytest.approx(same[1]['kid'], rel=1e-3)
 

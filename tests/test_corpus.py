@@ -277,6 +277,31 @@ def test_the_noise_of_another_run_is_noticed(reader, folder, short):
         for o, raw in kept.items(): o.write_bytes(raw)
     assert answer(load, folder) == 'no word'
 
+@pytest.mark.parametrize('reader', [load, train])
+def test_a_scheduler_of_other_noise_is_noticed(reader, folder, short):
+    "Beside the right process/"
+    f = folder/'scheduler'/'scheduler_config.json'
+    good = f.read_bytes()
+    N.Process('ddpm_linear', 'eps', 'uniform').to_diffusers().save_pretrained(f.parent)
+    try:
+        with pytest.raises(UserError, match='the scheduler is for ddpm_linear noise and target eps, the network for flow noise'): reader(folder)
+    finally: f.write_bytes(good)
+    assert answer(reader, folder) == 'no word'
+
+@pytest.mark.parametrize('change', [('size', 16), ('size', 2048), ('sampler', 'scheduler'), ('unet', ['diffusers', 'AutoencoderKL'])], ids=repr)
+def test_an_index_that_was_changed_is_made_again(change, folder, short):
+    "By the commands that have made it; who draws from it hears that the size is another than that of the run"
+    f = folder/'model_index.json'
+    good = f.read_bytes()
+    f.write_text(changed(good, *change))
+    try:
+        if change[0] == 'size':
+            with pytest.raises(UserError, match=f'says {change[1]} px, run.json 32: run latentdiff-run on it again'): load(folder)
+        train(folder)
+        assert f.read_bytes() == good
+    finally: f.write_bytes(good)
+    assert answer(load, folder) == 'no word'
+
 def answer_to_weights(folder, file, kind):
     f = folder/file
     good = f.read_bytes()
