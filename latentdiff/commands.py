@@ -51,16 +51,12 @@ class Run:
         if not isinstance(old, dict) or 'stages' in d:
             raise UserError(f'{self.folder} is a run of version 0.1, which this version cannot go on with: {other}')
         before = {'from': 'none', **old}
-        for k in settings.keys() - {'minutes', *RATES, *(o for o in (*STEPS, 'from') if settings.get(o) is None)}:
+        free = {'minutes', 'steps', *RATES, *(o for o in ('ae_steps', 'from') if settings.get(o) is None)}
+        for k in settings.keys() - free:
             if before.get(k) == settings[k] or k == 'autoencoder' and settings.get('from') is None: continue
             was = f'{self.folder} was made with {k} {before.get(k)}, not {settings[k]}'
             raise UserError(f'{was}: repeat that, or {other}')
-        rates = {k: settings[k] for k in RATES if k in settings}
-        for k, v in rates.items():
-            was = [made(self.folder/o) for o in (('autoencoder',) if k == 'ae_lr' else ('unet', 'denoiser'))]
-            if any(o and o['settings'].get('lr') != v for o in was):
-                raise UserError(f'{self.folder} has finished the training that --{k} is for: leave the option away.')
-        return check_settings(f, {**settings, **old, **rates})
+        return check_settings(f, {**settings, **old, **source.told_anew(self.folder, settings, old)})
 
     def once(self, name, make):
         "What `make()` returns, made at the first call and kept"
@@ -372,7 +368,8 @@ def go(self:Run, goals=GOALS):
         if fresh: self.settings = agreed(self.read(self.settings))   # somebody may have begun meanwhile
         before = stamp()
         if fresh and self.images.skipped: write_json(self.folder/'skipped.json', self.images.skipped, indent=1)
-        if fresh or read_json(self.folder/'run.json', 'delete it').get('settings') != self.settings: self.write()
+        whole = not fresh and os.path.exists(self.folder/'config.toml')
+        if not whole or read_json(self.folder/'run.json', 'delete it').get('settings') != self.settings: self.write()
         for k in goals: getattr(self, k)
     if not os.path.exists(self.folder/'run.json'): raise UserError(f'{self.folder} is gone: repeat the command.')
     done = 'is finished: nothing to do' if before == stamp() else f'{training.peak_gb(self.device):.1f} GB at most'
@@ -422,7 +419,7 @@ encode_cli = _verb('encode', GOALS[:3], 'The first half of latentdiff-run: an au
 @one_line_errors
 def train_cli(
     run:str,      # run folder with latents, from latentdiff-encode or latentdiff-run
-    more:int=None # train a finished denoiser for so many further steps
+    more:int=None # train a finished denoiser for so many further steps, whatever an earlier --more has said
 ):
     "Train a denoiser on the latents in a run folder; the folder is then a pipeline to sample from"
     above_zero(more=more)
@@ -431,10 +428,8 @@ def train_cli(
     r = Run(run, read_json(Path(run)/'run.json', f'this is not a run folder; {hint}').get('settings', {}))
     if not made(r.folder/'latents'): raise UserError(f'{run} has no latents: run latentdiff-encode on it first.')
     if more:
-        done = made(r.folder/('denoiser' if r.condition else 'unet'))
-        if not done: raise UserError(f'{run} has no finished denoiser: run latentdiff-train without --more first.')
-        had = done['settings'].get('steps') if isinstance(done.get('settings'), dict) else None
-        had = number(1, 10**9, **{f'steps in the made.json of {run}': had})
+        had = source.trained(r.folder)
+        if not had: raise UserError(f'{run} has no finished denoiser: run latentdiff-train without --more first.')
         r.settings['steps'] = number(1, 10**9, **{'steps, with --more,': had + more})
         r.p = preset_of(r.settings)
     r.go(('denoiser', 'pipeline'))

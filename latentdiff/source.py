@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['NETWORK', 'ENOUGH', 'told_of', 'channels_of', 'check_told', 'listed', 'opened_once', 'opened', 'fitting', 'as_there',
            'counted_as', 'mark', 'description', 'take_autoencoder', 'said_already', 'strangeness', 'going_on',
-           'kept_by', 'fits', 'choice', 'proposal', 'ae_alone', 'refusal']
+           'trained', 'told_anew', 'kept_by', 'fits', 'choice', 'proposal', 'ae_alone', 'refusal']
 
 # %% ../nbs/parts/source.ipynb #c004
 import csv, os, torch, warnings
 from copy import deepcopy
 from dataclasses import asdict
 from functools import lru_cache
-from .core import UserError, artefact, checked, default_device, fingerprint, load_component, save_component
+from .core import RATES, UserError, artefact, checked, default_device, fingerprint, load_component, made
+from .core import number, save_component
 from .data import FEW, some_pixels
 from .autoencoder import batches_for, channel_stats, quality
 from .noisify import Process, weights_hash
@@ -135,6 +136,23 @@ def going_on(images, condition, start, source): # `Images`; 'class', 'text' or N
     said = images.labels if condition == 'class' else images.captions
     conds = said if condition == 'class' else source().denoiser.conditioners[0].rows(said)
     return dict(given, conds=conds, conditions=fingerprint(said=[*map(str, said)]))
+
+def trained(folder): # of a run, a Path
+    "Steps of the finished denoiser in it, 0 if there is none; `UserError` if its note is damaged"
+    if not (note := made(folder/'unet') or made(folder/'denoiser')): return 0
+    steps = note['settings'].get('steps') if isinstance(note.get('settings'), dict) else None
+    return number(1, 10**9, **{f'steps in the made.json of {folder}': steps})
+
+def told_anew(folder, told, old): # of a run, a Path; its settings as this call gives them, and as they stand, dicts
+    "The rates and steps that may still change; raises `UserError` where the training that they are for is finished"
+    new = {k: told[k] for k in RATES if k in told}
+    for k, v in new.items():
+        was = [made(folder/o) for o in (('autoencoder',) if k == 'ae_lr' else ('unet', 'denoiser'))]
+        if any(o and o['settings'].get('lr') != v for o in was):
+            raise UserError(f'{folder} has finished the training that --{k} is for: leave the option away.')
+    if (steps := told.get('steps')) in (None, old.get('steps')): return new
+    if steps >= (had := trained(folder)): return {**new, 'steps': steps}
+    raise UserError(f'{folder} has a denoiser of {had:,} steps: give --steps {had} or more, or another --out.')
 
 # %% ../nbs/parts/source.ipynb #s018
 ENOUGH = 20.  # dB of PSNR

@@ -111,7 +111,7 @@ def test_run_of_the_first_version_is_refused(cli, tmp_path):
     one_line(cli('run', '--preset', 'tiny', '--out', tmp_path), '0.1', '--out')
 
 @pytest.mark.parametrize('lost,says', [(('scores', 'metrics.json', 'report.html'), ''), (('samples/grid.png', 'scores/pairs.png', 'report.html'), 'samples has lost grid.png'),
-    (('process/config.json', 'scheduler', 'model_index.json', 'report.html'), 'has lost process and scheduler: made again'), (('scheduler/scheduler_config.json', 'report.html'), 'has lost scheduler: made again')], ids=['parts', 'pictures', 'noise', 'scheduler'])
+    (('process/config.json', 'scheduler', 'model_index.json', 'config.toml', 'report.html'), 'has lost process and scheduler: made again'), (('scheduler/scheduler_config.json', 'report.html'), 'has lost scheduler: made again')], ids=['parts', 'pictures', 'noise', 'scheduler'])
 def test_interrupted_run_goes_on(cli, run, tmp_path, lost, says):
     "Without its last parts, or pictures of its report, a run makes those and no other."
     folder, kept = shutil.copytree(run.folder, tmp_path/'run'), ('autoencoder/made.json', 'latents/made.json', 'unet/made.json', 'samples/samples.npz')
@@ -121,7 +121,7 @@ def test_interrupted_run_goes_on(cli, run, tmp_path, lost, says):
     r = cli('run', *run.args, '--out', folder)
     assert r.rc == 0 and (folder/'report.html').exists() and says in r.out, r
     assert [*map(stamp, kept)] == before
-    for o in ('samples/grid.png', 'scores/pairs.png', 'process/config.json', 'scheduler/scheduler_config.json', 'model_index.json'): assert (folder/o).read_bytes() == (run.folder/o).read_bytes()
+    for o in ('samples/grid.png', 'scores/pairs.png', 'process/config.json', 'scheduler/scheduler_config.json', 'model_index.json', 'config.toml'): assert (folder/o).read_bytes() == (run.folder/o).read_bytes()
     same = [json.loads((f/'metrics.json').read_text()) for f in (folder, run.folder)]
     assert same[0]['kid'] == pytest.approx(same[1]['kid'], rel=1e-3)
 
@@ -160,6 +160,18 @@ def test_minutes_become_steps_once(cli, tmp_path):
     r = cli(*args)
     assert r.rc == 0 and 'nothing to do' in r.out
     assert [json.loads((tmp_path/'run/run.json').read_text())['settings'][k] for k in ('ae_steps', 'steps')] == steps
+
+def test_a_mistyped_number_of_steps_is_taken_back(server, cli, run, tmp_path):
+    "--more 500000, killed when it has written that down: the steps that are trained, or more, may be asked for instead, and what is trained is kept"
+    folder, steps = shutil.copytree(run.folder, tmp_path/'run'), lambda: json.loads((folder/'run.json').read_text())['settings']['steps']
+    server.start(command(tmp_path, 'train'), folder, '--more', 500_000)
+    while server.alive() and steps() == 40: time.sleep(.02)
+    server.kill()
+    assert server.wait().rc == -signal.SIGKILL and steps() == 500_040
+    one_line(cli('run', *run.args, '--steps', 39, '--out', folder), 'has a denoiser of 40 steps: give --steps 40 or more')
+    r = cli('run', *run.args, '--steps', 40, '--out', folder)
+    assert r.rc == 0 and steps() == 40 and weights(folder) == weights(run.folder), r
+    assert cli('train', folder, '--more', 1).rc == 0 and steps() == 41
 
 KILLED_AT = 'checkpoints/autoencoder/*', 'checkpoints/unet/*', '.samples.making' # as soon as one of these files is there, and a little later
 
