@@ -65,8 +65,8 @@ class Run:
 
     def write(self):
         "Write run.json, last of all: the settings, and what else a result depends on"
-        import diffusers, fastai, torch
-        libraries = {o.__name__: o.__version__ for o in (torch, fastai, diffusers)}
+        import diffusers, fastai, latentdiff, torch
+        libraries = {o.__name__: o.__version__ for o in (latentdiff, torch, fastai, diffusers)}
         versions = dict(python=platform.python_version(), **libraries)
         d = dict(settings=self.settings, device=str(self.device), threads=torch.get_num_threads(), versions=versions)
         write_whole(self.folder/'config.toml', to_toml(self.options()))

@@ -6,13 +6,13 @@
 __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT', 'default_device', 'Preset', 'preset',
            'run_folder', 'above_zero', 'preset_of', 'check_settings', 'settings_of', 'stream', 'Bar', 'progress',
            'every', 'agreed', 'share', 'gathered', 'first_ahead', 'to_toml', 'check_kinds', 'read_toml', 'beside_file',
-           'either_way', 'fingerprint', 'sealed', 'unsealed', 'made', 'content_of', 'altered', 'check_contents',
-           'artefact', 'locked', 'weights_name', 'not_finite', 'save_component', 'find_class', 'read_weights',
-           'check_fit', 'load_weights', 'network_config', 'load_component', 'exercise']
+           'either_way', 'fingerprint', 'sealed', 'unsealed', 'made', 'altered', 'check_contents', 'artefact', 'locked',
+           'weights_name', 'not_finite', 'save_component', 'find_class', 'read_weights', 'check_fit', 'load_weights',
+           'network_config', 'load_component', 'exercise']
 
 # %% ../nbs/parts/core.ipynb #c004
-from .disk import NOWHERE, UserError, clear_away, data_home, file_md5, on_disk, patience, place, rank
-from .disk import read_json, read_text, remove, replace_folder, runs_home, utf8, whole_folder, world
+from .disk import NOWHERE, UserError, clear_away, content_of, data_home, file_md5, on_disk, patience, place
+from .disk import rank, read_json, read_text, remove, replace_folder, runs_home, utf8, whole_folder, world
 from .disk import write_json, write_whole
 from .checks import checked, largest_divisor, multiples, number, numbers, one_of, positions, spread # all pass on
 import argparse, hashlib, importlib, json, os, sys, time, tomllib   # after disk, which minds Ctrl-C
@@ -301,17 +301,24 @@ def sealed(d): # a dict, as for JSON
     "The same with a fingerprint of all that is in it, so that a number that changes on the disk is noticed"
     return {**d, 'seal': fingerprint(**json.loads(json.dumps(d)))}
 
-def unsealed(path, hint): # of a JSON file; what to do if it is damaged
-    "The dict that was `sealed`, unless something in it has changed: then `UserError`. Notes without a seal are taken"
+def unsealed(path, hint, must=False): # of a JSON file; what to do if it is damaged; is one without a seal refused?
+    "The dict that was `sealed`, unless something in it has changed: then `UserError`"
     d = read_json(path, hint)
     seal = d.pop('seal', None)
-    if seal in (None, fingerprint(**d)): return d
+    if seal == fingerprint(**d) or seal is None and not must: return d
     raise UserError(f'{path} has changed since it was written: {hint}')
 
 def made(path):
     "What made.json says of the artefact at `path`: settings, parents, facts, seconds; {} if there is none"
     f = place(path=path)/'made.json'
-    return unsealed(f, f'delete {path} and run the command again') if os.path.isfile(f) else {}
+    hint = f'delete {path} and run the command again'
+    return unsealed(f, hint, _seals(f.parent.parent)) if os.path.isfile(f) else {}
+
+def _seals(folder): # maybe of a run
+    "Whether it has sealed what it made: such a run names the version of latentdiff"
+    f = folder/'run.json'
+    versions = read_json(f, 'take it from the run again').get('versions') if os.path.isfile(f) else None
+    return isinstance(versions, dict) and 'latentdiff' in versions
 
 def _difference(old, new):
     "The first thing that two notes disagree on, in words; None if they agree"
@@ -323,18 +330,6 @@ def _difference(old, new):
     if old.get('version') != new['version']: return f"version {old.get('version')} of the recipe, not {new['version']}"
     kinds = isinstance(old.get('facts'), dict) and type(old.get('seconds')) in (int, float)
     if not kinds or old.get('fingerprint') != fingerprint(**new): return 'a damaged made.json'
-
-_PIECE, _PIECES = 1 << 16, 1024   # bytes; so many pieces of a large file are read, evenly apart
-
-def content_of(path): # of a file
-    "A fingerprint of its bytes, of which 64 MB are read at most; its size counts too"
-    size = os.path.getsize(path)
-    h = hashlib.sha256(str(size).encode())
-    with open(path, 'rb') as f:
-        for i in range(min(_PIECES, -(-size//_PIECE))):
-            f.seek(i*_PIECE if size <= _PIECE*_PIECES else i*(size - _PIECE)//(_PIECES - 1))
-            h.update(f.read(_PIECE))
-    return h.hexdigest()[:16]
 
 def _contents(folder):
     "{name: fingerprint} of the files in it, but not of hidden ones and notes"
@@ -349,7 +344,8 @@ def altered(path, note): # an artefact's folder; what `made` says of it
 
 def check_contents(path): # of a folder that may be an artefact
     "`UserError` if a file in it is not the one that was made there, such as the weights of another run"
-    if not (other := altered(path, made(path))): return
+    lost = ['made.json']*(not made(path) and _seals(Path(path).parent))   # beside what it was made with
+    if not (other := lost + altered(path, made(path))): return
     why = f'{Path(path)/other[0]} is not the file that was made there: it was changed, or comes from elsewhere'
     raise UserError(f'{why}; put the right one back, or delete {path} to make it again')
 

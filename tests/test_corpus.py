@@ -143,23 +143,27 @@ def test_what_a_run_folder_holds(file, folder, short):
     said = {(path, repr(v)[:30]): answer_to(folder, *o) for o in JSONS for f, path, v in [o] if f == file}
     assert {k: v for k, v in said.items() if v != 'one line' and not (v == 'started' and file in AGAIN)} == {}
 
-def unsealed(folder, file, path, value):
-    "The same of a note as earlier versions wrote it, which nothing protects"
+def resealed(text, path, value):
+    "The same with a seal that fits"
+    d = json.loads(changed(text, path, value))
+    del d['seal']
+    return json.dumps(C.sealed(d))
+
+def history(folder, file, path, value):
+    "The answer to a note that is whole, but says this"
     f = folder/file
     good = f.read_bytes()
-    d = json.loads(changed(good, path, value))
-    del d['seal']
-    f.write_text(json.dumps(d))
+    f.write_text(resealed(good, path, value))
     try: return answer(report.history_of, f.parent)
     finally: f.write_bytes(good)
 
 HISTORY = [('autoencoder/made.json', f'facts.history{o}') for o in ('', '.loss', '.rows', '.step')] + [('unet/made.json', f'facts{o}') for o in ('', '.loss', '.rows', '.step', '.kid')]
 
-def test_a_history_without_a_seal(folder):
+def test_a_history_that_is_none(folder):
     "What cannot be drawn is one line; an autoencoder that was not trained here has none, and there may be no curve of KID"
     fine = ('facts.history', 'None'), ('facts.kid', '[]'), ('facts.kid', "'gone'")
     odd = VALUES + ([[1, 2]], [['a', 'b', 'c']], [[1, nan, nan]])
-    said = {(file, path, repr(v)[:30]): unsealed(folder, file, path, v) for file, path in HISTORY for v in odd}
+    said = {(file, path, repr(v)[:30]): history(folder, file, path, v) for file, path in HISTORY for v in odd}
     assert {k: v for k, v in said.items() if v != ('no word' if k[1:] in fine else 'one line')} == {}
 
 def test_one_wrong_digit_is_noticed(folder, short):
@@ -179,9 +183,7 @@ def test_how_long_a_denoiser_was_trained(value, folder, short):
     f = folder/'unet'/'made.json'
     good = f.read_bytes()
     for path in ('settings', 'settings.steps'):
-        d = json.loads(changed(good, path, value))
-        del d['seal']
-        f.write_text(json.dumps(d))
+        f.write_text(resealed(good, path, value))
         try: assert answer(more, folder) == 'one line'
         finally: f.write_bytes(good)
 
@@ -251,18 +253,23 @@ ANOTHERS = dict(weights=(OF[0], load, lambda b: save({k: x + .01 for k, x in loa
 
 @pytest.mark.parametrize('what', ANOTHERS)
 def test_a_file_of_another_run_is_noticed(what, folder, short):
-    "Of the same shape, sound in every way, put there by hand: one line that names it; of a run whose notes say nothing of contents it is taken"
+    "Of the same shape, sound in every way, put there by hand: one line that names it, also where the note of what was made is gone, or says nothing of it; in a run of an earlier version, which had no such notes, it is taken"
     file, reader, other = ANOTHERS[what]
-    f, note = folder/file, (folder/file).parent/'made.json'
-    good, said = f.read_bytes(), note.read_text()
+    f, note, run = folder/file, (folder/file).parent/'made.json', folder/'run.json'
+    good, said, of = f.read_bytes(), note.read_text(), run.read_text()
     f.write_bytes(other(good))
     try:
         with pytest.raises(UserError, match=f'{f} is not the file that was made there.*delete {f.parent} to make it again'): reader(folder)
         note.write_text(json.dumps({k: v for k, v in json.loads(said).items() if k not in ('contents', 'seal')}))
+        with pytest.raises(UserError, match=f'{note} has changed since it was written: delete {f.parent}'): reader(folder)
+        run.write_text(changed(of, 'versions.latentdiff', 'gone'))
         assert answer(load, folder) == 'no word'
+        run.write_text(of)
+        note.unlink()
+        assert answer(reader, folder) == 'one line'
     finally:
         f.write_bytes(good)
-        note.write_text(said)
+        for o, text in ((note, said), (run, of)): o.write_text(text)
     assert answer(load, folder) == 'no word'
 
 @pytest.mark.parametrize('reader', [load, train])
