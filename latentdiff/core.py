@@ -425,7 +425,8 @@ def weights_name(module): return getattr(module, 'weights_name', 'weights.safete
 
 def not_finite(state): # a dict of tensors
     "The names of those with numbers that are not finite"
-    return [k for k, v in state.items() if v.is_floating_point() and (v.element_size() < 2 or not v.isfinite().all())]
+    wide = lambda v: v if v.element_size() > 1 else v.float()   # torch does not look into float8
+    return [k for k, v in state.items() if v.is_floating_point() and not wide(v).isfinite().all()]
 
 def save_component(module, folder): # with diffusers' `ConfigMixin`; written in one step, an earlier one is replaced
     "Save config and weights; returns the folder. Raises `UserError` if a weight is not finite"
@@ -465,7 +466,10 @@ def _opened(path): # .safetensors
     again = 'save or download it again'
     if not os.path.isfile(place(path=path)): raise UserError(f'{path} is missing: {again}')
     try:
-        with safe_open(path, 'pt') as f: yield f
+        with safe_open(path, 'pt') as f:
+            small = [k for k in f.keys() if f.get_slice(k).get_dtype()[:2] in ('F8', 'F6', 'F4')]
+            if small: raise UserError(f'{path} holds {small[0]} in float8 or less: save it in float16 or float32')
+            yield f
     except SafetensorError as e: raise UserError(f'{path} is damaged ({e}): {again}') from e
 
 def read_weights(path): # .safetensors

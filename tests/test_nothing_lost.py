@@ -676,8 +676,10 @@ def test_a_config_that_asks_for_too_much_takes_no_memory(widths, tmp_path, monke
     monkeypatch.setattr(core, '_built', lambda folder, config, device: whole(folder, config, device) if device == 'meta' else pytest.fail('built'))
     config.write_text(json.dumps(json.loads(config.read_text()) | dict(widths=widths)))
     assert 'does not ' in one_line(lambda: load_component(tmp_path/'ae'))
-    save_file({k: v.to(torch.float8_e4m3fn) for k, v in read_weights(tmp_path/'ae'/'autoencoder.safetensors').items()}, tmp_path/'ae'/'autoencoder.safetensors')
-    assert one_line(lambda: load_component(tmp_path/'ae')) and 'not finite' in one_line(lambda: read_weights(tmp_path/'ae'/'autoencoder.safetensors'))
+    file = tmp_path/'ae'/'autoencoder.safetensors'
+    save_file({k: v.to(torch.float8_e4m3fn) for k, v in read_weights(file).items()}, file)
+    for f, o in ((load_component, file.parent), (read_weights, file)): assert 'in float8 or less: save it in float16 or float32' in one_line(lambda: f(o))
+    for v, bad in ((0., []), (float('nan'), ['w'])): assert core.not_finite(dict(w=torch.tensor([v]).to(torch.float8_e4m3fn))) == bad
 
 def test_nothing_steers_the_terminal(capfd):
     @one_line_errors
