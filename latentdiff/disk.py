@@ -329,7 +329,8 @@ def patience(words, seconds=10): # what is waited for
     finally: late.cancel()
 
 def plain_output():
-    "In a file or a pipe: whole lines at once, and no progress bars"
+    "In a file or a pipe: whole lines at once, and no progress bars; nowhere the tries of huggingface_hub"
+    os.environ.setdefault('HF_HUB_VERBOSITY', 'error')   # it reads that when it is imported
     from fastprogress import fastprogress as bars
     sys.stdout = sys.stdout or open(os.devnull, 'w')   # it is closed, as by >&-
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -590,6 +590,24 @@ def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch, do, code, sa
     rc, err = ended(do, tmp_path)
     assert rc == code and says in err and '\n' not in err and (not says or err.startswith('latentdiff-look: ')), err
 
+TRIES = """
+import sys
+sys.argv[0] = 'latentdiff-look'
+from latentdiff.disk import one_line_errors
+@one_line_errors
+def look_cli():
+    from huggingface_hub.utils import http_backoff
+    try: http_backoff('HEAD', 'http://127.0.0.1:1/x', max_retries=1, base_wait_time=.01)
+    except Exception as e: print(type(e).__name__)
+look_cli()
+"""
+
+def test_the_tries_of_the_hub_are_not_told_one_by_one():
+    "In a process of its own, because the library asks once, when it is imported: nothing but what is said of their outcome"
+    env = {k: v for k, v in os.environ.items() if k not in ('HF_HUB_OFFLINE', 'HF_HUB_VERBOSITY')} | dict(PYTHONPATH=str(Path(core.__file__).parents[1]), NO_PROXY='127.0.0.1')
+    r = subprocess.run([sys.executable, '-c', TRIES], capture_output=True, text=True, env=env)
+    assert r.returncode == 0 and r.stdout.startswith('Connect') and not r.stderr, r
+
 @pytest.mark.parametrize('told,is_one', [('abc', True), ('', True), ('0', True), ('-3', True), ('2', False)])
 def test_only_numbers_are_numbers_of_processes(monkeypatch, told, is_one):
     monkeypatch.setenv('WORLD_SIZE', told)
