@@ -456,6 +456,16 @@ def test_a_bomb_is_capped_and_the_cap_named(name, tmp_path, home, monkeypatch):
     monkeypatch.setattr(F, 'UNPACKED', 5e6)
     assert '0.005 GB' in one_line(D.open_images, tmp_path/'again'/name, 16) and not [*(tmp_path/'other').glob('*')]
 
+@pytest.mark.parametrize('name', ['many.tgz', 'many.zip', 'large.tgz'])
+def test_the_files_of_an_archive_are_capped_and_the_cap_named(name, tmp_path, home, monkeypatch):
+    "A thousand empty ones take no room and much time; as many that are not empty are a data set, and unpacked"
+    data = b'' if name[0] == 'm' else random.Random(0).randbytes(300)
+    members = [('a.png', PNG), *((f'{i}', data) for i in range(1000))]
+    (tmp_path/name).write_bytes(zip_of(members) if name[-1] == 'p' else tar_of(members, 'w:gz'))
+    monkeypatch.setattr(F, 'FILES', 600)
+    if data: assert len(D.open_images(tmp_path/name, 16)) == 1
+    else: assert 'holds over 600 files' in one_line(D.open_images, tmp_path/name, 16) and not [*home.glob('*')]
+
 def test_a_shard_that_is_cut_between_two_files_is_counted(tmp_path):
     "The stream just ends there, as a whole one would; but a whole one has empty blocks behind its last file"
     whole = tar_of([(f'{i}.{kind}', data) for i in range(6) for kind, data in (('png', PNG), ('txt', b'a room'))])
