@@ -191,7 +191,8 @@ class RoomImages(Images):
     def __init__(self, size, n=None, channels=None, seed=0):
         n, self.seed = n or 10_000, seed
         enough(f'A set of {n:,} rooms', data_home()/'rooms', memory=600*n)   # names and captions, not yet made
-        super().__init__('rooms', [f'room-{seed}-{i:06d}' for i in range(n)], size, channels or 3, stamp='rooms v1')
+        names = [f'room-{seed}-{i:06d}' for i in progress(range(n), what=f'naming {n:,} rooms')]
+        super().__init__('rooms', names, size, channels or 3, stamp='rooms v1')
         codes, _ = room_codes(seed, np.arange(n))
         named = {f: [ROOM_FACTORS[f][k] for k in v] for f, v in codes.items()}
         rows = progress(zip(*named.values()), n, f'describing {n:,} rooms')

@@ -1,11 +1,12 @@
 "The data lesson's promises, on pictures, archives and servers made here: no network, no data set needed"
-import csv, errno, gzip, hashlib, http.server, io, json, os, resource, subprocess, sys, tarfile, threading, unicodedata, zipfile, zlib
+import csv, errno, gzip, hashlib, http.server, io, itertools, json, os, resource, subprocess, sys, tarfile, threading, unicodedata, zipfile, zlib
 import numpy as np, pytest, torch
 from PIL import Image
+from fastcore.basics import AttrDict
 from fastai.data.external import URLs
 from torchvision.datasets import MNIST
 
-from latentdiff import data as D, files as W
+from latentdiff import core, data as D, files as W
 from errors import one_line
 from latentdiff.data import Picture, as_images, from_uint8, image_dls, image_grid, open_images, split_of, to_uint8
 from latentdiff.files import download, hub_folder, load_pixels, npz_pixels, to_rgb
@@ -386,6 +387,13 @@ def test_fingerprint(tmp_path):
     assert len(set(prints)) == 5 and prints == [f().fingerprint for f in opens]
     save(tmp_path/'s'/'0.png', Image.new('RGB', (50, 50)))
     assert opens[0]().fingerprint != prints[0]
+
+def test_many_rooms_say_what_takes_long(monkeypatch, capsys):
+    "Where nobody looks: their names, their sides and their captions, one line each, when two seconds are over"
+    now = itertools.count()
+    monkeypatch.setattr(core, 'time', AttrDict(monotonic=lambda: next(now)))
+    open_images('rooms', 16, n=50)
+    assert capsys.readouterr().out == 'naming 50 rooms\ndividing 50 pictures\ndescribing 50 rooms\n'
 
 def test_rooms_images():
     images = open_images('rooms', 32, n=50, seed=2)
