@@ -114,7 +114,7 @@ class Process:
     @classmethod
     def load(cls, folder):
         "Read what `save` wrote; UserError if it is not there"
-        hint = 'no noise process here, give the folder that Process.save wrote'
+        hint = 'no noise process here: run latentdiff-run on the run again, or give the folder that Process.save wrote'
         config = read_json(place(folder=folder)/'config.json', hint)
         lost = [k for k in cls.__dataclass_fields__ if k not in config]
         if lost: raise UserError(f'{folder}/config.json: not the settings of a noise process, they lack {lost[0]}')

@@ -386,7 +386,7 @@ def scheduler_in(folder, process): # of a pipeline; the `Process` of its network
 def load_scheduler(folder): # of a pipeline
     "The scheduler in it; raises `UserError` if it is none that can be had, or not for noise of ours"
     folder = folder/'scheduler'
-    c = read_json(folder/'scheduler_config.json', 'copy the whole folder')
+    c = read_json(folder/'scheduler_config.json', 'copy the whole folder, or run latentdiff-run on it again')
     name = c.get('_class_name')
     if name not in SCHEDULERS or not hasattr(diffusers, name):
         raise UserError(f'{folder} is for a {name!s:.80}, which cannot be had here: install the newest diffusers')
