@@ -80,10 +80,16 @@ def test_without_smalldiffusion_it_says_how_to_get_it(bench, monkeypatch):
     monkeypatch.setitem(sys.modules, 'smalldiffusion', None)
     with pytest.raises(UserError, match='pip install smalldiffusion'): bench.Small(1)
 
+SMALLER = f"""import runpy
+bench = runpy.run_path({str(BENCH)!r})
+bench['Course'].widths, bench['CosineCourse'].evaluations = (8,)*4, 5
+bench['main']()
+"""
+
 def test_a_peer_is_measured_trained_drawn_and_scored(finished_run, server, tmp_path):
     "By the judge of a finished run, of whatever pictures of 32 px"
     args = ['--run', finished_run.made_at, '--peers', 'course22p2-cosine', '--steps', 1, '--bs', 8, '--n', 8, '--out', tmp_path]
-    r = server.run(BENCH, *args)
+    r = server.code(SMALLER, *args)
     assert r.rc == 0, r.err
     rows = [[c.strip() for c in o.split('|')[1:-1]] for o in r.out.splitlines() if o.startswith('| ')]
     assert [o[0].split(',')[0] for o in rows] == ['on cpu', 'real against real', 'ours', 'course22p2-cosine']
