@@ -7,7 +7,7 @@ from PIL import Image
 from pathlib import Path
 import latentdiff
 from latentdiff.commands import Run, settings_of
-from latentdiff.core import UserError, locked, preset
+from latentdiff.core import UserError, locked, preset, sealed
 from latentdiff.data import open_images
 from latentdiff.files import npz_pixels
 from latentdiff.kid_eval import Extractor, features
@@ -131,7 +131,7 @@ def test_a_run_goes_on_with_what_a_lesson_has_trained(cli, run, tmp_path):
     for k in ('scores', 'metrics.json', 'report.html', 'run.json'): shutil.rmtree(folder/k) if (folder/k).is_dir() else (folder/k).unlink()
     note = json.loads((folder/'unet'/'made.json').read_text())
     del note['facts']['kid'], note['seal']
-    (folder/'unet'/'made.json').write_text(json.dumps(note))
+    (folder/'unet'/'made.json').write_text(json.dumps(sealed(note)))
     r = cli('run', *run.args, '--out', folder)
     assert r.rc == 0 and (folder/'scores'/'training.png').exists(), r
     assert json.loads((folder/'metrics.json').read_text())['kid_curve'] == []
