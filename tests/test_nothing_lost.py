@@ -692,8 +692,10 @@ def test_a_config_that_asks_for_too_much_takes_no_memory(widths, tmp_path, monke
     save_component(KLAutoencoder(3, (16,), 4, 2), tmp_path/'ae')
     config, whole = tmp_path/'ae'/'config.json', core._built
     monkeypatch.setattr(core, '_built', lambda folder, config, device: whole(folder, config, device) if device == 'meta' else pytest.fail('built'))
-    config.write_text(json.dumps(json.loads(config.read_text()) | dict(widths=widths)))
+    good = config.read_text()
+    config.write_text(json.dumps(json.loads(good) | dict(widths=widths)))
     assert 'does not ' in one_line(lambda: load_component(tmp_path/'ae'))
+    config.write_text(good)
     file = tmp_path/'ae'/'autoencoder.safetensors'
     save_file({k: v.to(torch.float8_e4m3fn) for k, v in read_weights(file).items()}, file)
     for f, o in ((load_component, file.parent), (read_weights, file)): assert 'in float8 or less: save it in float16 or float32' in one_line(lambda: f(o))
