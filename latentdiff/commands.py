@@ -50,12 +50,11 @@ class Run:
         old = d.get('settings')
         if not isinstance(old, dict) or 'stages' in d:
             raise UserError(f'{self.folder} is a run of version 0.1, which this version cannot go on with: {other}')
-        before = {'from': 'none', **old}
-        free = {'minutes', 'steps', *RATES, *(o for o in ('ae_steps', 'from') if settings.get(o) is None)}
-        for k in settings.keys() - free:
-            if before.get(k) == settings[k] or k == 'autoencoder' and settings.get('from') is None: continue
-            was = f'{self.folder} was made with {k} {before.get(k)}, not {settings[k]}'
-            raise UserError(f'{was}: repeat that, or {other}')
+        before, asked = ({**o, 'from': o.get('from') or 'none'} for o in (old, settings))
+        free = {'minutes', 'steps', 'chosen', *RATES, *(['ae_steps'] if settings.get('ae_steps') is None else [])}
+        if old.get('chosen') and settings.get('from') is None: free |= {'from', 'autoencoder'}
+        for k in (o for o in settings.keys() - free if before.get(o) != asked[o]):
+            raise UserError(f'{self.folder} was made with {k} {before.get(k)}, not {asked[k]}: repeat that, or {other}')
         return check_settings(f, {**settings, **old, **source.told_anew(self.folder, settings, old)})
 
     def once(self, name, make):
@@ -74,7 +73,7 @@ class Run:
 
     def options(self):
         "The options of latentdiff-run that repeat this run"
-        left = {'minutes'} | ({'start', 'autoencoder'} if 'start' in self.settings else set())
+        left = {'minutes', 'chosen'} | ({'start', 'autoencoder'} if 'start' in self.settings else set())
         return {k: v for k, v in self.settings.items() if v is not None and k not in left}
 
 # %% ../nbs/90_commands.ipynb #c013
@@ -128,7 +127,8 @@ def source(self:Run):
 def begin(self:Run):
     "Settle what the training starts from, and write down what a run has to know of it"
     s = self.settings
-    if s.get('from') is None: s |= source.choice(self.images, self.condition, self.seed, s['autoencoder'])
+    given = self.images, self.condition, self.seed, s['autoencoder']
+    if s.get('from') is None: s |= dict(source.choice(*given), chosen=True)   # the same command leaves it open again
     if s['from'] == 'none': return
     s['start'] = source.description(self.source)
     source.counted_as(s['start']['classes'], self.images)

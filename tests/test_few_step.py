@@ -1,5 +1,5 @@
 "UniPC against diffusers and exact solutions; shortcuts against the flow map of Gaussian data, which is known in closed form."
-import math, runpy, diffusers, pytest, torch
+import json, math, runpy, warnings, diffusers, matplotlib.pyplot as plt, pytest, torch
 from pathlib import Path
 from types import SimpleNamespace
 from torch import nn
@@ -260,3 +260,19 @@ def test_a_pipeline_of_few_steps_is_saved_and_drawn(tmp_path):
     assert torch.equal(again.draw(2, 2, shortcut, guidance=1, **told), pipe.draw(2, 2, shortcut, guidance=1, **told))
     plain = dict(sampler='dpmpp_2m', guidance=2., **told)
     close(again.draw(2, 2, **plain), zoo.draw(2, 2, **plain))     # not trained yet, and other samplers need not know
+
+# --- the curves of the lesson ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('least,scale', [(.01, 'log'), (0., 'linear'), (-.01, 'linear')])
+def test_a_kid_below_zero_is_drawn(least, scale):
+    "It is free of bias, so a very good one may be below 0, where no logarithmic axis shows it"
+    cells = json.loads((Path(__file__).parents[1]/'nbs/70_few_step.ipynb').read_text(encoding='utf-8'))['cells']
+    cell, = (''.join(c['source']) for c in cells if 'def draw_curves' in ''.join(c['source']))
+    there = dict(plt=plt)
+    exec(cell.split('\n\n')[0], there)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        there['draw_curves'](dict(a=((1, 2), torch.full((2, 3), least))), 'KID', '')
+        plt.gcf().canvas.draw()
+    assert plt.gca().get_yscale() == scale
+    plt.close()

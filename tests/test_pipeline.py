@@ -1,5 +1,5 @@
 "The pipeline object, its folder, and the small pieces behind the commands."
-import base64, io, itertools, json
+import base64, io, itertools, json, os, shutil
 from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -399,17 +399,25 @@ def test_a_type_is_given_when_it_is_loaded(tmp_path):
     assert p.dtype == torch.bfloat16 and p.device.type == 'cpu' and p.name_or_path == str(tmp_path)
     assert set(p.components) == {'autoencoder', 'denoiser', 'process', 'size', 'scheduler'} and 'KLAutoencoder' in repr(p)
 
-def test_a_compiled_denoiser(tmp_path):
-    "Traced whole by dynamo; machine code, which would take a minute, is left out. Saved, it is what it was."
+MACHINE_CODE = pytest.mark.skipif('LATENTDIFF_LONG' not in os.environ or not shutil.which(os.environ.get('CXX', 'g++')),
+                                  reason='machine code takes a minute (make test-long) and a C++ compiler, g++ or $CXX')
+
+@pytest.mark.parametrize('backend', ['eager', pytest.param('inductor', marks=MACHINE_CODE)])
+def test_a_compiled_denoiser(backend, tmp_path, monkeypatch):
+    "Traced whole by dynamo, and as machine code: it draws the same pictures. Saved, it is what it was."
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path/'compiled'))
     torch.manual_seed(0)
     net = UNet(4, widths=(16,), depth=1, attn_levels=())
     torch.nn.init.normal_(net.conv_out.weight, std=.1)
-    p = LatentDiffusionPipeline(small().autoencoder, net.eval(), Process(), 32)
-    want = p.draw(2, 3, bs=2)
-    p.denoiser = torch.compile(net, backend='eager', fullgraph=True)
+    p = quiet(LatentDiffusionPipeline(small().autoencoder, net.eval(), Process(), 32))
+    want, how = p.draw(2, 3, bs=2), dict(num_inference_steps=3, output_type='pt')
+    wanted = p(2, generator=seeded(), **how).images
+    p.denoiser = torch.compile(net, backend=backend, fullgraph=True)
     torch.testing.assert_close(p.draw(2, 3, bs=2), want)
-    p.save_pretrained(tmp_path)
-    assert torch.equal(LatentDiffusionPipeline.from_pretrained(tmp_path, 'cpu').draw(2, 3, bs=2), want)
+    torch.testing.assert_close(p(2, generator=seeded(), **how).images, wanted)
+    assert bool([*tmp_path.rglob('*.so')]) is (backend == 'inductor') and want.std() > .05
+    p.save_pretrained(tmp_path/'run')
+    assert torch.equal(LatentDiffusionPipeline.from_pretrained(tmp_path/'run', 'cpu').draw(2, 3, bs=2), want)
 
 def small_vae():
     torch.manual_seed(1)

@@ -282,7 +282,20 @@ def test_a_choice_is_made_once(saved, tmp_path, monkeypatch):
     monkeypatch.delattr(source, 'choice')
     again = Run(r.folder, settings_of(**options))
     assert again.settings == r.settings and again.settings['from'] == str(saved) and again.p == r.p and r.p.widths == (16, 32)
-    assert 'from' in one_line(Run, r.folder, settings_of(**options, From='none'))
+    assert 'from' in one_line(Run, r.folder, settings_of(**options, From='none')) and 'chosen' not in r.options()
+
+@pytest.mark.parametrize('data', ['rooms', '.'])
+@pytest.mark.parametrize('given', [dict(autoencoder='taef2'), dict(From='bedrooms64')], ids=['autoencoder', 'from'])
+def test_what_was_given_and_is_left_away_later_is_refused(data, given, tmp_path):
+    "On pictures of one's own as on the course's: only what the run has chosen by itself may be left open again, and what is the default"
+    for name, options in (('with', given), ('without', dict(From='none'))):
+        r = Run(tmp_path/name, settings_of(data, 'tiny', **options))
+        r.folder.mkdir()
+        r.write()
+    (k, v), = given.items()
+    assert Run(tmp_path/'with', settings_of(data, 'tiny', **given)).settings[k.lower()] == v
+    assert f'{k.lower()} {v}, not' in one_line(Run, tmp_path/'with', settings_of(data, 'tiny'))
+    assert Run(tmp_path/'without', settings_of(data, 'tiny')).settings['from'] == 'none'
 
 def test_an_autoencoder_of_the_package_is_chosen_once(tmp_path, monkeypatch, capsys):
     "For few pictures with classes: it is found by its name, measured on these, announced and written down; the same command goes on with it."

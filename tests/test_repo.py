@@ -1,5 +1,5 @@
 "The repository keeps its promises: one place for the metadata, clean notebooks, generated files up to date, a wheel that holds it all."
-import ast, json, os, random, re, shutil, subprocess, sys, tomllib, zipfile
+import ast, inspect, json, os, random, re, shutil, subprocess, sys, tomllib, zipfile
 from importlib import import_module
 from pathlib import Path
 import numpy as np, pytest, yaml
@@ -72,6 +72,15 @@ def test_commands_lead_somewhere():
         module, function = re.fullmatch(r'[\w-]+=([\w.]+):(\w+)', command).groups()
         assert callable(getattr(import_module(module), function)), command
     assert [f'latentdiff-{o}' for o in import_module('latentdiff.__main__').VERBS] == re.findall(r'^([\w-]+)=', CFG['console_scripts'], re.M)
+
+def test_readme_types_options_that_there_are():
+    "Of each command that it shows, also in what stands behind a # as another way"
+    commands, verbs = (import_module(f'latentdiff.{o}') for o in ('commands', '__main__'))
+    shown = re.findall(r'latentdiff[- ](%s)\b([^`\n]*)' % '|'.join(verbs.VERBS), (ROOT/'README.md').read_text())
+    for verb, rest in shown:
+        known = {k.lower().replace('_', '-') for k in inspect.signature(getattr(commands, f'{verb}_cli')).parameters}
+        assert {*re.findall(r'--([\w-]+)', rest)} <= known, (verb, rest)
+    assert {verb for verb, _ in shown} == {*verbs.VERBS}
 
 def test_workflows_test_the_oldest_and_newest_python():
     versions = re.search(r'python: (\[.*?\])', (ROOT/'.github/workflows/test.yml').read_text())[1]
@@ -188,15 +197,23 @@ def test_notebook_shows_pictures(name):
     outs = [o for c in code_cells(name) for o in c['outputs']]
     assert sum('image/png' in o.get('data', {}) for o in outs) >= 3
 
+def printed(name):
+    "The text in the committed outputs of a notebook."
+    return ' '.join(''.join(o.get('text', '') or o.get('data', {}).get('text/plain', '')) for c in code_cells(name) for o in c['outputs'])
+
+@pytest.mark.parametrize('name', LESSONS)
+def test_lesson_says_how_it_was_run(name):
+    "The committed outputs are of a full preset, with seed, device and numbers of steps."
+    said = printed(name)
+    for words in (r"preset '?(cpu|gpu)|(cpu|gpu) preset", r'\bseed \d', r'\b(cpu|cuda)\b', r'\d steps\b'): assert re.search(words, said), words
+
 @pytest.mark.parametrize('name', LABS)
 def test_lab_says_how_it_was_run(name):
     "The committed outputs are of a full preset, with seed, device and time; the lab exports nothing."
-    cells = code_cells(name)
-    texts = [''.join(o.get('text', '') or o.get('data', {}).get('text/plain', '')) for c in cells for o in c['outputs']]
-    said = ' '.join(texts)
+    said = printed(name)
     assert re.search(r"preset '?(cpu|gpu)", said) and not re.search(r"preset '?tiny", said)
     assert all(re.search(word, said) for word in (r'\bseed\b', r'\b(cpu|cuda)\b', r'\d (s|min|seconds|minutes)\b'))
-    assert not any('export' in directives(c) for c in cells)
+    assert not any('export' in directives(c) for c in code_cells(name))
 
 def test_every_lab_has_a_row():
     "The table of labs names each lab, with a badge and a picture that is small enough for a README."

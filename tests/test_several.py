@@ -1,7 +1,8 @@
 "Two processes, as `accelerate launch` starts them, do the work of one: the same latents, losses, samples and scores."
-import json, os, shutil, signal, subprocess, sys, time
+import json, os, re, shutil, signal, subprocess, sys, time
 import numpy as np, pytest
 from latentdiff.core import agreed, every, first_ahead, gathered, locked, share
+from processes import ROOT
 from test_cli import cli, command, one_line, run, weights
 
 # Forks as many processes, tells them what `accelerate launch` tells them, and runs the command, or the code, in each. Rank 0 waits for the others and prints how they ended.
@@ -81,14 +82,42 @@ def test_two_processes_killed_and_going_on_are_one_process(several, run, tmp_pat
     assert two['kid'] == pytest.approx(one['kid'], rel=1e-3) and two['fid'] == pytest.approx(one['fid'], rel=1e-3)
     assert not [o for o in folder.rglob('*') if o.suffix in ('.part', '.new', '.old', '.making')]
 
-def test_accelerate_launch(cli, run, tmp_path):
-    "The command that the lesson shows, with a real launcher: the samples of one process to the bit"
-    assert cli('sample', run.folder, '--n', 6, '--bs', 2, '--steps', 2, '--npz', tmp_path/'one.npz').rc == 0
-    launch = [sys.executable, '-m', 'accelerate.commands.launch', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--cpu', '-m']
-    verb = ['latentdiff', 'sample', run.folder, '--n', '6', '--bs', '2', '--steps', '2', '--npz', tmp_path/'two.npz']
-    port = dict(OMP_NUM_THREADS='1', MASTER_PORT='0')
-    r = subprocess.run([*launch, *verb], capture_output=True, text=True, cwd=tmp_path, env=os.environ | port)
-    assert r.returncode == 0 and r.stdout.count('6 images into') == 1, r
+SAYS = """
+import atexit, pathlib, sys
+def say():
+    d = getattr(sys.modules.get('torch'), 'distributed', None)
+    if d and d.is_initialized(): (pathlib.Path(__file__).parent/f'{d.get_rank()} of {d.get_world_size()}, {d.get_backend()}').touch()
+atexit.register(say)
+"""   # the sitecustomize of processes that are watched: in the end each leaves a file that says whom it has worked with
+
+def launch(tmp_path, *verb):
+    "stdout of the command that README and the lesson show, with a real launcher; a CPU has no GPUs to count, so there is a number"
+    flags, = re.findall('`accelerate launch (.*) -m latentdiff train runs/mine`', (ROOT/'README.md').read_text())
+    assert f'accelerate launch {flags} --num_processes 4 -m latentdiff train runs/mine' in (ROOT/'nbs/90_commands.ipynb').read_text()
+    (tmp_path/'sitecustomize.py').write_text(SAYS)
+    env = os.environ | dict(PYTHONPATH=f'{tmp_path}{os.pathsep}{ROOT}', HF_HOME=str(tmp_path/'no settings'), CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1')
+    command = [sys.executable, '-m', 'accelerate.commands.launch', *flags.split(), '--num_processes', 2, '--main_process_port', 0, '-m', 'latentdiff', *verb]
+    r = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=tmp_path, env=env)
+    said = sorted(o.name for o in tmp_path.glob('* of *'))
+    assert r.returncode == 0 and said == ['0 of 2, gloo', '1 of 2, gloo'], (r, said)
+    for o in said: (tmp_path/o).unlink()
+    return r.stdout
+
+def test_accelerate_launch(run, tmp_path):
+    "Two processes, each of which knows the other, train as one does"
+    folder = half_done(run, tmp_path, 'latents')
+    launch(tmp_path, 'train', folder)
+    one, two = (np.array(facts(o, 'unet')['loss']) for o in (run.folder, folder))
+    assert len(one) == len(two) == 40 and np.abs(one - two).max() < 1e-4
+
+@pytest.mark.skipif('LATENTDIFF_LONG' not in os.environ, reason='one command is enough in `make test`')
+def test_accelerate_launch_of_other_commands(cli, run, tmp_path):
+    "Latents and samples are those of one process to the byte, and only one process says something"
+    folder, how = half_done(run, tmp_path), ('--n', 6, '--bs', 2, '--steps', 2, '--npz')
+    launch(tmp_path, 'encode', *run.args, '--out', folder)
+    for f in ('latents.f16', 'mirrored.f16', 'manifest.json'): assert (folder/'latents'/f).read_bytes() == (run.folder/'latents'/f).read_bytes()
+    assert launch(tmp_path, 'sample', run.folder, *how, tmp_path/'two.npz').count('6 images into') == 1
+    assert cli('sample', run.folder, *how, tmp_path/'one.npz').rc == 0
     one, two = (np.load(tmp_path/f'{k}.npz')['arr_0'] for k in ('one', 'two'))
     assert (one == two).all()
 
