@@ -237,6 +237,7 @@ def main():
     ours = statistics.mean(found['ours'])
     for name, fids in found.items():
         spread_of = f' ± {statistics.stdev(fids):.2f} over {len(fids)} seeds' if len(fids) > 1 else ''
-        print(f'{name:18} FID {statistics.mean(fids):.2f}{spread_of}, {statistics.mean(fids)/ours:.1f} times that of ours')
+        times = '' if name == 'ours' else f', {statistics.mean(fids)/ours:.1f} times that of ours'
+        print(f'{name:18} FID {statistics.mean(fids):.2f}{spread_of}{times}')
 
 if __name__ == '__main__': main()
