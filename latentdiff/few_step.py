@@ -69,7 +69,7 @@ def teacher_of(net, guidance=1.): # trained; of a `Conditioned`, as in `guide`
 # %% ../nbs/70_few_step.ipynb #f026
 def autoguide(net, weak, scale=2.): # two of net(x, time) -> prediction; 0: `weak`, 1: `net`, above: further away
     "net(x, time) for samplers: away from what a weaker network would say (2406.02507, section 4)"
-    number(-1e6, 1e6, False, scale=scale), checked(net=net, weak=weak)
+    number(-1e6, 1e6, False, scale=scale), checked(net=net, weak=net if scale == 1 else weak)
     def guided(x, time, cond=None):
         if scale == 1: return net(x, time)
         w = weak(x, time)
