@@ -268,7 +268,8 @@ def _manifest(images, shape, flip):
 # %% ../nbs/20_noisify.ipynb #c030
 def prefetch(images, starts, bs, ahead=4): # `Images`, first row of each batch, images a batch, batches read at once
     "Batches decoded by threads before they are asked for; yields (start, uint8 pixels (b,c,h,w))"
-    starts, bs = positions(len(checked(images=images)), starts=starts).tolist(), number(1, bs=bs)
+    if not hasattr(images, 'read'): checked(images=images)   # all that is asked of them here
+    starts, bs = positions(len(images), starts=starts).tolist(), number(1, bs=bs)
     read = lambda i: images.read(range(i, min(i+bs, len(images))))
     with ThreadPoolExecutor(ahead) as pool:
         queue = [pool.submit(read, i) for i in starts[:ahead]]
