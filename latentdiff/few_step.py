@@ -79,19 +79,22 @@ def autoguide(net, weak, scale=2.): # two of net(x, time) -> prediction; 0: `wea
 # %% ../nbs/70_few_step.ipynb #f036
 def midpoint(velocity, x, t, d): # (x, t) -> velocity; (b, ...); (b,) time; (b,) how far
     "The mean slope over a step, from two evaluations of the velocity: here, and half-way"
-    half = x - bcast(like(t=t, d=d)/2, x)*checked(velocity=velocity)(x, t)
+    like(t=t, d=d), checked(velocity=velocity)
+    half = x - bcast(d/2, x)*velocity(x, t)
     return velocity(half, t - d/2)
 
 def two_in_one(slope, x, t, d): # (x, t, d) -> mean slope; as above
     "The mean slope over a step, from two steps of half its length (2410.12557, eq. 5)"
-    first = checked(slope=slope)(x, t, like(t=t, d=d)/2)
+    like(t=t, d=d), checked(slope=slope)
+    first = slope(x, t, d/2)
     second = slope(x - bcast(d/2, x)*first, t - d/2, d/2)
     return (first + second)/2
 
 # %% ../nbs/70_few_step.ipynb #f030
 def step_input(process, t, d): # (b,) time, 0..1; (b,) how far the step goes, 0..t; 0 asks for the slope here
     "(b, 2) float32, what a `Shortcut` network is told: the time, and the step in the same units"
-    return torch.stack([checked(process=process).time_input(t), (process.steps*like(t=t, d=d)).float()], 1)
+    like(t=t, d=d), checked(process=process)
+    return torch.stack([process.time_input(t), (process.steps*d).float()], 1)
 
 class StepTime(nn.Module):
     "A time embedding that is also told how far the step goes; at first that changes nothing"

@@ -30,7 +30,8 @@ from .autoencoder import efficientnet_lite0
 # %% ../nbs/50_kid_eval.ipynb #c012
 def poly_kernel(x, y): # features (m,d), (n,d) -> kernel values (m,n)
     "KID's kernel, (x·y/d + 1)^3 for every pair of rows (Bińkowski et al. 2018, section 3.1)"
-    return (x @ like(True, x=x, y=y).T / x.shape[1] + 1)**3
+    like(True, x=x, y=y)
+    return (x @ y.T / x.shape[1] + 1)**3
 
 # %% ../nbs/50_kid_eval.ipynb #c023
 def kernel_sums(x,          # features (m,d)

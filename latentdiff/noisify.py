@@ -25,7 +25,8 @@ from .disk import NOWHERE, on_disk, place, reserve, write_json
 # %% ../nbs/20_noisify.ipynb #c076
 def cosine_levels(t): # levels in [0,1] -> (alpha, sigma) like t
     "alpha = cos(pi t/2), sigma = sin(pi t/2): alpha-bar = cos^2(pi t/2). Nichol & Dhariwal 2021, eq. 17 with s = 0"
-    return torch.sin((1-like(t=t))*math.pi/2), torch.sin(t*math.pi/2)
+    like(t=t)
+    return torch.sin((1-t)*math.pi/2), torch.sin(t*math.pi/2)
 
 # %% ../nbs/20_noisify.ipynb #c085
 @functools.lru_cache
@@ -45,17 +46,18 @@ def log_abar_table(schedule, beta_start, beta_end, steps, dtype, device): # ends
 
 def ddpm_levels(t, table): # levels in [0,1], and a `log_abar_table` -> (alpha, sigma) like t
     "alpha = sqrt(abar), sigma = sqrt(1-abar), with log abar interpolated between the steps"
-    steps = len(like(table=table))-1
-    i = (like(t=t)*steps).floor().long().clamp(0, steps-1)
+    like(t=t), like(table=table)
+    steps = len(table)-1
+    i = (t*steps).floor().long().clamp(0, steps-1)
     log_abar = torch.lerp(table[i], table[i+1], t*steps-i)
     return (log_abar/2).exp(), (-torch.expm1(log_abar)).sqrt()
 
 # %% ../nbs/20_noisify.ipynb #c091
 def edm_levels(t, sigma_min, sigma_max, rho): # levels in [0,1]; noise std as t -> 0 and at t = 1; 1 for even, or more
     "alpha = 1, sigma by Karras et al. 2022, eq. 5; sigma(0) = 0 exactly"
-    number(1e-9, 1e9, False, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+    like(t=t), number(1e-9, 1e9, False, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
     lo,hi = sigma_min**(1/rho), sigma_max**(1/rho)
-    return torch.ones_like(like(t=t)), torch.where(t>0, (lo + t*(hi-lo))**rho, 0.)
+    return torch.ones_like(t), torch.where(t>0, (lo + t*(hi-lo))**rho, 0.)
 
 # %% ../nbs/20_noisify.ipynb #c093
 SCHEDULES = ('cosine', 'ddpm_linear', 'scaled_linear', 'ddpm_cosine', 'ddpm_linear_zero', 'scaled_linear_zero',
@@ -208,7 +210,8 @@ def scale_input(self:Process, x_t, t):
 @patch
 def target_coefs(self:Process, a, s):
     "The pair (p, q) with target = p x0 + q eps, at alpha `a` and sigma `s`"
-    zero,one,n = torch.zeros_like(like(s=s, a=a)), torch.ones_like(a), (a**2+s**2).sqrt()
+    like(s=s, a=a)
+    zero,one,n = torch.zeros_like(a), torch.ones_like(a), (a**2+s**2).sqrt()
     return dict(eps=(zero, one), x0=(one, zero), v=(-s/n, a/n), velocity=(-one, one))[self.target]
 
 @patch
