@@ -51,7 +51,7 @@ _KNOWN = dict( # name: what all of these have, and what they are
     model=('get', 'the config of one of diffusers, a dict'), layer=('parameters', 'a module of torch'),
     items=('shape', 'a tensor or an array'), names=('__len__', 'names in a list'), nets=('values', 'networks by name'),
     learn=('dls', 'a Learner'), latents=('fingerprint', 'Latents, as make_latents does'), d=('items', 'a dict'),
-    batches=('__iter__', 'one tensor (b,c,...) or more, in a list'), cls=('update', 'a metric, such as PSNR'),
+    batches=('__iter__', 'one tensor (b,c,...) or more, in a list'), cls=('compute', 'a metric, such as PSNR'),
     generator=('manual_seed', 'a torch.Generator'), m=('items', 'what metrics.json holds, a dict'),
     velocity=('__call__', 'velocity(x, t)'), slope=('__call__', 'slope(x, t, d)'))
 

@@ -220,7 +220,8 @@ def _sampler_of(sampler): # a name in `SAMPLERS`, or a function like them
 
 def evaluations(sampler, steps): # a name in `SAMPLERS`, or a function like them
     "How often the network is asked: Heun twice a step but once in the last, the others once a step"
-    return 2*number(1, steps=steps) - 1 if _sampler_of(sampler) is heun else steps
+    number(1, steps=steps)
+    return 2*steps - 1 if _sampler_of(sampler) is heun else steps
 
 # %% ../nbs/40_sampling.ipynb #c069
 @contextmanager
