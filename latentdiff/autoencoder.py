@@ -22,7 +22,7 @@ from torchvision.transforms.functional import gaussian_blur
 # %% ../nbs/10_autoencoder.ipynb #c005
 from fastai.basics import Callback, DataLoaders, Metric, Path, patch
 from fastai.callback.training import GradientClip
-from .core import UNFIT, WEIGHTS, UserError, agreed, artefact, checked, data_home, default_device, file_md5
+from .core import UNFIT, WEIGHTS, AsGiven, UserError, agreed, artefact, checked, data_home, default_device, file_md5
 from .core import find_class, fingerprint, first_ahead, load_component, load_weights, multiples, network_config
 from .core import number, numbers, place, save_component, stream, write_whole
 from .data import FEW, as_images, check_images, kind_of, like, some_pixels
@@ -130,7 +130,7 @@ def posterior_sample(mean, logvar, generator=None, draw=torch.randn): # (b,...) 
     return mean + (0.5*logvar).exp()*draw(*mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
 
 # %% ../nbs/10_autoencoder.ipynb #c056
-class Autoencoder(nn.Module, ConfigMixin):
+class Autoencoder(nn.Module, AsGiven, ConfigMixin):
     "What all autoencoders share: images [-1,1] <-> latents with mean 0 and standard deviation 1 in each channel"
     config_name, weights_name = 'config.json', 'autoencoder.safetensors'
     factor = 8  # pixels of the image per position of the latent, along one side
@@ -194,7 +194,7 @@ class Autoencoder(nn.Module, ConfigMixin):
 def channel_stats(batches): # an iterable of tensors (b,c,...)
     "Mean (c,) and standard deviation (c,) over everything but the channel, in float64"
     n, s1, s2 = 0, 0., 0.
-    for z in batches:
+    for z in checked(batches=batches):
         z = as_double(z).transpose(0, 1).flatten(1)
         n, s1, s2 = n + z.shape[1], s1 + z.sum(1), s2 + z.square().sum(1)
     if not n: raise UserError('batches are empty: give one tensor (b,c,...) or more')
@@ -214,8 +214,7 @@ def batches_for(ae, x, bs=256): # an `Autoencoder`; uint8 pixels or float images
 @torch.no_grad()
 def fit_scale(self:Autoencoder, x, bs=256): # the training set, uint8 pixels or float images (n,c,h,w); images a step
     "Measure the scale over `x` and set it"
-    self.eval()
-    self.set_scale(*channel_stats(self.encode_raw(b)[0] for b in batches_for(self, x, bs)))
+    self.eval().set_scale(*channel_stats(self.encode_raw(b)[0] for b in batches_for(self, x, bs)))
     return self
 
 # %% ../nbs/10_autoencoder.ipynb #c064
@@ -290,7 +289,7 @@ class Reconstruct(Callback):
 class ValidMetric(Metric):
     "A torcheval metric of reconstructions, as a column of the Learner's table"
     name = ''  # of the column
-    def __init__(self, cls): self.cls, self.name = cls, cls.__name__.lower()
+    def __init__(self, cls): self.cls, self.name = checked(cls=cls), cls.__name__.lower()
     def reset(self): self.m = self.cls()
     def accumulate(self, learn): self.m.update(learn.pred[0], learn.yb[0])
     value = property(lambda self: self.m.compute().item())
@@ -508,7 +507,7 @@ class FeatureLoss(nn.Module):
             if i in self.taps: yield F.normalize(x, dim=1)
 
     def forward(self, x, y):
-        with torch.no_grad(): ys = list(self.features(y))
+        with torch.no_grad(): ys = list(self.features(like(x=x, y=y)))
         return sum((a - b).square().sum(1).mean() for a, b in zip(self.features(x), ys))/len(ys)
 
 # %% ../nbs/10_autoencoder.ipynb #g005
@@ -520,7 +519,7 @@ def sharpen_decoder(ae, x_train, x_valid, steps,            # a finished `KLAuto
     if not isinstance(ae, KLAutoencoder): raise UserError(f'sharpening is for a KLAutoencoder, no {type(ae).__name__}')
     ae.requires_grad_(False)
     for part in (ae.decoder, ae.line_out): part.requires_grad_(True)
-    start = steps//4 if start is None else start
+    start = number(1, 10**9, steps=steps)//4 if start is None else start
     cbs = [Adversary(start, adversary_weight, d_lr, seed, width)] if adversary_weight else []
     learn = ae_learner(ae, x_train, x_valid, bs, flip, seed, 0., feature_weight, device, cbs, adamw)
     learn.remove_cb(Graphed)   # a replay allows one backward pass a step, the adversary needs three
@@ -545,6 +544,7 @@ def hinge_loss(real, fake): # logits of real pictures; of reconstructions
 # %% ../nbs/10_autoencoder.ipynb #g003
 def adaptive_weight(rec, adv, last, eps=1e-4, most=1e4): # two losses; the last layer's weight
     "How many times larger the gradient of `rec` is, at the last layer (Esser et al. 2021, eq. 7)"
+    like(rec=rec, adv=adv), like(last=last)
     a, b = (torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (rec, adv))
     return (a/(b + eps)).clamp(max=most)
 

@@ -10,7 +10,7 @@ __all__ = ['PIPELINES', 'SCHEDULERS', 'PARTS', 'CARD', 'names_class', 'check_ind
 import os, re
 from pathlib import Path
 from huggingface_hub import ModelCardData
-from .core import UNFIT, UserError, number, read_json, unsealed
+from .core import UNFIT, UserError, number, place, read_json, unsealed
 from .files import ON_HUB, one_line
 
 # %% ../nbs/parts/card.ipynb #k910
@@ -104,7 +104,7 @@ def model_card(repo_id, terms, run,       # owner/name; whose pictures, under wh
     "README.md of a model on the Hub"
     for k, v in dict(repo_id=repo_id, terms=terms).items():
         if not isinstance(v, str): raise UserError(f'{k} is {v!r:.80}: say it in words')
-    config = Path(saved or run)/'denoiser/config.json'
+    config = place(run=saved or run)/'denoiser/config.json'
     told = read_json(config, '').get('conditioners', []) if os.path.isfile(config) else []
     task = 'text-to-image' if told else 'unconditional-image-generation'
     if any(o['_class_name'] == 'ClassConditioner' for o in told): task = None   # the Hub has no name for this one

@@ -22,7 +22,7 @@ def number(low=-math.inf, high=math.inf, whole=True, **given): # smallest and la
 def one_of(allowed, **given): # names or numbers; one argument by its name
     "It, if it is one of them; else raises `UserError`"
     (k, v), = given.items()
-    if v in tuple(allowed): return v
+    if not getattr(v, 'ndim', 0) and v in tuple(allowed): return v
     raise UserError(f"{k} is {v!r:.80}: choose one of {', '.join(map(str, allowed))}")
 
 def positions(n=None, **given): # how many there are, None: no end; an argument by its name: a list, range or tensor
@@ -36,17 +36,24 @@ def positions(n=None, **given): # how many there are, None: no end; an argument 
 
 def spread(items, n): # a tensor or array; how many
     "`n` of them, evenly apart, or all if there are no more: where classes follow one another, some of each"
-    return items if len(items) <= number(0, n=n) else items[np.linspace(0, len(items) - 1, n).round().astype(int)]
+    number(0, n=n), checked(items=items)
+    return items if len(items) <= n else items[np.linspace(0, len(items) - 1, n).round().astype(int)]
 
 _PIPE, _MOST = ('latent_shape', 'one as from_pretrained has it'), dict(depth=100, kernel=99, shape=10**6)
+_NET, _ROWS = ('__call__', 'net(x_t, time) -> prediction'), ('__iter__', 'rows of positions, one a subset')
 _KNOWN = dict( # name: what all of these have, and what they are
     process=('levels', "a Process, such as Process('flow')"), scheduler=('timesteps', 'one of diffusers'), pipe=_PIPE,
-    net=('__call__', 'net(x_t, time) -> prediction'), denoiser=('parameters', 'a network'), unet=('conv_in', 'a UNet'),
+    net=_NET, weak=_NET, ia=_ROWS, ib=_ROWS, denoiser=('parameters', 'a network'), unet=('conv_in', 'a UNet'),
     ae=('latent_shape', 'an Autoencoder'), autoencoder=_PIPE, images=('pixels', 'Images, as open_images does'),
     p=('ae_widths', 'a Preset'), extractor=('__call__', 'an Extractor, such as EfficientNetFeatures()'),
     conditioner=('forward', 'one such as ClassConditioner'), module=('config', 'a network with a config'),
     im=('save', 'a PIL image'), fig=('savefig', 'a figure of matplotlib'),
-    model=('get', 'the config of one of diffusers, a dict'))
+    model=('get', 'the config of one of diffusers, a dict'), layer=('parameters', 'a module of torch'),
+    items=('shape', 'a tensor or an array'), names=('__len__', 'names in a list'), nets=('values', 'networks by name'),
+    learn=('dls', 'a Learner'), latents=('fingerprint', 'Latents, as make_latents does'), d=('items', 'a dict'),
+    batches=('__iter__', 'one tensor (b,c,...) or more, in a list'), cls=('compute', 'a metric, such as PSNR'),
+    generator=('manual_seed', 'a torch.Generator'), m=('items', 'what metrics.json holds, a dict'),
+    velocity=('__call__', 'velocity(x, t)'), slope=('__call__', 'slope(x, t, d)'))
 
 def checked(**given): # by the names that they have everywhere: those in `_KNOWN`, and the sizes of networks and latents
     "The last one; raises `UserError` for what is no such thing, or no whole number above 0 (a tuple of them: widths)"
@@ -62,6 +69,7 @@ def checked(**given): # by the names that they have everywhere: those in `_KNOWN
 
 def largest_divisor(n, most): # a whole number, at least 1; the answer is no larger than this
     "The largest divisor of `n` that is at most `most`; 1 if there is no better"
+    number(1, n=n), number(0, most=most)
     return next(d for d in range(max(1, min(n, most)), 0, -1) if n % d == 0)
 
 def multiples(of, **given): # a whole number; one argument by its name: a whole number, or several

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CrossAttention', 'ConditionalUNet', 'conditional', 'ClassConditioner', 'Conditioned', 'guide', 'FactorReader',
-           'train_reader', 'minilm_folder', 'text_encoder', 'TextConditioner', 'attention_maps', 'conditions_of',
-           'check_condition', 'class_conditioner', 'text_conditioner', 'make_conditional', 'StyleConditioner']
+           'train_reader', 'minilm_folder', 'text_encoder', 'captions_of', 'TextConditioner', 'attention_maps',
+           'conditions_of', 'check_condition', 'class_conditioner', 'text_conditioner', 'make_conditional',
+           'StyleConditioner']
 
 # %% ../nbs/60_conditioning.ipynb #c005
 import json, re, torch, torch.nn.functional as F
@@ -14,7 +15,7 @@ from importlib.util import find_spec
 from torch import nn
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from fastai.basics import DataLoaders, Path
-from .core import UNFIT, UserError, checked, find_class, fingerprint, multiples, number, stream, write_json
+from .core import UNFIT, AsGiven, UserError, checked, find_class, fingerprint, multiples, number, stream, write_json
 from .training import DeviceLoader, Learner, adamw, fit_steps, largest_divisor, rows_of, zero_init
 from .data import as_images, check_images, kind_of, like
 from .files import one_line
@@ -61,7 +62,6 @@ class CrossAttentionBlock(nn.Module):
 class ConditionalUNet(UNet):
     "`UNet` with cross-attention to tokens after each self-attention. Starts as exactly the `UNet` of the same seed"
     weights_name, save_config = 'weights.safetensors', ConfigMixin.save_config   # it has no form in diffusers
-    from_config = classmethod(ConfigMixin.from_config.__func__)
     @register_to_config
     def __init__(self, in_channels=4, out_channels=None, widths=(32,64,64,128), depth=2, # as `UNet` takes them
         attn_levels=None, head_dim=32, groups=None, dim=384): # the same; length of a token
@@ -98,7 +98,7 @@ def conditional(unet, dim): # a `UNet`, trained or not, and the length of a toke
     return net.to(next(unet.parameters()).device)
 
 # %% ../nbs/60_conditioning.ipynb #c032
-class ClassConditioner(nn.Module, ConfigMixin):
+class ClassConditioner(nn.Module, AsGiven, ConfigMixin):
     "Class labels -> tokens: a learned vector for each class"
     config_name = 'config.json'
     @register_to_config
@@ -267,7 +267,14 @@ def text_encoder(model): # 'minilm', a folder, or a Hub id such as 'laion/CLIP-V
         raise UserError(f'cannot load the text encoder {model}: {hint} ({one_line(e)})') from e
 
 # %% ../nbs/60_conditioning.ipynb #c069
-class TextConditioner(nn.Module, ConfigMixin):
+def captions_of(captions): # list of str, or one
+    "A list of them; `UserError` for what is no caption"
+    captions = [captions] if isinstance(captions, str) or not hasattr(captions, '__len__') else list(captions)
+    bad = [o for o in captions if not isinstance(o, str) or re.search('[\ud800-\udfff]', o)]
+    if captions and not bad: return captions
+    raise UserError(f'captions are a list of strings; this has {repr(bad[0])[:60] if bad else "none"}')
+
+class TextConditioner(nn.Module, AsGiven, ConfigMixin):
     "Captions -> one token a word piece. Each distinct caption is encoded once and kept, in float16, on the device"
     config_name = 'config.json'
     @register_to_config
@@ -285,11 +292,13 @@ class TextConditioner(nn.Module, ConfigMixin):
     def words(self, caption):
         "The word pieces of a caption, in the order of its tokens"
         tokenizer, n = text_encoder(self.config.model)[0], self.config.max_tokens
+        caption, = captions_of([caption])
         return tokenizer.convert_ids_to_tokens(tokenizer(caption, truncation=True, max_length=n).input_ids)
 
     @torch.no_grad()
     def encode(self, captions): # list of str -> tokens (b, n, dim) float32, mask (b, n) bool, on the CPU
         (tokenizer, encoder), n = text_encoder(self.config.model), self.config.max_tokens
+        captions = captions_of(captions)
         batch = tokenizer(captions, padding=True, truncation=True, max_length=n, return_tensors='pt')
         tokens = encoder(**batch).last_hidden_state.float()
         return tokens, batch['attention_mask'].bool() & torch.tensor([bool(o.strip()) for o in captions])[:, None]
@@ -305,10 +314,7 @@ class TextConditioner(nn.Module, ConfigMixin):
 
     def rows(self, captions): # list of str, an empty one says nothing -> (b,) int64
         "The rows of captions in the table, to train with. Encodes what is new; `UserError` for what is no caption"
-        captions = [captions] if isinstance(captions, str) or not hasattr(captions, '__len__') else list(captions)
-        bad = [o for o in captions if not isinstance(o, str) or re.search('[\ud800-\udfff]', o)]
-        if bad or not captions:
-            raise UserError(f'captions are a list of strings; this has {repr(bad[0])[:60] if bad else "none"}')
+        captions = captions_of(captions)
         new = [o for o in dict.fromkeys(captions) if o not in self.places]
         for i in range(0, len(new), 256): self.add(new[i:i+256])
         return torch.tensor([self.places[o] for o in captions])
@@ -366,7 +372,7 @@ def make_conditional(folder, latents, p, # run folder: gets denoiser/, process/,
     return make_denoiser(folder, latents, p, build=build, conds=conds, **told, **kw)
 
 # %% ../nbs/60_conditioning.ipynb #c109
-class StyleConditioner(nn.Module, ConfigMixin):
+class StyleConditioner(nn.Module, AsGiven, ConfigMixin):
     "One image -> tokens of its style: mean and spread of feature maps (Huang & Belongie 2017), which forget places"
     config_name = 'config.json'
     @register_to_config

@@ -7,8 +7,8 @@ __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT',
            'run_folder', 'above_zero', 'preset_of', 'check_settings', 'settings_of', 'stream', 'Bar', 'progress',
            'every', 'agreed', 'share', 'gathered', 'first_ahead', 'to_toml', 'check_kinds', 'read_toml', 'beside_file',
            'either_way', 'fingerprint', 'sealed', 'unsealed', 'made', 'altered', 'check_contents', 'artefact', 'locked',
-           'weights_name', 'not_finite', 'save_component', 'find_class', 'read_weights', 'check_fit', 'load_weights',
-           'network_config', 'load_component', 'exercise']
+           'weights_name', 'not_finite', 'save_component', 'AsGiven', 'find_class', 'read_weights', 'check_fit',
+           'load_weights', 'network_config', 'load_component', 'exercise']
 
 # %% ../nbs/parts/core.ipynb #c004
 from .disk import NOWHERE, UserError, clear_away, content_of, data_home, file_md5, on_disk, patience, place
@@ -168,7 +168,7 @@ def settings_of(data=None, preset=None, size=None, minutes=None, seed=0, n=None,
     p = preset_of(dict(preset=preset, data=data, size=size, n=n, autoencoder=autoencoder))
     if From is None and (autoencoder or p.data.split('/')[0] in DATASETS): From = 'none'  # else it will be seen
     rates = {k: v for k, v in dict(ae_lr=ae_lr, lr=lr).items() if v}
-    there = lambda d, file: d and d not in DATASETS and os.path.exists(Path(d)/file)
+    there = lambda d, file: d and d not in DATASETS and os.path.exists(place(path=d)/file)
     whole = lambda d, file='': utf8(path=str(Path(d).resolve())) if there(d, file) else d
     return dict(data=whole(p.data), preset=p.name, size=p.size, minutes=minutes, seed=seed, n=p.n,
                 autoencoder=whole(p.ae_pretrained), condition=None if condition == 'none' else condition,
@@ -440,9 +440,12 @@ def save_component(module, folder): # with diffusers' `ConfigMixin`; written in 
     return Path(folder)
 
 # %% ../nbs/parts/core.ipynb #c028
-# what constructors raise for settings that no network has
-UNFIT = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError,
-         AssertionError, NameError)
+UNFIT = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError, AssertionError,
+         NameError)   # what constructors raise for settings that no network has
+
+class AsGiven:
+    "Stands before diffusers' `ConfigMixin`, which takes for a default what was given by position, or set later"
+    def register_to_config(self, _use_default_values=(), **kw): super().register_to_config(**kw)
 
 def _subclasses(cls): return [c for sub in cls.__subclasses__() for c in (sub, *_subclasses(sub))]
 
@@ -463,14 +466,13 @@ def find_class(name): # of the class that was saved
 def _opened(path): # .safetensors
     "The open file; raises `UserError` if it is missing or damaged"
     from safetensors import SafetensorError, safe_open
-    again = 'save or download it again'
-    if not os.path.isfile(place(path=path)): raise UserError(f'{path} is missing: {again}')
+    if not os.path.isfile(place(path=path)): raise UserError(f'{path} is missing: save or download it again')
     try:
         with safe_open(path, 'pt') as f:
             small = [k for k in f.keys() if f.get_slice(k).get_dtype()[:2] in ('F8', 'F6', 'F4')]
             if small: raise UserError(f'{path} holds {small[0]} in float8 or less: save it in float16 or float32')
             yield f
-    except SafetensorError as e: raise UserError(f'{path} is damaged ({e}): {again}') from e
+    except SafetensorError as e: raise UserError(f'{path} is damaged ({e}): save or download it again') from e
 
 def read_weights(path): # .safetensors
     "The tensors in a file by name; raises `UserError` if it is missing, damaged, or holds numbers that are not finite"
@@ -489,8 +491,7 @@ def check_fit(module, path): # .safetensors
     "`UserError` if the file is missing or damaged, or holds other tensors than `module`"
     have, want = _kinds(path), {k: (list(o.shape), o.is_floating_point()) for k, o in module.state_dict().items()}
     bad = [k for k in sorted(want.keys() | have.keys()) if want.get(k) != have.get(k)] # float16 may become float32
-    if not bad: return
-    raise UserError(f'{path} does not fit its {type(module).__name__}: {len(bad)} tensors differ, first {bad[0]}')
+    if bad: raise UserError(f'{path} does not fit its {type(module).__name__} in {len(bad)} tensors, first {bad[0]}')
 
 def load_weights(module, path): # to be filled; .safetensors
     "Fill `module` from `path`; raises `UserError` if it is missing, damaged or does not fit"

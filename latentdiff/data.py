@@ -59,12 +59,15 @@ def check_images(x, channels=(1, 3), most=1.001, uint8=True, name='images', ndim
     if low < -most or high > most: raise UserError(f'{name} go from {low:.4g} to {high:.4g}: bring them to [-1,1]')
     return x
 
-def like(**given): # tensors by their names
-    "Raises `UserError` unless all are floats, of the shape of the first"
-    shape = getattr([*given.values()][0], 'shape', ())
+def like(rows=False, /, **given): # may they have other numbers of rows; tensors by their names
+    "The last one; raises `UserError` unless all are floats, one or more, of the shape of the first"
+    shape = lambda o: tuple(getattr(o, 'shape', ()))[int(rows):]
+    of = shape([*given.values()][0])
     for k, v in given.items():
-        if torch.is_tensor(v) and v.is_floating_point() and v.shape == shape: continue
-        raise UserError(f'{k} is {kind_of(v)}: give floats of shape {tuple(shape) or "(b,...)"}')
+        if torch.is_tensor(v) and v.is_floating_point() and shape(v) == of and v.numel() and v.ndim >= 2*rows: continue
+        each = '(b,...)' if 0 in of or not of else f'{of} a row' if rows else of
+        raise UserError(f'{k} is {kind_of(v)}: give floats of shape {each}')
+    return v
 
 # %% ../nbs/00_data.ipynb #c028
 def image_grid(images, nrow=8, pad=1, # (b,c,h,w) float in [-1,1]; pictures a row; white pixels between them
@@ -110,7 +113,8 @@ def split_of(name, valid_pct=10): # a file name, folders before it are ignored; 
 # %% ../nbs/00_data.ipynb #c131
 def pick(names, n, seed): # of all there are; how many to take, None for all; another seed, another choice
     "Positions of `n` names in their own order, chosen by hash"
-    if n is None or number(0, n=n) >= len(names): return list(range(len(names)))
+    number(0, n=0 if n is None else n), checked(names=names)
+    if n is None or n >= len(names): return list(range(len(names)))
     digest = lambda i: hashlib.md5(f'{seed}/{names[i]}'.encode()).digest()
     return sorted(sorted(range(len(names)), key=digest)[:n])
 
@@ -177,7 +181,9 @@ def fit_pixels(x, size, channels): # uint8 (n,c,h,w), c 1 or 3; pixels a side; 1
 # %% ../nbs/00_data.ipynb #L911
 def shifted(x, most, generator): # (b,c,h,w); pixels, fewer than the sides; on the device of `x`
     "Each picture moved by up to `most` pixels along each side; what comes into sight is its reflection"
+    if like(x=x).ndim != 4: raise UserError(f'x is {kind_of(x)}: give pictures (b,c,h,w)')
     (b, _, h, w), count = x.shape, lambda n: torch.arange(n, device=x.device)
+    number(0, min(h, w) - 1, most=most), checked(generator=generator)
     top, left = torch.randint(2*most + 1, (2, b, 1, 1), generator=generator, device=x.device)
     wide = F.pad(x, (most,)*4, 'reflect')
     return wide[count(b)[:, None, None], :, top + count(h)[:, None], left + count(w)].movedim(-1, 1).contiguous()
@@ -189,7 +195,7 @@ FEW = 500     # a set of fewer pictures is small: trainings do what they can for
 class RoomImages(Images):
     "`n` rooms (10,000 unless said), labelled by the colour of the bed, with captions"
     def __init__(self, size, n=None, channels=None, seed=0):
-        n, self.seed = n or 10_000, seed
+        n, self.seed = 10_000 if n is None else number(1, 10**7, n=n), seed
         enough(f'A set of {n:,} rooms', data_home()/'rooms', memory=600*n)   # names and captions, not yet made
         names = [f'room-{seed}-{i:06d}' for i in progress(range(n), what=f'naming {n:,} rooms')]
         super().__init__('rooms', names, size, channels or 3, stamp='rooms v1')
@@ -381,6 +387,7 @@ def some_pixels(images, split, seed, most=None): # `Images`; 'train' or 'valid';
 # %% ../nbs/00_data.ipynb #c256
 class Picture(TensorImage):
     "A picture in [-1,1] that can show itself"
+    def __new__(cls, x, **kw): return super().__new__(cls, like(x=x), **kw) # (c,h,w)
     def show(self, ctx=None, **kwargs):
         "Draw on the axis `ctx`, or on a new one"
         return show_image(to_uint8(self.as_subclass(torch.Tensor))[0], ctx=ctx, interpolation='nearest', **kwargs)

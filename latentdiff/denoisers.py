@@ -13,13 +13,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from .core import UserError, checked, multiples, number
+from .core import AsGiven, UserError, checked, multiples, number
 from .data import kind_of
 from .training import largest_divisor, seconds_per_step, zero_init
 from .unet import Downsample, SelfAttention, TimeMLP, check_noisy
 
 # %% ../nbs/35_denoisers.ipynb #c021
-class Denoiser(nn.Module, ConfigMixin):
+class Denoiser(nn.Module, AsGiven, ConfigMixin):
     "What the networks of this lesson share: a config that has `in_channels`, and the door"
     config_name, first, multiple = 'config.json', 'conv_in', 1 # its first layer; sides of x are multiples of `multiple`
 
@@ -302,6 +302,6 @@ def count(net, shape): # denoiser; of one latent: (c, h, w), (c, n) or (d,)
 # %% ../nbs/35_denoisers.ipynb #c067
 def step_seconds(nets, z, rounds=5): # {name: denoiser}; latents (b, ...) on their device; turns -> {name: seconds}
     "Seconds a training step of each network, measured in turns: on a busy machine all of them meet the same neighbours"
-    for net in nets.values(): net.to(memory_format=torch.channels_last)
+    for net in checked(nets=nets).values(): checked(denoiser=net).to(memory_format=torch.channels_last)
     turns = [{k: seconds_per_step(net, z) for k, net in nets.items()} for _ in range(number(1, 1000, rounds=rounds))]
     return {k: min(turn[k] for turn in turns) for k in nets}

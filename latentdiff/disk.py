@@ -91,7 +91,7 @@ def place(**given): # one argument by its name: of a file or a folder
     "It as a `Path`; raises `UserError` for what cannot be one"
     (k, v), = given.items()
     with suppress(TypeError, UnicodeError):
-        if (name := os.fsencode(v)) and b'\0' not in name: return Path(os.fsdecode(v))
+        if not isinstance(v, bytes) and (name := os.fsencode(v)) and b'\0' not in name: return Path(os.fsdecode(v))
     raise UserError(f'{k} is {v!r:.80}: give the path of a file or folder')
 
 def size_of(n): return f'{n/1e9:,.1f} GB' if n >= 1e9 else f'{n/1e6:,.1f} MB'  # bytes, in words

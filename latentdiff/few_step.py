@@ -15,6 +15,7 @@ from diffusers.configuration_utils import ConfigMixin
 from .core import UserError, artefact, checked, default_device, find_class, fingerprint, load_component
 from .core import number, place, read_json, save_component, spread, write_json
 from .training import Checkpoint, Graphed, fit_steps, zero_init
+from .data import like
 from .noisify import NoisifyCB, bcast, check_latents, weights_hash
 from .unet import TimeMLP, denoiser_learner
 from .sampling import levels, pairs, predict
@@ -62,13 +63,13 @@ def unipc(net, process, x, ts, callback=None, generator=None, order=2): # how ma
 # %% ../nbs/70_few_step.ipynb #f044
 def teacher_of(net, guidance=1.): # trained; of a `Conditioned`, as in `guide`
     "(x, time, *cond) -> prediction: the network, guided if it listens to conditions"
-    if not hasattr(net, 'conditioners') or guidance == 1: return net
+    if not hasattr(checked(net=net), 'conditioners') or guidance == 1: return net
     return lambda x, time, *cond: guide(net, cond, guidance)(x, time)
 
 # %% ../nbs/70_few_step.ipynb #f026
 def autoguide(net, weak, scale=2.): # two of net(x, time) -> prediction; 0: `weak`, 1: `net`, above: further away
     "net(x, time) for samplers: away from what a weaker network would say (2406.02507, section 4)"
-    number(-1e6, 1e6, False, scale=scale)
+    number(-1e6, 1e6, False, scale=scale), checked(net=net, weak=net if scale == 1 else weak)
     def guided(x, time, cond=None):
         if scale == 1: return net(x, time)
         w = weak(x, time)
@@ -78,11 +79,13 @@ def autoguide(net, weak, scale=2.): # two of net(x, time) -> prediction; 0: `wea
 # %% ../nbs/70_few_step.ipynb #f036
 def midpoint(velocity, x, t, d): # (x, t) -> velocity; (b, ...); (b,) time; (b,) how far
     "The mean slope over a step, from two evaluations of the velocity: here, and half-way"
+    like(t=t, d=d), checked(velocity=velocity)
     half = x - bcast(d/2, x)*velocity(x, t)
     return velocity(half, t - d/2)
 
 def two_in_one(slope, x, t, d): # (x, t, d) -> mean slope; as above
     "The mean slope over a step, from two steps of half its length (2410.12557, eq. 5)"
+    like(t=t, d=d), checked(slope=slope)
     first = slope(x, t, d/2)
     second = slope(x - bcast(d/2, x)*first, t - d/2, d/2)
     return (first + second)/2
@@ -90,7 +93,8 @@ def two_in_one(slope, x, t, d): # (x, t, d) -> mean slope; as above
 # %% ../nbs/70_few_step.ipynb #f030
 def step_input(process, t, d): # (b,) time, 0..1; (b,) how far the step goes, 0..t; 0 asks for the slope here
     "(b, 2) float32, what a `Shortcut` network is told: the time, and the step in the same units"
-    return torch.stack([checked(process=process).time_input(t), (process.steps*d).float()], 1)
+    like(t=t, d=d), checked(process=process)
+    return torch.stack([process.time_input(t), (process.steps*d).float()], 1)
 
 class StepTime(nn.Module):
     "A time embedding that is also told how far the step goes; at first that changes nothing"
@@ -134,7 +138,7 @@ class Shortcut(nn.Module, ConfigMixin):
 
 def with_steps(net): # a trained `UNet`, `ConditionalUNet`, or `Conditioned` around one
     "A copy of it to train as a `Shortcut`, which begins as exactly what it was"
-    net = copy.deepcopy(checked(net=net)).float().requires_grad_(True)
+    net = copy.deepcopy(checked(net=net, denoiser=net)).float().requires_grad_(True)
     if not hasattr(net, 'conditioners'): return Shortcut(net)
     net.net, net.drop = Shortcut(net.net), 0.   # its teacher knows what guidance would do: nothing is left unsaid
     return net
@@ -218,6 +222,7 @@ def make_shortcut(folder, net, process, latents, steps, # of the run: gets denoi
                   guidance=1., lr=1e-3, bs=32, seed=0, device=None, remake=False): # as for `guide` and `make_denoiser`
     "The few-step network of a run, in eval mode: loaded, or trained now from `net`, which it replaces"
     folder, device = place(folder=folder), default_device(device)
+    checked(net=net, process=process, latents=latents)
     parents = dict(latents=latents.fingerprint, teacher=weights_hash(net))
     settings = dict(guidance=guidance, lr=lr, bs=bs, seed=seed, shares=list(SHARES.items()))
     checkpoint = Checkpoint(folder/'checkpoints'/'shortcut', fingerprint(**parents, **settings))

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from fastai.data.external import untar_data
 from filelock import FileLock
 from .core import DATASETS, Bar, UserError, data_home, fingerprint, progress, rank, whole_folder
-from .core import number, one_of
+from .core import checked, number, one_of
 from .disk import FULL, enough, matching, on_disk, place
 
 # %% ../nbs/parts/files.ipynb #f007
@@ -215,7 +215,7 @@ def unpacked(archive): # path of a .tar, .tgz, .tar.gz or .zip
 # %% ../nbs/parts/files.ipynb #f021
 def to_rgb(im): # PIL image of any mode
     "8-bit RGB: upright, 16-bit scaled, transparency on white; raises `ValueError` for values that are not finite"
-    im = ImageOps.exif_transpose(im)
+    im = ImageOps.exif_transpose(checked(im=im))
     if im.mode[0] in 'IF':                                        # 16 bits, or floats in 0..1 or 0..255
         a = np.asarray(im, np.float32)
         if not np.isfinite(a).all(): raise ValueError('some values are not finite')

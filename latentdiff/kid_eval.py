@@ -22,14 +22,15 @@ from torcheval.metrics import Metric
 from torcheval.metrics.toolkit import get_synced_metric
 from torchvision.transforms.functional import gaussian_blur
 from .core import UserError, artefact, checked, data_home, default_device, load_component, number, one_of
-from .core import place, positions, progress, save_component, share, spread, stream, world
-from .data import check_images, from_uint8, kind_of, to_uint8
+from .core import AsGiven, place, positions, progress, save_component, share, spread, stream, world
+from .data import check_images, from_uint8, kind_of, like, to_uint8
 from .training import DeviceLoader, Learner, fit_steps
 from .autoencoder import efficientnet_lite0
 
 # %% ../nbs/50_kid_eval.ipynb #c012
 def poly_kernel(x, y): # features (m,d), (n,d) -> kernel values (m,n)
     "KID's kernel, (x·y/d + 1)^3 for every pair of rows (Bińkowski et al. 2018, section 3.1)"
+    like(True, x=x, y=y)
     return (x @ y.T / x.shape[1] + 1)**3
 
 # %% ../nbs/50_kid_eval.ipynb #c023
@@ -174,6 +175,7 @@ def features(extractor, # pixels -> features
 # %% ../nbs/50_kid_eval.ipynb #c047
 def covariance_factor(s): # covariance (d,d)
     "L (d,k) with L Lᵀ = s in float64; directions without variance get no column"
+    like(s=finite(s, 's'), columns=s.T)
     w, v = map(torch.from_numpy, np.linalg.eigh(s.cpu().double().numpy())) # torch's gives up on many constant features
     keep = w > w[-1].clamp(min=0) * len(w) * torch.finfo(w.dtype).eps
     return v[:, keep] * w[keep].sqrt()
@@ -181,6 +183,7 @@ def covariance_factor(s): # covariance (d,d)
 # %% ../nbs/50_kid_eval.ipynb #c049
 def frechet(mu1, l1, mu2, l2) -> float: # mean (d,) and covariance factor (d,k) of one Gaussian and of the other
     "Squared Fréchet distance of two Gaussians (Dowson and Landau 1982; Heusel et al. 2017, eq. 6)"
+    like(mu1=mu1, mu2=mu2, l1=finite(l1, 'l1').sum(1), l2=finite(l2, 'l2').sum(1))
     cross = torch.linalg.svdvals(l1.T @ l2).sum() # = trace of (Σ1 Σ2)^(1/2)
     return ((mu1 - mu2).square().sum() + l1.square().sum() + l2.square().sum() - 2*cross).item()
 
@@ -244,7 +247,9 @@ def nearest_neighbours(fake,  # (n,d) features, or images of any one range, whic
 # %% ../nbs/50_kid_eval.ipynb #c040
 def subset_kids(a, b, ia, ib): # features (m,d), (n,d); the rows each subset takes, (s,size) of both
     "KID of each pair of subsets -> (s,) float64"
-    return torch.tensor([kid(a[i], b[j])[0] for i, j in zip(ia, ib)], dtype=torch.float64)
+    pair(a, b, 4, 'KID')
+    subsets = [(positions(len(a), ia=i), positions(len(b), ib=j)) for i, j in zip(checked(ia=ia), checked(ib=ib))]
+    return torch.tensor([kid(a[i], b[j])[0] for i, j in subsets], dtype=torch.float64)
 
 # %% ../nbs/50_kid_eval.ipynb #c042
 def kid_subsets(a, b,             # features (m,d), (n,d)
@@ -370,7 +375,7 @@ class InceptionFeatures(Extractor):
     def embed(self, pixels): return self.net(pixels)[0]
 
 # %% ../nbs/50_kid_eval.ipynb #c076
-class GreyClassifier(nn.Module, ConfigMixin):
+class GreyClassifier(nn.Module, AsGiven, ConfigMixin):
     "A small CNN for grey images in [-1,1] (b,1,h,w) -> class scores (b,classes)"
     config_name = 'config.json'
     @register_to_config

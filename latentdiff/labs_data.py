@@ -10,7 +10,7 @@ import gzip, hashlib, math, os, numpy as np, pandas as pd, scipy.io, struct, tor
 from pathlib import Path
 from fastai.data.external import URLs
 from .core import UserError, data_home, file_md5, write_whole
-from .disk import matching
+from .disk import matching, place
 from .data import FileImages, Images, fit_pixels, pick, split_of
 from .files import download, known_folder, unpacked
 
@@ -72,6 +72,7 @@ NORB_TYPES = {0x1E3D4C51: '<f4', 0x1E3D4C53: '<f8', 0x1E3D4C54: '<i4', 0x1E3D4C5
 # %% ../nbs/parts/labs_data.ipynb #c182
 def read_norb(path): # `Path` of a .mat, or a .mat.gz
     "The array in it, read-only: a memory map, or decompressed into memory; raises `UserError`, before it allocates"
+    path = place(path=path)
     try:
         zipped, have = path.suffix == '.gz', path.stat().st_size
         with gzip.open(path) if zipped else path.open('rb') as f:

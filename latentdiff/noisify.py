@@ -18,13 +18,14 @@ from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscr
 from fastai.basics import Callback, patch
 from .autoencoder import fit_bs
 from .core import UserError, agreed, artefact, check_contents, checked, default_device, first_ahead, made, number
-from .core import one_of, progress, rank, read_json, sealed, share, stream, unsealed, world, write_json
+from .core import numbers, one_of, positions, progress, rank, read_json, sealed, share, stream, unsealed, world
 from .data import from_uint8, kind_of, like
-from .disk import NOWHERE, on_disk, place, reserve
+from .disk import NOWHERE, on_disk, place, reserve, write_json
 
 # %% ../nbs/20_noisify.ipynb #c076
 def cosine_levels(t): # levels in [0,1] -> (alpha, sigma) like t
     "alpha = cos(pi t/2), sigma = sin(pi t/2): alpha-bar = cos^2(pi t/2). Nichol & Dhariwal 2021, eq. 17 with s = 0"
+    like(t=t)
     return torch.sin((1-t)*math.pi/2), torch.sin(t*math.pi/2)
 
 # %% ../nbs/20_noisify.ipynb #c085
@@ -32,7 +33,8 @@ def cosine_levels(t): # levels in [0,1] -> (alpha, sigma) like t
 def log_abar_table(schedule, beta_start, beta_end, steps, dtype, device): # ends of the linear two; how many betas
     "log alpha-bar at t = 0, 1/steps, ..., 1. Ho et al. 2020, section 4; Nichol & Dhariwal 2021, eq. 17, s = 0.008"
     f = lambda u: math.cos((u+0.008)/1.008*math.pi/2)**2
-    name = schedule.removesuffix('_zero')
+    name = one_of(('ddpm_linear', 'scaled_linear', 'ddpm_cosine'), schedule=str(schedule).removesuffix('_zero'))
+    number(1, 10**6, steps=steps), number(1e-9, .9999, False, beta_start=beta_start, beta_end=beta_end)
     if name=='ddpm_linear': betas = torch.linspace(beta_start, beta_end, steps)
     elif name=='scaled_linear': betas = torch.linspace(beta_start**0.5, beta_end**0.5, steps)**2
     else: betas = torch.tensor([min(1-f((k+1)/steps)/f(k/steps), 0.999) for k in range(steps)])
@@ -44,6 +46,7 @@ def log_abar_table(schedule, beta_start, beta_end, steps, dtype, device): # ends
 
 def ddpm_levels(t, table): # levels in [0,1], and a `log_abar_table` -> (alpha, sigma) like t
     "alpha = sqrt(abar), sigma = sqrt(1-abar), with log abar interpolated between the steps"
+    like(t=t), like(table=table)
     steps = len(table)-1
     i = (t*steps).floor().long().clamp(0, steps-1)
     log_abar = torch.lerp(table[i], table[i+1], t*steps-i)
@@ -52,6 +55,7 @@ def ddpm_levels(t, table): # levels in [0,1], and a `log_abar_table` -> (alpha, 
 # %% ../nbs/20_noisify.ipynb #c091
 def edm_levels(t, sigma_min, sigma_max, rho): # levels in [0,1]; noise std as t -> 0 and at t = 1; 1 for even, or more
     "alpha = 1, sigma by Karras et al. 2022, eq. 5; sigma(0) = 0 exactly"
+    like(t=t), number(1e-9, 1e9, False, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
     lo,hi = sigma_min**(1/rho), sigma_max**(1/rho)
     return torch.ones_like(t), torch.where(t>0, (lo + t*(hi-lo))**rho, 0.)
 
@@ -64,6 +68,7 @@ TIMES = 'uniform', 'logit_normal', 'edm'
 def _as_level(t, low=0, high=1, name='t'): # float or tensor; what a float may be; what it is called
     "`t` as a tensor: float64 if it is one, else float32 (half precision cannot tell one level from the next)"
     if not torch.is_tensor(t) and not np.ndim(t): number(low, high, whole=False, **{name: t})
+    if isinstance(t, (list, tuple)): numbers(len(t), **{name: t})
     t = torch.as_tensor(t)
     return t if t.dtype==torch.float64 else t.float()
 
@@ -170,6 +175,8 @@ def check_latents(look=True, **given): # at the numbers, where no GPU has to wai
 # %% ../nbs/20_noisify.ipynb #c111
 def bcast(v, x): # (b,) or a scalar tensor, and (b,...) -> (b,1,...,1), or the scalar
     "Per-sample numbers, shaped to multiply the batch `x`"
+    if not (torch.is_tensor(v) and torch.is_tensor(x)):
+        raise UserError(f'v is {kind_of(v)}, x is {kind_of(x)}: give tensors, numbers for a batch')
     return v.reshape(v.shape + (1,)*(x.ndim-v.ndim)) if v.ndim else v
 
 def mix(p, x, q, y): # numbers (b,) or one, batches (b,...)
@@ -194,6 +201,7 @@ def add_noise(self:Process, x0, eps, t): # clean latents (b,...) of std 1, noise
 @patch
 def scale_input(self:Process, x_t, t):
     "What the network is shown: x_t/sqrt(alpha^2+sigma^2) for edm (Karras et al. 2022, eq. 7), x_t for the others"
+    like(x_t=x_t)
     if self.schedule!='edm': return x_t
     a,s = self.levels(torch.as_tensor(t, device=x_t.device))
     return (x_t/bcast((a**2+s**2).sqrt(), x_t)).to(x_t.dtype)
@@ -202,6 +210,7 @@ def scale_input(self:Process, x_t, t):
 @patch
 def target_coefs(self:Process, a, s):
     "The pair (p, q) with target = p x0 + q eps, at alpha `a` and sigma `s`"
+    like(s=s, a=a)
     zero,one,n = torch.zeros_like(a), torch.ones_like(a), (a**2+s**2).sqrt()
     return dict(eps=(zero, one), x0=(one, zero), v=(-s/n, a/n), velocity=(-one, one))[self.target]
 
@@ -262,6 +271,8 @@ def _manifest(images, shape, flip):
 # %% ../nbs/20_noisify.ipynb #c030
 def prefetch(images, starts, bs, ahead=4): # `Images`, first row of each batch, images a batch, batches read at once
     "Batches decoded by threads before they are asked for; yields (start, uint8 pixels (b,c,h,w))"
+    if not hasattr(images, 'read'): checked(images=images)   # all that is asked of them here
+    starts, bs = positions(len(images), starts=starts).tolist(), number(1, bs=bs)
     read = lambda i: images.read(range(i, min(i+bs, len(images))))
     with ThreadPoolExecutor(ahead) as pool:
         queue = [pool.submit(read, i) for i in starts[:ahead]]
@@ -380,7 +391,8 @@ def make_latents(folder, images, ae, p, # of the run; `Images`; an `Autoencoder`
 # %% ../nbs/20_noisify.ipynb #c141
 class NoisifyCB(Callback):
     "Add noise on the training device, to the batch that the loader left there; labels, if any, become the condition"
-    def __init__(self, process, seed=0): self.process,self.seed = process,seed # a `Process`; seed of all noise
+    def __init__(self, process, seed=0): # a `Process`; seed of all noise
+        self.process,self.seed = checked(process=process),seed
 
     def before_batch(self):
         x0,*cond = (*self.xb, *self.yb)
@@ -446,7 +458,8 @@ OF_THE_NOISE = 'use_dynamic_shifting', 'use_flow_sigmas', 'invert_sigmas', 'sigm
 
 def process_of(scheduler): # of diffusers
     "The `Process` of its noise. How its loop clips, and where it puts the steps, is left out"
-    c, told_sigma = checked(scheduler=scheduler).config, scheduler.config.get('timestep_type') == 'continuous'
+    c = {k: v for k, v in checked(scheduler=scheduler).config.items() if k != '_use_default_values'}   # see `AsGiven`
+    told_sigma = c.get('timestep_type') == 'continuous'
     flow = c.get('prediction_type') == 'flow_prediction' and c.get('use_flow_sigmas') and c.get('flow_shift')
     if (flow or type(scheduler).__name__ == 'FlowMatchLCMScheduler') and not c.get('use_dynamic_shifting'):
         return Process('flow', 'velocity', 'uniform', steps=c['num_train_timesteps'])

@@ -481,7 +481,7 @@ def expectation(pipe, n, steps, sampler, bs, **told):
     "What drawing `n` images will take, in words, from the time of one step of a batch of up to 16"
     steps, by, _ = checked(pipe=pipe).how(steps, sampler).values()
     name = by if isinstance(by, str) else getattr(by, '__name__', type(by).__name__)
-    few, before = min(bs, 16), peak_gb(pipe.device)
+    few, before = min(number(1, n=n, bs=bs), 16), peak_gb(pipe.device)
     pipe.draw(few, 1, sampler, bs=few, **told)
     start = time.monotonic()
     pipe.draw(few, 1, sampler, bs=few, **told)

@@ -18,7 +18,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from .core import UNFIT, UserError, checked, made, place, write_whole
+from .core import UNFIT, UserError, checked, made, number, place, write_whole
 from .data import check_images, from_uint8, image_grid
 from .kid_eval import features, finite, kid
 from .pipeline import path_of
@@ -213,7 +213,7 @@ def asked_for(im, words): # a grid, eight a row, with a line between them; what 
 
 def table(d):
     "A dict as an HTML table"
-    cells = [f'<td>{escape(str(k))}</td><td>{escape(str(v))}</td>' for k, v in d.items()]
+    cells = [f'<td>{escape(str(k))}</td><td>{escape(str(v))}</td>' for k, v in checked(d=d).items()]
     return '<table>' + ''.join(f'<tr>{o}</tr>' for o in cells) + '</table>'
 
 def caution(m):
@@ -224,6 +224,8 @@ def caution(m):
 
 def headline(m):
     "The numbers that matter, each with what it rests on and its floor: a dict for `table`"
+    names = 'n_fake n_real n_reconstructed kid kid_se kid_floor kid_floor_se fid fid_floor psnr ssim'.split()
+    number(whole=False, **{k: checked(m=m).get(k) for k in names})
     of = f"{m['n_fake']:,} samples against {m['n_real']:,} held out, by {m['extractor']}"
     return {'KID': f"{m['kid']:.4f} ± {m['kid_se']:.4f}, {of}",
             'KID of real against real, the floor': f"{m['kid_floor']:.4f} ± {m['kid_floor_se']:.4f}",

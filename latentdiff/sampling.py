@@ -220,7 +220,8 @@ def _sampler_of(sampler): # a name in `SAMPLERS`, or a function like them
 
 def evaluations(sampler, steps): # a name in `SAMPLERS`, or a function like them
     "How often the network is asked: Heun twice a step but once in the last, the others once a step"
-    return 2*number(1, steps=steps) - 1 if _sampler_of(sampler) is heun else steps
+    number(1, steps=steps)
+    return 2*steps - 1 if _sampler_of(sampler) is heun else steps
 
 # %% ../nbs/40_sampling.ipynb #c069
 @contextmanager
@@ -270,6 +271,7 @@ def slerp(a, b, w): # (b, ...) two batches of noise; 0 gives `a`, 1 gives `b`
     like(a=a, b=b)
     fa, fb = a.flatten(1), b.flatten(1)
     if not torch.is_tensor(w): check_level(w=w)
+    elif w.ndim: like(rows=fa[:, :1], w=w)
     theta = torch.cosine_similarity(fa, fb)[:, None].clamp(-1, 1).acos()
     mixed = (((1-w)*theta).sin()*fa + (w*theta).sin()*fb)/theta.sin()
     return torch.where(theta.sin() > 1e-4, mixed, torch.lerp(fa, fb, w)).view_as(a)

@@ -17,16 +17,16 @@ from torch import nn
 from fastai.basics import AvgSmoothLoss, Callback, CancelFitException, DataLoader, OptimWrapper, join_path_file, listify
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from .core import UNFIT, UserError, agreed, default_device, fingerprint, first_ahead, not_finite, number
-from .core import largest_divisor, rank, read_weights, sealed, stream, world, write_whole
-from .data import as_images, kind_of, shifted, show_images
+from .core import checked, largest_divisor, rank, read_weights, sealed, stream, world, write_whole
+from .data import as_images, kind_of, like, shifted, show_images
 from .disk import crc_of, enough, matching
 from .muon import Muon, muon, orthogonalise   # other modules ask for them here
 
 # %% ../nbs/parts/training.ipynb #c007
-def zero_init(module):
-    "Set the weights and the bias of `module` to zero and return it"
-    for p in module.parameters(): nn.init.zeros_(p)
-    return module
+def zero_init(layer):
+    "Set the weights and the bias of `layer` to zero and return it"
+    for p in checked(layer=layer).parameters(): nn.init.zeros_(p)
+    return layer
 
 def peak_gb(device='cpu'):
     "Most memory this process has used so far, GB (of the GPU, if that is the device)"
@@ -46,7 +46,7 @@ class DeviceLoader(DataLoader):
                  bs=64, shuffle=False,  # batch size, at most n; a new order each epoch, and whole batches only
                  flip=False, crop=0,    # mirror half of the pictures; move each by up to so many pixels, see `shifted`
                  seed=None, device=None, transform=None): # None: torch's; None: the GPU if any; called with x on it
-        if not torch.is_tensor(x) or not x.numel() or any(len(y) != len(x) for y in ys):
+        if not torch.is_tensor(x) or not x.numel() or any(getattr(y, 'shape', ())[:1] != x.shape[:1] for y in ys):
             kinds = ', '.join(map(kind_of, (x, *ys)))
             raise UserError(f'x and what belongs to it are {kinds}: give tensors of one length')
         if crop: number(0, min(x.shape[-2:]) - 1, crop=crop)
@@ -135,7 +135,7 @@ class EMA(Callback):
 # %% ../nbs/parts/training.ipynb #c015
 def mixed_precision(device): # torch.device
     "The callbacks for the mixed precision that `device` is good at: bfloat16, float16 and scaled loss (T4), none (CPU)"
-    if torch.device(device).type != 'cuda': return []
+    if default_device(device).type != 'cuda': return []
     return [MixedPrecision(AMPMode.BF16 if torch.cuda.is_bf16_supported(including_emulation=False) else AMPMode.FP16)]
 
 adamw = partial(OptimWrapper, opt=torch.optim.AdamW)  # torch's AdamW as a fastai optimizer
@@ -149,7 +149,7 @@ class _DeviceSmoothLoss(AvgSmoothLoss):
 
 def no_sync(learn): # a fastai Learner
     "Take the places out of `learn` where fastai waits for the device at every step"
-    recorder, bar = learn.recorder, getattr(learn, 'progress', None)
+    recorder, bar = checked(learn=learn).recorder, getattr(learn, 'progress', None)
     def to_host(): recorder.losses = [float(o) for o in recorder.losses]
     def draw(): bar.pbar.update(bar.iter + 1)  # without the loss beside it
     vars(recorder).update(smooth_loss=_DeviceSmoothLoss(), after_fit=to_host)  # past fastai, which warns of its names
@@ -292,7 +292,7 @@ def step_time(learn): # a fastai Learner
 def seconds_per_step(net, z, *cond): # denoiser; one batch of latents (b,c,h,w) on its device; their condition, if any
     "Forward and backward of a bare denoiser, the best of three after a warm-up; the weights stay as they are"
     def step():
-        F.mse_loss(net(z, z.new_full((len(z),), 500.), *cond), z).backward()
+        F.mse_loss(checked(denoiser=net)(like(z=z), z.new_full((len(z),), 500.), *cond), z).backward()
         if z.is_cuda: torch.cuda.synchronize()
     secs = timeit.repeat(step, repeat=4, number=1)
     net.zero_grad()
@@ -509,7 +509,7 @@ def fit_steps(learn,                                 # a fastai Learner whose tr
     if len(given) != 1: raise UserError('say how long to train: steps=..., epochs=... or minutes=..., one of the three')
     number(0 if 'epochs' in given else 1e-6, 1e9, 'steps' in given, **given)
     number(0, 1e38, False, lr=lr), number(1, 10**4, rounds=rounds), number(seed=seed)
-    dl = learn.dls.train
+    dl = checked(learn=learn).dls.train
     with torch.random.fork_rng():
         secs = step_time(no_sync(learn))
         if steps is None: steps = epochs*len(dl) if minutes is None else 60*minutes/secs

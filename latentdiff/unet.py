@@ -16,7 +16,7 @@ from fastai.basics import DataLoaders, Path, patch
 from fastai.callback.all import ActivationStats, GradientClip
 from .core import UNFIT, WEIGHTS, UserError, artefact, default_device, fingerprint, first_ahead, load_component
 from .core import checked, multiples, network_config, number, positions, save_component
-from .core import place, spread, world, write_json
+from .core import AsGiven, place, spread, world, write_json
 from .data import kind_of, like
 from .files import one_line
 from .training import Checkpoint, DeviceLoader, EMA, Graphed, Learner, fit_steps, largest_divisor
@@ -27,6 +27,7 @@ from .noisify import NoisifyCB, Process, check_latents, load_process, mend_proce
 def timestep_embedding(time, dim): # (b,) `process.time_input(t)`; length of the embedding, even
     "Sinusoidal embedding (b, dim) of the noise level, cosines, then sines ('Attention is all you need', section 3.5)"
     multiples(2, dim=number(2, 10**5, dim=dim))
+    if not torch.is_tensor(time) or time.ndim != 1: raise UserError(f'time is {kind_of(time)}: give (b,) numbers')
     freqs = torch.exp(-math.log(10000)*torch.arange(dim//2, device=time.device, dtype=torch.float32)/(dim//2))
     angles = time.float()[:, None] * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -176,7 +177,7 @@ def check_noisy(x, time, weight, of=1, timed=True): # as a network takes them; o
     raise UserError(f'time is {kind_of(time)}: give one number for each latent, as process.time_input makes them')
 
 # %% ../nbs/30_unet.ipynb #c056
-class UNet(nn.Module, ConfigMixin):
+class UNet(nn.Module, AsGiven, ConfigMixin):
     "U-Net (Ronneberger 2015; as a denoiser: 'DDPM', appendix B), saved as the `UNet2DModel` of diffusers that it is"
     config_name, weights_name = 'config.json', WEIGHTS
     @register_to_config
@@ -223,12 +224,13 @@ def forward(self:UNet, x, time, # (b, in_channels, h, w) noisy latent, (b,) `pro
 class AnyUNet2D(nn.Module):
     "A `UNet2DModel` of diffusers behind our door, saved as what it is"
     weights_name = WEIGHTS
-    def __init__(self, model): # a `UNet2DModel` without classes
+    def __init__(self, unet): # a `UNet2DModel` without classes
         super().__init__()
-        self.model, self.config = model, model.config
+        self.model, self.config = unet, checked(unet=unet).config
 
     def forward(self, x, time, cond=None): # as `UNet` takes and gives them
         if cond is not None: raise UserError('AnyUNet2D takes no conditioning: leave cond=None')
+        check_noisy(x, time, self.model.conv_in.weight)
         return self.model(x, time).sample
 
     def state_dict(self, *args, **kw): return self.model.state_dict(*args, **kw)
@@ -240,8 +242,9 @@ class OtherNetwork(UserError):
     "A config that describes a `UNet2DModel` which our U-Net cannot be"
 
 @patch(cls_method=True)
-def from_config(cls:UNet, config): # dict, the config of a `UNet2DModel`
+def from_config(cls:UNet, config): # dict, the config of a `UNet2DModel`, or its own
     "The `UNet` that is the same network; raises `OtherNetwork` for one that it cannot be"
+    if 'widths' in config: return cls(**{k: v for k, v in config.items() if k[0] != '_'})
     usual = {k: o.default for k, o in inspect.signature(diffusers.UNet2DModel).parameters.items()}
     theirs = {**usual, **{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k[0] != '_'}}
     names = dict(in_channels='in_channels', out_channels='out_channels', widths='block_out_channels',
@@ -334,7 +337,7 @@ def make_denoiser(folder, latents, p, # run folder: gets unet/, process/, schedu
 ): # what that depends on -> (denoiser in eval mode on the device, Process)
     "The denoiser of a run: loaded, or trained now for `p.steps` steps and saved"
     folder, process = place(folder=folder), process or Process('flow', 'velocity', 'logit_normal')
-    parents, recipe = dict(latents=latents.fingerprint), dict(bs=p.bs, seed=seed)
+    parents, recipe = dict(latents=checked(p=p, latents=latents).fingerprint), dict(bs=p.bs, seed=seed)
     network = dict(widths=p.widths, depth=p.depth, attn_levels=p.attn_levels)
     settings = dict(**recipe, **network, process=asdict(process), optimizer='Muon', **told)
     name = 'unet' if conds is None else 'denoiser'   # diffusers knows no network that is told something our way

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from latentdiff import autoencoder as A, conditioning as G, core as C, data as D, few_step as E, files as F, kid_eval as K, noisify as N, pipeline as P, report, rooms as R, sampling as S, training as T, unet as U
 from latentdiff.core import UserError, made, save_component
+from latentdiff.data import kind_of
 from errors import one_line
-from latentdiff import denoisers as DE, few_step, report, sampling, training, unet
+from latentdiff import denoisers as DE, few_step, labs_data, report, sampling, training, unet
 
 nan, inf = math.nan, math.inf
 X = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))*2 - 1    # images
@@ -214,7 +215,7 @@ CALLS |= {
 
 NOT, DEVICES, GENERATORS = (None, 5, 'a', [], nan), ('x', 'cuda:99', '', 5.5, [], 'a\0b'), (5, 'a', [], [None], [torch.Generator()]*2, np.random.default_rng(0))
 TRAIN = dict(net=SMALL, process=FLOW, z_train=Z, z_valid=Z, device='cpu')
-DDIM = __import__('diffusers').DDIMScheduler
+DDIM, DDPM = __import__('diffusers').DDIMScheduler, __import__('diffusers').DDPMScheduler
 
 for f, good in ((sampling.start_noise, dict(process=FLOW, shape=(2, 3))), (sampling.sample, but(SAMPLE, 'device')), (unet.denoiser_learner, but(TRAIN, 'device')), (D.image_dls, dict(images=ROOMS)), (D.as_images, dict(x=PX)), (A.PSNR, {}), (A.ae_learner, dict(ae=AE, x_train=PX, x_valid=PX)),
                 (K.Extractor, dict(net=torch.nn.Identity(), name='x')), (K.ClassifierFeatures, dict(net=K.GreyClassifier(3, (8,)))), (training.DeviceLoader, dict(x=X)), (training.peak_gb, {}), (C.default_device, {})):
@@ -259,6 +260,30 @@ CALLS |= {
     **each(sampling.generators, 'seed', torch.arange(3), np.arange(2), n=1, title='generators of'), **each(R.rooms, 'n', 10**12, size=16, title='rooms of'), **each(D.RoomImages, 'size', *COUNT, None), **each(D.RoomImages, 'channels', 2, -1, '3', size=16), **each(F.load_pixels, 'file', None, 5, nan, [], '', 'a\0b', size=8, says='file is'), **each(C.spread, 'n', -1, 1.5, 'a', None, items=Z), 
 }
 
+L5, W = torch.full((5,), .5), torch.ones(3, requires_grad=True)
+MEASURED = dict(n_fake=600, n_real=600, kid=1., kid_se=.1, kid_floor=0., kid_floor_se=.1, fid=1., fid_floor=1., psnr=20., ssim=.5, n_reconstructed=3, seconds=dict(a=1.), device='cpu', threads=2, extractor='x')
+NO_TIME, PAIRS, TABLE = (None, 5, .5, 'a', L5.numpy(), L5.long(), L5[:0]), torch.arange(8).view(2, 4), N.log_abar_table('ddpm_linear', 1e-4, .02, 10, torch.float32, 'cpu')
+TWO = dict(mu1=torch.zeros(8), l1=torch.eye(8), mu2=torch.zeros(8), l2=torch.eye(8))
+
+CALLS |= {
+    **each(C.spread, 'items', *NOT[:3], n=2), **each(C.largest_divisor, 'n', 0, 1.5, 'a', None, most=5), **each(C.largest_divisor, 'most', -1, 1.5, 'a', None, n=12), **each(C.save_component, 'folder', b'x', module=UNET, title='save_component at'), **each(C.settings_of, 'autoencoder', 5, nan, b'x', [1], data='rooms', preset='tiny', says='path is'), **each(C.settings_of, 'From', 5, nan, b'x', [1], data='rooms', preset='tiny', says='path is'),
+    **each(D.fit_pixels, 'channels', torch.zeros(2, 3), x=PX, size=8, title='fit_pixels to'), **each(D.RoomImages, 'n', 0, -1, 1.5, 'a', 10**12, size=16), **each(D.Picture, 'x', None, 'a', 5, X[0].numpy(), PX[0], [1.], says='x is'), **each(D.pick, 'names', None, 5, nan, n=2, seed=0), **each(D.pick, 'names', None, 5, n=None, seed=0, title='pick all of'),
+    **each(D.shifted, 'x', None, 'a', X.numpy(), X[0], X[:0], PX, most=2, generator=torch.Generator(), says='x is'), **each(D.shifted, 'most', -1, 1.5, 16, 'a', None, x=X, generator=torch.Generator()), **each(D.shifted, 'generator', *NOT, x=X, most=2), **each(F.to_rgb, 'im', *NOT),
+    **each(N.cosine_levels, 't', *NO_TIME, says='t is'), **each(N.ddpm_levels, 't', *NO_TIME, table=TABLE, says='t is'), **each(N.ddpm_levels, 'table', None, 5, 'a', [1.], t=L5, says='table is'), **each(N.edm_levels, 't', *NO_TIME, sigma_min=.002, sigma_max=80., rho=7., says='t is'), **each(N.edm_levels, 'rho', 0, -1, nan, 'a', None, sigma_min=.002, sigma_max=80., t=L5), **each(N.edm_levels, 'sigma_max', 0, -1, nan, 'a', None, sigma_min=.002, rho=7., t=L5),
+    **each(N.log_abar_table, 'schedule', None, 5, 'x', 'flow', beta_start=1e-4, beta_end=.02, steps=10, dtype=torch.float32, device='cpu'), **each(N.log_abar_table, 'steps', 0, -1, 1.5, 'a', None, 10**12, schedule='ddpm_linear', beta_start=1e-4, beta_end=.02, dtype=torch.float32, device='cpu'), **each(N.log_abar_table, 'beta_end', 0, -1, 2, nan, 'a', None, schedule='ddpm_linear', beta_start=1e-4, steps=10, dtype=torch.float32, device='cpu'),
+    **each(N.bcast, 'v', None, .5, 'a', [1.], x=Z, says='v is'), **each(N.bcast, 'x', None, 5, 'a', Z.numpy(), v=L5, says='x is'), **each(FLOW.levels, 't', ['a'], [nan], [[.5]], [None], title='levels at', says='t is'), **each(FLOW.scale_input, 'x_t', None, 5, Z.long(), Z.numpy(), t=L5, says='x_t is'), **each(FLOW.target_coefs, 'a', *NO_TIME, s=L5, says=' is'), **each(N.NoisifyCB, 'process', None, 'flow', 3),
+    **{k: v for o, bad in dict(images=NOT[:4], starts=([-99], [.5], ['a'], [99], 3), bs=(0, -1, 1.5, 'a', None)).items() for k, v in each(lambda **kw: next(N.prefetch(**kw)), o, *bad, title='prefetch', **but(dict(images=ROOMS, starts=[0, 2], bs=2), o)).items()},
+    **each(A.psnr, 'x', X[:0], 5, y=X[:0], title='psnr of', says='x is'), **each(A.channel_stats, 'batches', None, 5, nan, title='channel_stats of'), **each(A.adaptive_weight, 'rec', None, 5, 'a', adv=W.sum(), last=W, says='rec is'), **each(A.adaptive_weight, 'last', None, 5, 'a', rec=W.sum(), adv=W.sum(), says='last is'), **each(A.ValidMetric, 'cls', None, 5, 'a'), **each(A.sharpen_decoder, 'steps', None, 0, 1.5, 'a', ae=AE, x_train=PX, x_valid=PX), **each(A.FeatureLoss().forward, 'x', None, 5, X.numpy(), PX, X[:2], y=X, title='FeatureLoss', says=' is'),
+    **each(training.zero_init, 'layer', *NOT), **each(training.mixed_precision, 'device', *DEVICES), **each(training.no_sync, 'learn', *NOT), **each(training.fit_steps, 'learn', *NOT, steps=1), **each(training.seconds_per_step, 'net', *NOT, z=Z8, says='denoiser is'), **each(training.seconds_per_step, 'z', None, 5, Z8.numpy(), Z8.long(), net=UNET, says='z is'), **each(lambda y: training.DeviceLoader(X, y, device='cpu'), 'y', 5, 'a', None, [1]*6, torch.zeros(()), title='DeviceLoader', says='of one length'),
+    **each(DE.step_seconds, 'nets', *NOT, z=Z8), **each(DE.step_seconds, 'nets', dict(a=5), dict(a=None), z=Z8, title='step_seconds of', says='denoiser is'), **each(unet.timestep_embedding, 'time', None, 5, 'a', [1.], torch.ones(()), torch.ones(3, 2), dim=8, says='time is'), **each(unet.AnyUNet2D, 'unet', *NOT), **each(unet.make_denoiser, 'latents', *NOT, folder='x', p=C.preset('tiny')), **each(unet.make_denoiser, 'p', *NOT, folder='x', latents=None),
+    **each(K.poly_kernel, 'x', *SET[:5], y=FEATS, says=' is'), **each(K.poly_kernel, 'y', None, 5, FEATS[0], FEATS[:, :5], x=FEATS, says='y is'), **each(K.covariance_factor, 's', *SET[:4], holed(FEATS[:8])), **each(K.covariance_factor, 's', FEATS, title='covariance_factor of', says='columns is'), **{k: v for o in TWO for k, v in each(K.frechet, o, None, 5, 'a', [1.], torch.zeros(8).numpy(), torch.zeros(3, 2), says=o[:-1], **but(TWO, o)).items()},
+    **each(K.subset_kids, 'a', *SET[:5], b=FEATS, ia=PAIRS, ib=PAIRS), **each(K.subset_kids, 'ia', None, 5, nan, a=FEATS, b=FEATS, ib=PAIRS), **each(K.subset_kids, 'ib', [[99]*4], [[.5]*4], 'ab', a=FEATS, b=FEATS, ia=PAIRS, says='ib is'),
+    **each(sampling.slerp, 'w', torch.full((5,), .5), torch.full((5, 2), .5), a=Z, b=Z, title='slerp at'), **each(P.expectation, 'n', *COUNT[:-1], pipe=PIPE, steps=1, sampler='ddim', bs=1), **each(P.expectation, 'bs', *COUNT[:-1], pipe=PIPE, steps=1, sampler='ddim', n=1), **each(sampling.evaluations, 'steps', None, 'a', 0, nan, 1.5, sampler='ddim', title='evaluations of'), **each(P.model_card, 'run', *NO_PATH, repo_id='a/b', terms='mine'),
+    **each(few_step.teacher_of, 'net', *NOT), **each(few_step.autoguide, 'net', *NOT, weak=UNET), **each(few_step.autoguide, 'weak', *NOT, net=UNET), **each(few_step.with_steps, 'net', lambda x, t: x, title='with_steps of', says='denoiser is'), **{k: v for f, s in ((few_step.midpoint, dict(velocity=lambda x, t: x)), (few_step.two_in_one, dict(slope=lambda x, t, d: x))) for o, bad in (([*s][0], NOT), ('x', (None, 5, 'a')), ('t', NO_TIME), ('d', NO_TIME)) for k, v in each(f, o, *bad, says=f'{o} is' if o in s else ' is', **but(dict(s, x=Z, t=L5, d=L5), o)).items()},
+    **each(few_step.step_input, 'd', *NO_TIME, L5[:3], process=FLOW, t=L5, says='d is'), **each(few_step.make_shortcut, 'latents', *NOT, folder='x', net=UNET, process=FLOW, steps=1), **each(few_step.make_shortcut, 'net', *NOT, folder='x', latents=None, process=FLOW, steps=1), **each(few_step.make_shortcut, 'process', *NOT, folder='x', latents=None, net=UNET, steps=1),
+    **each(G.TextConditioner().words, 'caption', None, 5, [], ['a'], '\ud800', title='words', says='caption'), **each(G.TextConditioner().encode, 'captions', None, 5, [], [5], ['\ud800'], title='encode'), **each(report.table, 'd', *NOT), **each(report.headline, 'm', *NOT, {}), **each(report.headline, 'm', dict(MEASURED, kid=None), dict(MEASURED, kid='<b>'), title='headline of', says='kid is'), **each(labs_data.read_norb, 'path', *NO_PATH),
+}
+
 @pytest.mark.parametrize('title', CALLS)
 def test_malformed_call(title): assert answer(*CALLS[title]) is None
 
@@ -274,6 +299,22 @@ def test_what_is_sound_is_taken(x):
     assert sampling.noise_like(Z, [torch.Generator(), np.random.default_rng(0)]*2 + [torch.Generator()]).shape == sampling.noise_like(Z, torch.Generator()).shape == sampling.noise_like(Z).shape
     assert AE.encode(X.double()).dtype == AE.decode(Z.double()).dtype == torch.float32 and PIPE.pixels(1, 2, 'ddim', bs=np.int64(1)).dtype == torch.uint8
     FLOW.add_noise(Z, Z, 1), FLOW.add_noise(Z, Z, torch.tensor(0.)), FLOW.x0_eps(Z, Z, torch.full((5,), .5, dtype=torch.float64))
+
+@pytest.mark.parametrize('net', [UNET, TOLD.net, AE, PIPE.autoencoder, CATS, DE.CNN1d(4, 8, 1), DE.DiT(4, 2, 16, 1, 2), K.GreyClassifier(3, (8,)), G.StyleConditioner(3, 8, (8,), 4)], ids=lambda o: type(o).__name__)
+def test_a_config_builds_the_same_network_again(net, tmp_path):
+    "Given by position, by name, or loaded: diffusers takes for a default what it was not told by name"
+    for o in (net, C.load_component(save_component(net, tmp_path/'net'))): assert [*map(kind_of, type(o).from_config(o.config).state_dict().values())] == [*map(kind_of, o.state_dict().values())]
+
+def test_a_config_keeps_the_scale_that_was_set():
+    ae = A.KLAutoencoder(3, (8,), 2)
+    ae.set_scale([1.]*4, [2.]*4)
+    assert A.KLAutoencoder.from_config(ae.config).latent_std.tolist() == [2.]*4
+
+@pytest.mark.parametrize('process', [N.Process(steps=500), N.Process('ddpm_linear', 'eps', steps=500), N.Process('scaled_linear', 'v', beta_end=.03), N.Process('edm', 'v', steps=500)], ids=lambda o: o.schedule)
+def test_the_noise_of_a_scheduler_is_what_it_was_told_by_position(process):
+    "Ours is one, too: it draws for its own network, and one of other noise is not taken"
+    assert N.process_of(process.to_diffusers()).steps == process.steps and not N.other_noise(process.to_diffusers(), process)
+    assert 'noise' in N.other_noise(DDPM(500, clip_sample=False), N.Process('ddpm_linear', 'eps'))
 
 # --- networks, latents and what is said about them
 
