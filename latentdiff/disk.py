@@ -123,16 +123,31 @@ def enough(what, path, disk=0, memory=0): # in words; where it writes; bytes of 
     if disk > free: raise DiskError(f"{says(disk, free, 'disk')} in {there}: make room there, or {way}")
     if memory > left: raise UserError(f"{says(memory, left, 'memory')}: ask for fewer or smaller images")
 
+_MEMORY = (('memory.max', 'memory.current', 'inactive_file', 'slab_reclaimable'),          # cgroups, version 2
+           ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_inactive_file'))      # version 1
+
+def _left(group, most, used, *cached): # folder of a cgroup; files of it; lines of memory.stat on what can be given back
+    "Bytes that it may still take; infinite where it has no limit"
+    stat = {}
+    with suppress(OSError, ValueError): stat |= (o.split() for o in (group/'memory.stat').read_text().splitlines())
+    with suppress(OSError, ValueError):
+        most, used = (int((group/o).read_text()) for o in (most, used))
+        return most - used + sum(int(stat.get(o, 0)) for o in cached)
+    return math.inf
+
 def free_memory():
     "Bytes that may still be taken of this machine's memory; infinite where it does not say"
-    free, group = math.inf, Path('/sys/fs/cgroup')
+    free, groups = math.inf, Path('/sys/fs/cgroup')
     with suppress(OSError, ValueError, KeyError):
         told = dict(o.split(':') for o in Path('/proc/meminfo').read_text().splitlines())
         free = sum(1024*int(told[k].split()[0]) for k in ('MemAvailable', 'SwapFree'))
-    with suppress(OSError, ValueError, IndexError):   # what a container, or a batch system, has set
-        group /= Path('/proc/self/cgroup').read_text().split('0::/')[1].strip()
-        most, used = (int((group/f'memory.{o}').read_text()) for o in ('max', 'current'))
-        free = min(free, most - used)
+    with suppress(OSError, ValueError):   # what a container, or a batch system, has set
+        for line in Path('/proc/self/cgroup').read_text().splitlines():
+            _, kinds, name = line.split(':', 2)
+            top = groups/'memory' if 'memory' in kinds.split(',') else groups
+            group = top/name.strip('/')
+            inside = (o for o in (group, *group.parents) if o.is_relative_to(top))
+            free = min(free, *(_left(o, *how) for o in inside for how in _MEMORY))
     return free
 
 def reserve(path, size): # of a file; bytes

@@ -20,7 +20,7 @@ import fsspec, numpy as np, torch, torchvision.transforms.functional as TF
 from PIL import Image, ImageOps, UnidentifiedImageError
 from fastai.data.external import untar_data
 from filelock import FileLock
-from .core import DATASETS, Bar, UserError, data_home, fingerprint, progress, rank, whole_folder
+from .core import DATASETS, Bar, UserError, content_of, data_home, fingerprint, progress, rank, whole_folder
 from .core import number, one_of
 from .disk import FULL, enough, matching, on_disk, place
 
@@ -183,10 +183,10 @@ FILES = 100_000 # that any archive may hold; more only up to one for 256 bytes o
 def unpacked(archive): # path of a .tar, .tgz, .tar.gz or .zip
     "The folder it was unpacked to, now or earlier: safely, and in one step or not at all; raises `UserError`"
     if not (path := there(archive)) or not os.path.isfile(path): raise UserError(f"'{archive}' is no archive: pass one")
-    try: path.open('rb').close()
+    try: content, about = content_of(path), path.stat()
     except OSError as e: raise UserError(f'{path} cannot be read ({e.strerror}): mend that, or get it again') from None
-    archive, about, held, name = path, path.stat(), 0, None
-    stamp = fingerprint(name=archive.name, size=about.st_size, changed=about.st_mtime_ns)[:8]
+    archive, held, name = path, 0, None
+    stamp = fingerprint(name=archive.name, changed=about.st_mtime_ns, content=content)[:8]
     folder = data_home()/f"{archive.name.split('.')[0]}-{stamp}"
     if os.path.exists(folder): return folder
     enough(f'Unpacking {archive.name}', folder, about.st_size)
@@ -386,6 +386,11 @@ def _classes_of(features, column):
         return getattr(kind, 'names', None)
     raise UserError(f'label={column} is a column of {kind!s:.80}: name one of classes, texts or whole numbers')
 
+def _state(folder):
+    "Where a folder is, and the name, size and time of each file in it: another one, or a changed one, has others"
+    files = ((o, o.stat()) for o in files_below(os.path.realpath(folder))[0] if not no_file(o))
+    return [(str(o), about.st_size, about.st_mtime_ns) for o, about in files]
+
 def hub_folder(spec, n): # 'owner/name', '?image=..&label=..&caption=..&split=..' behind it if need be; how many
     "The first `n` pictures of a data set on the Hub, or of a local folder of its files; raises `UserError`"
     from datasets import Image as HubImage, load_dataset
@@ -395,7 +400,8 @@ def hub_folder(spec, n): # 'owner/name', '?image=..&label=..&caption=..&split=..
     if not os.path.isdir(name) and not re.fullmatch(ON_HUB, name):
         raise UserError(f'spec is {spec!r:.200}: give owner/name, or a folder')
     told = dict(parse_qsl(query))
-    split, stamp = told.pop('split', 'train'), fingerprint(spec=spec, n=number(1, n=n))[:8]
+    here = dict(files=_state(name)) if os.path.isdir(name) else {}
+    split, stamp = told.pop('split', 'train'), fingerprint(spec=spec, n=number(1, n=n), **here)[:8]
     folder = data_home()/f"hub-{name.strip('/').replace('/', '-')}-{stamp}"
     if os.path.exists(folder): return folder
     try:

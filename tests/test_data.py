@@ -163,6 +163,15 @@ def test_truncated_archives(tmp_path, home, name, keep):
     assert 'damaged' in one_line(open_images, tmp_path/name, 16)
     assert left(home) == []
 
+def test_archives_of_one_name_size_and_date_are_two(tmp_path):
+    for k in (1, 2):
+        save(tmp_path/'x.png', Image.new('L', (16, 16), k))
+        (tmp_path/str(k)).mkdir()
+        with tarfile.open(tmp_path/str(k)/'x.tar', 'w') as t: t.add(tmp_path/'x.png', 'x.png')
+        os.utime(tmp_path/str(k)/'x.tar', (1_700_000_000,)*2)
+        assert open_images(tmp_path/str(k)/'x.tar', 16).pixels().unique().tolist() == [k]
+    assert len({(tmp_path/k/'x.tar').stat().st_size for k in '12'}) == 1
+
 def test_archive_is_unpacked_once(tmp_path, home):
     (tmp_path/'set.tgz').write_bytes(tar_of({f'set/{i}.png': png(i) for i in range(4)}))
     a = open_images(tmp_path/'set.tgz', 16)
@@ -748,14 +757,24 @@ def hub_of(folder, n=6, path=None, rename={}, told={}, **features):
     pq.write_table(Dataset.from_list(rows, Features(kinds)).data.table, folder/'train-00000.parquet')   # to_parquet would fetch what the rows name
     return str(folder)
 
-def test_the_first_n_of_the_hub(tmp_path, home):
+def test_the_first_n_of_the_hub(tmp_path, home, monkeypatch):
     "The bedrooms' real columns: one, called image. Files as they came, once; a split that does not move"
     spec = hub_of(tmp_path/'lsun', path='{:05d}.png')
     images = open_images(f'hub:{spec}', 32, n=4)
     assert images.names == [f'{i:06d}.png' for i in range(4)] and images.labels is None and images.captions is None
     assert torch.equal(images.pixels(), torch.stack([load_pixels(png(i), 32) for i in range(4)]))
-    (tmp_path/'lsun'/'train-00000.parquet').unlink()                   # it is not asked again
+    monkeypatch.setattr('datasets.load_dataset', None)                 # it is not asked again
     assert open_images(f'hub:{spec}', 32, n=4).fingerprint == images.fingerprint
+
+def test_a_folder_in_the_place_of_the_hub_is_known_by_its_files(tmp_path, monkeypatch):
+    "The same words from another place, and a folder whose file has changed, are other pictures; what is unchanged is read once"
+    for k in 'ab':
+        hub_of(tmp_path/k/'x', told={0: dict(image=dict(bytes=png(dict(a=20, b=30)[k]), path=None))})
+        monkeypatch.chdir(tmp_path/k)
+        assert torch.equal(open_images('hub:x', 16).pixels([0])[0], load_pixels(png(dict(a=20, b=30)[k]), 16))
+    hub_of(tmp_path/'new', told={0: dict(image=dict(bytes=png(40), path=None))})
+    (tmp_path/'new'/'train-00000.parquet').replace(tmp_path/'b'/'x'/'train-00000.parquet')
+    assert torch.equal(open_images('hub:x', 16).pixels([0])[0], load_pixels(png(40), 16))
 
 def test_classes_and_captions_of_the_hub(tmp_path):
     from datasets import ClassLabel, Value

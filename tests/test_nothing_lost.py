@@ -771,7 +771,21 @@ def test_memory_that_a_container_allows_counts(tmp_path, monkeypatch):
     (found/'job'/'memory.current').write_text('300\n')
     (found/'job'/'memory.max').write_text('1000\n')
     assert free_memory() == 700
+    (found/'job'/'memory.stat').write_text('anon 10\nfile 250\ninactive_file 200\nactive_file 50\nslab_reclaimable 7\n')
+    assert free_memory() == 907   # the kernel gives its copies of files back
     (found/'job'/'memory.max').write_text('max\n')
+    assert free_memory() == 1024*1024
+    (found/'memory.max').write_text('900\n')
+    (found/'memory.current').write_text('100\n')
+    assert free_memory() == 800   # of what it lies in
+    (found/'memory.max').unlink()
+    (tmp_path/'cgroup').write_text('12:pids:/job\n4:memory:/docker/ab:c\n1:name=systemd:/job\n')   # version 1, seen from within
+    (found/'memory').mkdir()
+    (found/'memory'/'memory.limit_in_bytes').write_text('1000\n')
+    (found/'memory'/'memory.usage_in_bytes').write_text('900\n')
+    (found/'memory'/'memory.stat').write_text('cache 500\ninactive_file 3\ntotal_cache 500\ntotal_inactive_file 300\n')
+    assert free_memory() == 400
+    (found/'memory'/'memory.limit_in_bytes').write_text('9223372036854771712\n')
     assert free_memory() == 1024*1024
 
 def test_minutes_without_end_write_nothing(tmp_path):
