@@ -186,7 +186,8 @@ def clear_away(path, *kinds): # 'part', 'new', 'old'
     "Delete what killed processes have left half made beside `path`, and what any has moved out of the way"
     for o in matching(path.parent, f'.{glob.escape(path.name)}.*') if not rank() else ():
         writer, _, kind = o.name.removeprefix(f'.{path.name}.').partition('.')
-        if kind in kinds and (kind == 'old' or _gone(writer)): remove(o)
+        ours = kind in kinds and re.fullmatch(r'[0-9a-f]{8}-\d+', writer)
+        if ours and (kind == 'old' or _gone(writer)): remove(o)
 
 def put_beside(new, path): # what is finished, and the place that was free when it was begun
     "Put `new` at `path`; if somebody has taken that meanwhile, under another name, which a `UserError` tells"
@@ -203,6 +204,7 @@ def write_whole(path, data, put=None): # of the file, whose folder exists; str o
     tmp = _beside(path, 'part')
     with on_disk(path, len(data), NOWHERE):
         try:
+            if put: path.parent.mkdir(parents=True, exist_ok=True)
             tmp.write_bytes(data)
             (put or os.replace)(tmp, path)
         finally: remove(tmp)
@@ -276,6 +278,7 @@ def new_place(path, option):
     "`UserError` before the work starts if nothing can be written at `path`, or something is there"
     if rank(): return
     path = Path(path)
+    missing = [o for o in path.parents if not os.path.lexists(o)]
     try:
         if os.path.lexists(path): raise UserError(f'{path} exists: choose another place with {option}, or delete it.')
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -284,6 +287,9 @@ def new_place(path, option):
     except (OSError, RecursionError) as e:
         why = getattr(e, 'strerror', None) or 'too many folders'
         raise UserError(f'{str(path):.200} cannot be written ({why}): choose another with {option}.') from None
+    finally:
+        for o in missing:   # nothing shall be left of a command that is refused later
+            with suppress(OSError): o.rmdir()
 
 def new_places(**places): # the options without their dashes; None: not asked for
     "The same for several, none of which may lie in another"

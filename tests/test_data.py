@@ -250,6 +250,17 @@ def flat(mode, colour, **info):
 def test_modes(im, rgb):
     assert to_rgb(im).mode == 'RGB' and to_rgb(im).getpixel((5, 5)) == rgb
 
+@pytest.mark.parametrize('mode,values', [('F', (0., 1.5)), ('F', (0., 65535.)), ('F', (-1., 1.)), ('F', (0., 300.)), ('I', (0, 100_000)), ('I', (-9000, 9))])
+def test_floats_of_no_known_range_are_skipped(tmp_path, mode, values):
+    "Neither black nor white; a little over the edge, as resizing leaves it, is the edge"
+    im = Image.fromarray(np.resize(np.array(values, dict(F=np.float32, I=np.int32)[mode]), (16, 16)))
+    assert im.mode == mode
+    save(tmp_path/'x'/'a.tif', im)
+    save(tmp_path/'x'/'b.tif', Image.fromarray(np.resize(np.float32([-.01, 1.02]), (16, 16))))
+    save(tmp_path/'x'/'c.tif', Image.fromarray(np.resize(np.float32([0, 254]), (16, 16))))
+    images = open_images(tmp_path/'x', 16)
+    assert images.pixels().flatten(1).aminmax(dim=1).max.tolist() == [255, 254] and 'values from' in images.skipped[0][1]
+
 def test_sixteen_bits_through_a_file(tmp_path):
     ramp = np.linspace(0, 65535, 32).astype(np.uint16)[None].repeat(32, 0)
     x = load_pixels(save(tmp_path/'deep.png', Image.fromarray(ramp)), 32)
@@ -742,6 +753,15 @@ def test_rooms_are_drawn_once_if_they_fit(monkeypatch, fits):
     first, again = images.pixels([3, 99, 4]), images.pixels()
     assert torch.equal(again[[3, 99, 4]], first) and torch.equal(again, rooms(100, 16)) and torch.equal(images.pixels(), again)
     assert len(drawn) == (100 if fits else 203)
+
+@pytest.mark.parametrize('name,table,said', [('metadata.csv', 'file_name, text\na.png,a bed\n', "'file_name', ' text'"), ('metadata.jsonl', '{"file_name": "a.png", "label": 3}\n', "'file_name', 'label'"),
+    ('metadata.csv', 'file_name,text\na.png,\n', ''), ('metadata.jsonl', '{"file_name": "a.png"}\n{"file_name": "a.png", "caption": "a bed"}\n', '')])
+def test_a_table_without_captions_says_so(tmp_path, capsys, name, table, said):
+    put(tmp_path/'x'/'a.png', png())
+    put(tmp_path/'x'/name, table.encode())
+    open_images(tmp_path/'x', 16)
+    out = capsys.readouterr().out
+    assert ('no column text or caption, only ' + said in out) if said else 'column' not in out
 
 # --- the Hub
 
