@@ -84,7 +84,8 @@ def images(self:Run):
     opened = lambda: data.open_images(d, self.p.size, n=self.p.n, seed=self.seed)
     found = self.once('images', lambda: source.counted_as(classes, opened()) if classes else opened())
     if len(found.valid_idxs) >= 8: return found
-    raise UserError(f'{d} has {len(found)} images, {len(found.valid_idxs)} of them to test on: give a hundred or more.')
+    n, few = len(found), len(found.valid_idxs)
+    raise UserError(f'{d} has {n} images, {few} of them to test on, by chance: give {max(100, 2*n)} or more.')
 
 @patch(as_prop=True)
 def autoencoder(self:Run):
@@ -196,7 +197,6 @@ def write_npz(path, px, put=None): # as for `write_whole`
     "The uint8 array (n,h,w,c) in one .npz, complete or not at all"
     f = io.BytesIO()
     np.savez_compressed(f, px)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)   # it may have gone while images were drawn
     write_whole(path, f.getvalue(), put)
 
 @patch(as_prop=True)
@@ -365,7 +365,7 @@ def go(self:Run, goals=GOALS):
     self.folder.mkdir(parents=True, exist_ok=True)
     stamp = lambda: {o: o.stat().st_mtime_ns for o in self.folder.glob('**/*.json')}   # each part has its made.json
     with locked(self.folder):
-        if fresh: self.settings = agreed(self.read(self.settings))   # somebody may have begun meanwhile
+        self.settings = agreed(self.read(self.settings))   # somebody may have begun, or trained on, meanwhile
         before = stamp()
         if fresh and self.images.skipped: write_json(self.folder/'skipped.json', self.images.skipped, indent=1)
         whole = not fresh and os.path.exists(self.folder/'config.toml')

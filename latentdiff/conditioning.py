@@ -321,7 +321,9 @@ class TextConditioner(nn.Module, AsGiven, ConfigMixin):
 
     def forward(self, captions): # list of str, or rows from `rows` -> tokens (b, n, dim), mask (b, n) bool
         rows = (captions if torch.is_tensor(captions) else self.rows(captions)).to(self.table.device)
-        return self.table[rows].float(), self.used[rows]
+        tokens, used = self.table[rows].float(), self.used[rows]
+        if torch.is_tensor(captions): return tokens, used
+        return tokens[:, used.any(0)], used[:, used.any(0)]   # more places, of longer ones, would change the last bits
 
 # %% ../nbs/60_conditioning.ipynb #c091
 @torch.no_grad()

@@ -329,7 +329,7 @@ def _difference(old, new):
         if k: return f'other {k}' if part == 'parents' else f'{k} {a.get(k)}, not {b.get(k)}'
     if old.get('version') != new['version']: return f"version {old.get('version')} of the recipe, not {new['version']}"
     kinds = isinstance(old.get('facts'), dict) and type(old.get('seconds')) in (int, float)
-    if not kinds or old.get('fingerprint') != fingerprint(**new): return 'a damaged made.json'
+    if not kinds or old.get('fingerprint') != fingerprint(**{k: old.get(k) for k in new}): return 'a damaged made.json'
 
 def _contents(folder):
     "{name: fingerprint} of the files in it, but not of hidden ones and notes"
@@ -358,7 +358,7 @@ def artefact(path, make,        # the folder; make(folder) fills one, maybe begu
     "Make the artefact at `path` unless it is there and made from the same; returns `path`"
     path = place(path=path)
     want = json.loads(json.dumps(dict(settings=settings, parents=parents, version=version), default=str))
-    there, old = agreed((os.path.exists(path), made(path)))
+    there, old = agreed((os.path.lexists(path), made(path)))
     if there and not old: raise UserError(f'{path} was not made by this version of latentdiff: choose another')
     differs = old and _difference(old, want)
     if differs and not (remake or cheap):

@@ -123,16 +123,31 @@ def enough(what, path, disk=0, memory=0): # in words; where it writes; bytes of 
     if disk > free: raise DiskError(f"{says(disk, free, 'disk')} in {there}: make room there, or {way}")
     if memory > left: raise UserError(f"{says(memory, left, 'memory')}: ask for fewer or smaller images")
 
+_MEMORY = (('memory.max', 'memory.current', 'inactive_file', 'slab_reclaimable'),          # cgroups, version 2
+           ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_inactive_file'))      # version 1
+
+def _left(group, most, used, *cached): # folder of a cgroup; files of it; lines of memory.stat on what can be given back
+    "Bytes that it may still take; infinite where it has no limit"
+    stat = {}
+    with suppress(OSError, ValueError): stat |= (o.split() for o in (group/'memory.stat').read_text().splitlines())
+    with suppress(OSError, ValueError):
+        most, used = (int((group/o).read_text()) for o in (most, used))
+        return most - used + sum(int(stat.get(o, 0)) for o in cached)
+    return math.inf
+
 def free_memory():
     "Bytes that may still be taken of this machine's memory; infinite where it does not say"
-    free, group = math.inf, Path('/sys/fs/cgroup')
+    free, groups = math.inf, Path('/sys/fs/cgroup')
     with suppress(OSError, ValueError, KeyError):
         told = dict(o.split(':') for o in Path('/proc/meminfo').read_text().splitlines())
         free = sum(1024*int(told[k].split()[0]) for k in ('MemAvailable', 'SwapFree'))
-    with suppress(OSError, ValueError, IndexError):   # what a container, or a batch system, has set
-        group /= Path('/proc/self/cgroup').read_text().split('0::/')[1].strip()
-        most, used = (int((group/f'memory.{o}').read_text()) for o in ('max', 'current'))
-        free = min(free, most - used)
+    with suppress(OSError, ValueError):   # what a container, or a batch system, has set
+        for line in Path('/proc/self/cgroup').read_text().splitlines():
+            _, kinds, name = line.split(':', 2)
+            top = groups/'memory' if 'memory' in kinds.split(',') else groups
+            group = top/name.strip('/')
+            inside = (o for o in (group, *group.parents) if o.is_relative_to(top))
+            free = min(free, *(_left(o, *how) for o in inside for how in _MEMORY))
     return free
 
 def reserve(path, size): # of a file; bytes
@@ -171,7 +186,8 @@ def clear_away(path, *kinds): # 'part', 'new', 'old'
     "Delete what killed processes have left half made beside `path`, and what any has moved out of the way"
     for o in matching(path.parent, f'.{glob.escape(path.name)}.*') if not rank() else ():
         writer, _, kind = o.name.removeprefix(f'.{path.name}.').partition('.')
-        if kind in kinds and (kind == 'old' or _gone(writer)): remove(o)
+        ours = kind in kinds and re.fullmatch(r'[0-9a-f]{8}-\d+', writer)
+        if ours and (kind == 'old' or _gone(writer)): remove(o)
 
 def put_beside(new, path): # what is finished, and the place that was free when it was begun
     "Put `new` at `path`; if somebody has taken that meanwhile, under another name, which a `UserError` tells"
@@ -188,6 +204,7 @@ def write_whole(path, data, put=None): # of the file, whose folder exists; str o
     tmp = _beside(path, 'part')
     with on_disk(path, len(data), NOWHERE):
         try:
+            if put: path.parent.mkdir(parents=True, exist_ok=True)
             tmp.write_bytes(data)
             (put or os.replace)(tmp, path)
         finally: remove(tmp)
@@ -261,6 +278,7 @@ def new_place(path, option):
     "`UserError` before the work starts if nothing can be written at `path`, or something is there"
     if rank(): return
     path = Path(path)
+    missing = [o for o in path.parents if not os.path.lexists(o)]
     try:
         if os.path.lexists(path): raise UserError(f'{path} exists: choose another place with {option}, or delete it.')
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -269,6 +287,9 @@ def new_place(path, option):
     except (OSError, RecursionError) as e:
         why = getattr(e, 'strerror', None) or 'too many folders'
         raise UserError(f'{str(path):.200} cannot be written ({why}): choose another with {option}.') from None
+    finally:
+        for o in missing:   # nothing shall be left of a command that is refused later
+            with suppress(OSError): o.rmdir()
 
 def new_places(**places): # the options without their dashes; None: not asked for
     "The same for several, none of which may lie in another"

@@ -20,7 +20,7 @@ import fsspec, numpy as np, torch, torchvision.transforms.functional as TF
 from PIL import Image, ImageOps, UnidentifiedImageError
 from fastai.data.external import untar_data
 from filelock import FileLock
-from .core import DATASETS, Bar, UserError, data_home, fingerprint, progress, rank, whole_folder
+from .core import DATASETS, Bar, UserError, content_of, data_home, fingerprint, progress, rank, whole_folder
 from .core import checked, number, one_of
 from .disk import FULL, enough, matching, on_disk, place
 
@@ -60,15 +60,18 @@ def _opener(sockets):
     "One of urllib's, which puts the sockets it opens into a list"
     def told(kind):
         class Connection(kind):
-            def connect(self):
-                super().connect()
-                sockets.append(self.sock)
+            def __setattr__(self, k, v):
+                super().__setattr__(k, v)
+                if k == 'sock' and v: sockets.append(v)   # before a proxy has answered
         return Connection
     class Http(urllib.request.HTTPHandler):
         def http_open(self, req): return self.do_open(told(http.client.HTTPConnection), req)
     class Https(urllib.request.HTTPSHandler):
         def https_open(self, req): return self.do_open(told(http.client.HTTPSConnection), req, context=self._context)
-    return urllib.request.build_opener(Http, Https)
+    opener, theirs = urllib.request.OpenerDirector(), urllib.request
+    for o in (Http, Https, theirs.ProxyHandler, theirs.UnknownHandler, theirs.HTTPDefaultErrorHandler,
+              theirs.HTTPRedirectHandler, theirs.HTTPErrorProcessor): opener.add_handler(o())   # not FTP, nor files
+    return opener
 
 @contextmanager
 def _patiently(sockets):
@@ -183,10 +186,10 @@ FILES = 100_000 # that any archive may hold; more only up to one for 256 bytes o
 def unpacked(archive): # path of a .tar, .tgz, .tar.gz or .zip
     "The folder it was unpacked to, now or earlier: safely, and in one step or not at all; raises `UserError`"
     if not (path := there(archive)) or not os.path.isfile(path): raise UserError(f"'{archive}' is no archive: pass one")
-    try: path.open('rb').close()
+    try: content, about = content_of(path), path.stat()
     except OSError as e: raise UserError(f'{path} cannot be read ({e.strerror}): mend that, or get it again') from None
-    archive, about, held, name = path, path.stat(), 0, None
-    stamp = fingerprint(name=archive.name, size=about.st_size, changed=about.st_mtime_ns)[:8]
+    archive, held, name = path, 0, None
+    stamp = fingerprint(name=archive.name, changed=about.st_mtime_ns, content=content)[:8]
     folder = data_home()/f"{archive.name.split('.')[0]}-{stamp}"
     if os.path.exists(folder): return folder
     enough(f'Unpacking {archive.name}', folder, about.st_size)
@@ -214,12 +217,14 @@ def unpacked(archive): # path of a .tar, .tgz, .tar.gz or .zip
 
 # %% ../nbs/parts/files.ipynb #f021
 def to_rgb(im): # PIL image of any mode
-    "8-bit RGB: upright, 16-bit scaled, transparency on white; raises `ValueError` for values that are not finite"
+    "8-bit RGB: upright, 16-bit scaled, transparency on white; raises `ValueError` for values of no known range"
     im = ImageOps.exif_transpose(checked(im=im))
     if im.mode[0] in 'IF':                                        # 16 bits, or floats in 0..1 or 0..255
         a = np.asarray(im, np.float32)
         if not np.isfinite(a).all(): raise ValueError('some values are not finite')
-        full = 65535 if im.mode[0] == 'I' else 1 if a.max() <= 1 else 255
+        full, low, high = 65535 if im.mode[0] == 'I' else 1 if a.max() < 1.05 else 255, a.min(), a.max()
+        if low < -.05*full or high > 1.05*full or full == 255 and high < 2:
+            raise ValueError(f'values from {low:.4g} to {high:.4g}, neither 0 to 1 nor 0 to {max(full, 255)}')
         im = Image.fromarray((a*(255/full)).round().clip(0, 255).astype(np.uint8))
     if im.mode in ('LA', 'La', 'PA', 'RGBA', 'RGBa') or 'transparency' in im.info:
         im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im.convert('RGBA'))
@@ -311,9 +316,13 @@ def captions_in(folder):
         try:
             if why := no_file(path): raise OSError(why)
             with path.open(newline='', encoding='utf-8-sig') as f:
+                columns = {}
                 for row in csv.DictReader(f) if path.suffix == '.csv' else map(json.loads, filter(str.strip, f)):
+                    columns |= row
                     found[path.parent/row['file_name']] = said = row.get('text') or row.get('caption') or ''
                     said.encode()   # half a surrogate pair, which JSON can hold, is no text
+            if columns and not {'text', 'caption'} & {*columns}:
+                print(f"{path} has no column text or caption, only {', '.join(map(repr, columns)):.200}", flush=True)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as e:
             raise UserError(f'{path} is no table with file_name and text ({e!r}): mend it, or remove it') from None
     return found
@@ -386,6 +395,11 @@ def _classes_of(features, column):
         return getattr(kind, 'names', None)
     raise UserError(f'label={column} is a column of {kind!s:.80}: name one of classes, texts or whole numbers')
 
+def _state(folder):
+    "Where a folder is, and the name, size and time of each file in it: another one, or a changed one, has others"
+    files = ((o, o.stat()) for o in files_below(os.path.realpath(folder))[0] if not no_file(o))
+    return [(str(o), about.st_size, about.st_mtime_ns) for o, about in files]
+
 def hub_folder(spec, n): # 'owner/name', '?image=..&label=..&caption=..&split=..' behind it if need be; how many
     "The first `n` pictures of a data set on the Hub, or of a local folder of its files; raises `UserError`"
     from datasets import Image as HubImage, load_dataset
@@ -395,7 +409,8 @@ def hub_folder(spec, n): # 'owner/name', '?image=..&label=..&caption=..&split=..
     if not os.path.isdir(name) and not re.fullmatch(ON_HUB, name):
         raise UserError(f'spec is {spec!r:.200}: give owner/name, or a folder')
     told = dict(parse_qsl(query))
-    split, stamp = told.pop('split', 'train'), fingerprint(spec=spec, n=number(1, n=n))[:8]
+    here = dict(files=_state(name)) if os.path.isdir(name) else {}
+    split, stamp = told.pop('split', 'train'), fingerprint(spec=spec, n=number(1, n=n), **here)[:8]
     folder = data_home()/f"hub-{name.strip('/').replace('/', '-')}-{stamp}"
     if os.path.exists(folder): return folder
     try:

@@ -285,6 +285,8 @@ def save_pretrained(self:LatentDiffusionPipeline, folder, safe_serialization=Tru
     "Write each part to its own folder, then `model_index.json`: no index, no pipeline"
     no_more('save_pretrained', 'a folder; for the Hub there is the method push_to_hub', theirs)
     folder = place(folder=folder)
+    if any(os.path.exists(folder/k/'made.json') for k in self.parts()):
+        raise UserError(f'{folder} is a run, which would forget how it was trained: choose another folder')
     with on_disk(folder, more=NOWHERE):
         folder.mkdir(parents=True, exist_ok=True)
         (folder/'model_index.json').unlink(missing_ok=True)

@@ -243,7 +243,7 @@ def test_the_module_names_its_verbs_without_torch():
     assert p.returncode == 0 and p.stdout.startswith('usage: ') and '--guidance' in p.stdout
     assert not re.search(r'\| +torch$', p.stderr, re.M)
 
-@pytest.mark.parametrize('args,words', [(('sing',), ("'sing'", 'run, encode, train, sample, eval')), (('sample', 'rooms64'), ('latentdiff-sample', '--out'))])
+@pytest.mark.parametrize('args,words', [(('sing',), ("'sing'", 'run, encode, train, sample, eval')), (('\x1b[31mx' + 'y'*5000,), ('\\x1b[31mxy', 'yyy...')), (('sample', 'rooms64'), ('latentdiff-sample', '--out'))])
 def test_what_the_module_cannot_do_is_one_line(tmp_path, args, words):
     p = as_module(*args, cwd=tmp_path)
     said = ''.join(l for l in p.stderr.splitlines(keepends=True) if not l.startswith('import time:'))
@@ -276,11 +276,11 @@ def test_eval_of_one_set_against_itself(cli, drawn, tmp_path):
     "A folder and an array with the same images: FID 0, KID not above 0 (it is unbiased, so a set is closer to itself than to a fresh draw)."
     pngs = shutil.copytree(drawn/'pngs', tmp_path/'pngs')
     (pngs/'broken.png').write_bytes(b'x'), (pngs/'more').symlink_to(drawn/'pngs')
-    r = cli('eval', pngs, drawn/'all.npz', '--out', tmp_path/'scores.json')
+    r = cli('eval', pngs, drawn/'all.npz', '--out', tmp_path/'new'/'scores.json')
     assert r.rc == 0, r.err
     for w in ('pngs: 8 images', '2 skipped', 'broken.png: not a picture', 'more/: a link to a folder', 'all: 8 images', 'caution: 8 real pictures and 8 samples: KID can be off by'): assert w in r.err, r.err
     d = json.loads(r.out)
-    assert d == json.loads((tmp_path/'scores.json').read_text())
+    assert d == json.loads((tmp_path/'new'/'scores.json').read_text())
     assert abs(d['fid']) < 1e-3 and d['kid'] <= 0 and d['n_fake'] == d['n_real'] == 8
 
 def test_encode_then_train_then_sample(cli, tmp_path):

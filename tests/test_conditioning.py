@@ -218,6 +218,14 @@ def test_each_caption_is_encoded_once(monkeypatch):
     assert after[0].shape[1] > n and gap(after[0][:, :n], before[0]) == 0 and not after[1][:, n:].any() and torch.equal(after[1][:, :n], before[1])
     assert text.table.dtype == torch.float16 and len(text.table) == 3
 
+def test_a_longer_caption_changes_no_bit_of_what_is_drawn_after_it():
+    text, x = TextConditioner(), noise(2, 2, 8, 8)
+    model = Conditioned(randomise(ConditionalUNet(**SHAPE, dim=text.dim)), text)
+    draw = lambda: guide(model, ['a red bed', ''], 2., negative='a lamp')(x, torch.full((2,), 500.))
+    before = draw()
+    text(['a bedroom with a blue bed on the left, a window by day, an unlit lamp on a table, a rug and a picture on a wall'])
+    assert torch.equal(draw(), before)
+
 def test_many_new_captions_in_batches(monkeypatch):
     "More captions than one batch of the encoder: each gets its own row."
     monkeypatch.setattr(TextConditioner, 'encode', lambda self, cs: (torch.tensor([[[float(c)]*2]*(int(c) % 3 + 1) + [[0.]*2]*(2 - int(c) % 3) for c in cs]), torch.ones(len(cs), 3, dtype=torch.bool)))

@@ -163,6 +163,15 @@ def test_truncated_archives(tmp_path, home, name, keep):
     assert 'damaged' in one_line(open_images, tmp_path/name, 16)
     assert left(home) == []
 
+def test_archives_of_one_name_size_and_date_are_two(tmp_path):
+    for k in (1, 2):
+        save(tmp_path/'x.png', Image.new('L', (16, 16), k))
+        (tmp_path/str(k)).mkdir()
+        with tarfile.open(tmp_path/str(k)/'x.tar', 'w') as t: t.add(tmp_path/'x.png', 'x.png')
+        os.utime(tmp_path/str(k)/'x.tar', (1_700_000_000,)*2)
+        assert open_images(tmp_path/str(k)/'x.tar', 16).pixels().unique().tolist() == [k]
+    assert len({(tmp_path/k/'x.tar').stat().st_size for k in '12'}) == 1
+
 def test_archive_is_unpacked_once(tmp_path, home):
     (tmp_path/'set.tgz').write_bytes(tar_of({f'set/{i}.png': png(i) for i in range(4)}))
     a = open_images(tmp_path/'set.tgz', 16)
@@ -240,6 +249,17 @@ def flat(mode, colour, **info):
     (flat('P', 0, transparency=0), (255, 255, 255)), (flat('L', 7, transparency=7), (255, 255, 255))])
 def test_modes(im, rgb):
     assert to_rgb(im).mode == 'RGB' and to_rgb(im).getpixel((5, 5)) == rgb
+
+@pytest.mark.parametrize('mode,values', [('F', (0., 1.5)), ('F', (0., 65535.)), ('F', (-1., 1.)), ('F', (0., 300.)), ('I', (0, 100_000)), ('I', (-9000, 9))])
+def test_floats_of_no_known_range_are_skipped(tmp_path, mode, values):
+    "Neither black nor white; a little over the edge, as resizing leaves it, is the edge"
+    im = Image.fromarray(np.resize(np.array(values, dict(F=np.float32, I=np.int32)[mode]), (16, 16)))
+    assert im.mode == mode
+    save(tmp_path/'x'/'a.tif', im)
+    save(tmp_path/'x'/'b.tif', Image.fromarray(np.resize(np.float32([-.01, 1.02]), (16, 16))))
+    save(tmp_path/'x'/'c.tif', Image.fromarray(np.resize(np.float32([0, 254]), (16, 16))))
+    images = open_images(tmp_path/'x', 16)
+    assert images.pixels().flatten(1).aminmax(dim=1).max.tolist() == [255, 254] and 'values from' in images.skipped[0][1]
 
 def test_sixteen_bits_through_a_file(tmp_path):
     ramp = np.linspace(0, 65535, 32).astype(np.uint16)[None].repeat(32, 0)
@@ -734,6 +754,15 @@ def test_rooms_are_drawn_once_if_they_fit(monkeypatch, fits):
     assert torch.equal(again[[3, 99, 4]], first) and torch.equal(again, rooms(100, 16)) and torch.equal(images.pixels(), again)
     assert len(drawn) == (100 if fits else 203)
 
+@pytest.mark.parametrize('name,table,said', [('metadata.csv', 'file_name, text\na.png,a bed\n', "'file_name', ' text'"), ('metadata.jsonl', '{"file_name": "a.png", "label": 3}\n', "'file_name', 'label'"),
+    ('metadata.csv', 'file_name,text\na.png,\n', ''), ('metadata.jsonl', '{"file_name": "a.png"}\n{"file_name": "a.png", "caption": "a bed"}\n', '')])
+def test_a_table_without_captions_says_so(tmp_path, capsys, name, table, said):
+    put(tmp_path/'x'/'a.png', png())
+    put(tmp_path/'x'/name, table.encode())
+    open_images(tmp_path/'x', 16)
+    out = capsys.readouterr().out
+    assert ('no column text or caption, only ' + said in out) if said else 'column' not in out
+
 # --- the Hub
 
 def hub_of(folder, n=6, path=None, rename={}, told={}, **features):
@@ -748,14 +777,24 @@ def hub_of(folder, n=6, path=None, rename={}, told={}, **features):
     pq.write_table(Dataset.from_list(rows, Features(kinds)).data.table, folder/'train-00000.parquet')   # to_parquet would fetch what the rows name
     return str(folder)
 
-def test_the_first_n_of_the_hub(tmp_path, home):
+def test_the_first_n_of_the_hub(tmp_path, home, monkeypatch):
     "The bedrooms' real columns: one, called image. Files as they came, once; a split that does not move"
     spec = hub_of(tmp_path/'lsun', path='{:05d}.png')
     images = open_images(f'hub:{spec}', 32, n=4)
     assert images.names == [f'{i:06d}.png' for i in range(4)] and images.labels is None and images.captions is None
     assert torch.equal(images.pixels(), torch.stack([load_pixels(png(i), 32) for i in range(4)]))
-    (tmp_path/'lsun'/'train-00000.parquet').unlink()                   # it is not asked again
+    monkeypatch.setattr('datasets.load_dataset', None)                 # it is not asked again
     assert open_images(f'hub:{spec}', 32, n=4).fingerprint == images.fingerprint
+
+def test_a_folder_in_the_place_of_the_hub_is_known_by_its_files(tmp_path, monkeypatch):
+    "The same words from another place, and a folder whose file has changed, are other pictures; what is unchanged is read once"
+    for k in 'ab':
+        hub_of(tmp_path/k/'x', told={0: dict(image=dict(bytes=png(dict(a=20, b=30)[k]), path=None))})
+        monkeypatch.chdir(tmp_path/k)
+        assert torch.equal(open_images('hub:x', 16).pixels([0])[0], load_pixels(png(dict(a=20, b=30)[k]), 16))
+    hub_of(tmp_path/'new', told={0: dict(image=dict(bytes=png(40), path=None))})
+    (tmp_path/'new'/'train-00000.parquet').replace(tmp_path/'b'/'x'/'train-00000.parquet')
+    assert torch.equal(open_images('hub:x', 16).pixels([0])[0], load_pixels(png(40), 16))
 
 def test_classes_and_captions_of_the_hub(tmp_path):
     from datasets import ClassLabel, Value

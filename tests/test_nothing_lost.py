@@ -45,8 +45,9 @@ def test_only_what_nobody_is_at_is_cleared_away(tmp_path):
     for writer, kinds in ((f'{here}-{dead.pid}', ('part', 'new', 'old')), (f'{here}-{me}', ('part',)), (f'{"0"*8}-{dead.pid}', ('part', 'old')), ('123', ('part',))):
         for kind in kinds: (tmp_path/f'.a.{writer}.{kind}').write_text('half')
     (tmp_path/f'.ab.{here}-{dead.pid}.part').write_text('of another file')
+    for o in ('.a.backup.old', '.a.2025.old', '.a.old'): (tmp_path/o).write_text("the user's own")
     clear_away(path, 'part', 'old')
-    stays = {f'.a.{here}-{dead.pid}.new', f'.a.{here}-{me}.part', f'.a.{"0"*8}-{dead.pid}.part', '.a.123.part', f'.ab.{here}-{dead.pid}.part'}
+    stays = {f'.a.{here}-{dead.pid}.new', f'.a.{here}-{me}.part', f'.a.{"0"*8}-{dead.pid}.part', '.a.123.part', f'.ab.{here}-{dead.pid}.part', '.a.backup.old', '.a.2025.old', '.a.old'}
     assert {o.name for o in tmp_path.iterdir()} == stays
 
 # --- signals
@@ -350,6 +351,16 @@ def test_one_place_for_two_things_is_refused(tmp_path, out, npz, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = one_line(lambda: sample_cli.__wrapped__('no such run', out=out, npz=npz))
     assert 'a place of its own' in said and '--out' in said and '--npz' in said and not [*tmp_path.iterdir()]
+
+def test_what_is_refused_later_leaves_no_folder(tmp_path, monkeypatch):
+    "Folders to write in are tried out, and made when there is something to put into them"
+    from latentdiff.commands import sample_cli, write_npz
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'mine').mkdir()
+    assert 'no such run' in one_line(lambda: sample_cli.__wrapped__('no such run', out='a/b/c', npz='mine/d/e.npz'))
+    assert [*tmp_path.rglob('*')] == [tmp_path/'mine']
+    write_npz(tmp_path/'a'/'b'/'e.npz', np.zeros((1, 8, 8, 3), np.uint8), put_beside)
+    assert (tmp_path/'a'/'b'/'e.npz').exists()
 
 def test_places_beside_each_other_are_fine(tmp_path):
     new_places(out=tmp_path/'a', npz=tmp_path/'a.npz', other=None)
@@ -718,6 +729,21 @@ def test_who_comes_second_to_a_folder_changes_nothing(tmp_path):
     assert 'seed 0, not 1' in one_line(lambda: b.go(()))
     assert json.loads((tmp_path/'run'/'run.json').read_text())['settings']['seed'] == 0
 
+def test_who_was_overtaken_does_not_shorten_a_training(tmp_path):
+    "A longer one was finished after the run was opened, and before it is at work"
+    from latentdiff.commands import Run
+    settings = settings_of('rooms', 'tiny', n=120)
+    def trained(steps):
+        (tmp_path/'run').mkdir(exist_ok=True)
+        write_json(tmp_path/'run'/'run.json', dict(settings=settings | dict(steps=steps, ae_steps=4)))
+        core.artefact(tmp_path/'run'/'unet', lambda o: {}, {}, dict(steps=steps), remake=True)
+    trained(4)
+    late = Run(tmp_path/'run', settings)
+    trained(44)
+    assert 'a denoiser of 44 steps' in one_line(lambda: late.go(()))
+    assert json.loads((tmp_path/'run'/'run.json').read_text())['settings']['steps'] == 44
+    Run(tmp_path/'run', settings).go(())
+
 @pytest.mark.parametrize('when', ['drawing', 'writing'])
 def test_a_place_that_was_taken_meanwhile_is_left_alone_and_what_was_drawn_is_kept(tmp_path, monkeypatch, when):
     "While images are drawn, or while they are written: they lie beside it under another name, which is said, each of both kinds"
@@ -773,8 +799,39 @@ def test_memory_that_a_container_allows_counts(tmp_path, monkeypatch):
     (found/'job'/'memory.current').write_text('300\n')
     (found/'job'/'memory.max').write_text('1000\n')
     assert free_memory() == 700
+    (found/'job'/'memory.stat').write_text('anon 10\nfile 250\ninactive_file 200\nactive_file 50\nslab_reclaimable 7\n')
+    assert free_memory() == 907   # the kernel gives its copies of files back
     (found/'job'/'memory.max').write_text('max\n')
     assert free_memory() == 1024*1024
+    (found/'memory.max').write_text('900\n')
+    (found/'memory.current').write_text('100\n')
+    assert free_memory() == 800   # of what it lies in
+    (found/'memory.max').unlink()
+    (tmp_path/'cgroup').write_text('12:pids:/job\n4:memory:/docker/ab:c\n1:name=systemd:/job\n')   # version 1, seen from within
+    (found/'memory').mkdir()
+    (found/'memory'/'memory.limit_in_bytes').write_text('1000\n')
+    (found/'memory'/'memory.usage_in_bytes').write_text('900\n')
+    (found/'memory'/'memory.stat').write_text('cache 500\ninactive_file 3\ntotal_cache 500\ntotal_inactive_file 300\n')
+    assert free_memory() == 400
+    (found/'memory'/'memory.limit_in_bytes').write_text('9223372036854771712\n')
+    assert free_memory() == 1024*1024
+
+def test_a_link_to_nowhere_is_found_before_the_work(tmp_path):
+    "Where an artefact belongs, as on a disk that is not there"
+    (tmp_path/'unet').symlink_to(tmp_path/'elsewhere')
+    assert 'was not made by' in one_line(lambda: core.artefact(tmp_path/'unet', lambda o: pytest.fail('work'), {}, {}))
+
+def test_numbers_that_are_equal_are_the_same_setting(tmp_path):
+    for lr in (1, 1.): core.artefact(tmp_path/'a', lambda o: dict(made=lr), {}, dict(lr=lr))
+    assert core.made(tmp_path/'a')['facts'] == dict(made=1)
+
+def test_more_than_a_hundred_pictures_may_be_too_few(tmp_path):
+    "Which are held out is a matter of chance: twice as many will do"
+    from latentdiff.commands import Run
+    r = Run(tmp_path/'run', settings_of('rooms', 'tiny'))
+    for n, most in ((120, 240), (20, 100)):
+        r.kept['images'] = type('Few', (), dict(__len__=lambda self: n, valid_idxs=[0]*7))()
+        assert one_line(lambda: r.images).endswith(f'{n} images, 7 of them to test on, by chance: give {most} or more.')
 
 def test_minutes_without_end_write_nothing(tmp_path):
     "They become more steps than a run may have: said before anything is written, so that the folder stays free"

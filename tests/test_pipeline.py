@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from latentdiff.autoencoder import KLAutoencoder, PretrainedKL, open_autoencoder
 from latentdiff.conditioning import ClassConditioner, Conditioned, ConditionalUNet, guide
 from latentdiff.commands import settings_of, write_npz, write_pngs
-from latentdiff.core import UserError, load_component, save_component
+from latentdiff.core import UserError, artefact, load_component, made, save_component
 from latentdiff.few_step import shortcut, unipc, with_steps
 from latentdiff.files import npz_pixels
 from latentdiff.noisify import Process
@@ -310,6 +310,8 @@ def test_their_names_elsewhere(tmp_path):
     for f in (p.enable_model_cpu_offload, p.enable_sequential_cpu_offload): assert ".to('cuda')" in one_line(f)
     p.enable_attention_slicing()
     assert 'push_to_hub' in one_line(p.save_pretrained, tmp_path/'a', push_to_hub=True) and not (tmp_path/'a').exists()
+    artefact(tmp_path/'run'/'unet', lambda o: dict(kid=1.), {}, {})   # the note of a training is not written over
+    assert 'is a run' in one_line(p.save_pretrained, tmp_path/'run') and made(tmp_path/'run'/'unet')['facts'] == dict(kid=1.)
     p.save_pretrained(tmp_path/'a', safe_serialization=True)
     assert 'variant' in one_line(LatentDiffusionPipeline.from_pretrained, tmp_path/'a', variant='fp16')
     assert LatentDiffusionPipeline.from_pretrained(tmp_path/'a', 'cpu', torch_dtype=torch.float16).dtype == torch.float16

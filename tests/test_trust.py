@@ -596,6 +596,19 @@ def test_a_server_that_never_comes_to_the_point_is_one_line(first, piece, liar, 
     assert 'nothing came for 0.2 seconds' in one_line(F.download, f'http://127.0.0.1:{liar.server_port}/a.bin', tmp_path/'a.bin')
     assert len(liar.asked) == 3 and time.monotonic() - start < 9 and not (tmp_path/'a.bin').exists()
 
+def test_a_proxy_that_never_comes_to_the_point_is_one_line(liar, tmp_path, monkeypatch):
+    "Its answer to CONNECT comes before the line is any server's"
+    monkeypatch.setattr(F, 'PATIENCE', .2)
+    monkeypatch.setattr(Liar, 'do_CONNECT', Liar.do_GET, raising=False)
+    monkeypatch.setenv('https_proxy', f'http://127.0.0.1:{liar.server_port}')
+    liar.answer, start = without_end(b'HTTP/1.1 200 OK\r\n', b'X: a\r\n'), time.monotonic()
+    assert 'could not download' in one_line(F.download, 'https://nowhere.test/a.bin', tmp_path/'a.bin')
+    assert liar.asked and time.monotonic() - start < 9
+
+def test_a_server_that_sends_us_elsewhere_sends_us_to_http_alone(liar, tmp_path):
+    liar.answer = 302, {'Location': f'ftp://127.0.0.1:{liar.server_port}/a.bin'}, b''
+    assert 'unknown url type: ftp' in one_line(F.download, f'http://127.0.0.1:{liar.server_port}/a.bin', tmp_path/'a.bin')
+
 def test_a_slow_line_is_no_silent_server(liar, tmp_path, monkeypatch):
     "The whole takes several times as long as any silence may"
     monkeypatch.setattr(F, 'PATIENCE', .1)
