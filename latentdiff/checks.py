@@ -53,7 +53,7 @@ _KNOWN = dict( # name: what all of these have, and what they are
     learn=('dls', 'a Learner'), latents=('fingerprint', 'Latents, as make_latents does'), d=('items', 'a dict'),
     batches=('__iter__', 'one tensor (b,c,...) or more, in a list'), cls=('compute', 'a metric, such as PSNR'),
     generator=('manual_seed', 'a torch.Generator'), m=('items', 'what metrics.json holds, a dict'),
-    velocity=('__call__', 'velocity(x, t)'), slope=('__call__', 'slope(x, t, d)'))
+    config=('items', 'of a network'), velocity=('__call__', 'velocity(x, t)'), slope=('__call__', 'slope(x, t, d)'))
 
 def checked(**given): # by the names that they have everywhere: those in `_KNOWN`, and the sizes of networks and latents
     "The last one; raises `UserError` for what is no such thing, or no whole number above 0 (a tuple of them: widths)"

@@ -79,13 +79,13 @@ def autoguide(net, weak, scale=2.): # two of net(x, time) -> prediction; 0: `wea
 # %% ../nbs/70_few_step.ipynb #f036
 def midpoint(velocity, x, t, d): # (x, t) -> velocity; (b, ...); (b,) time; (b,) how far
     "The mean slope over a step, from two evaluations of the velocity: here, and half-way"
-    like(t=t, d=d), checked(velocity=velocity)
+    like(x=x), like(t=t, d=d), checked(velocity=velocity)
     half = x - bcast(d/2, x)*velocity(x, t)
     return velocity(half, t - d/2)
 
 def two_in_one(slope, x, t, d): # (x, t, d) -> mean slope; as above
     "The mean slope over a step, from two steps of half its length (2410.12557, eq. 5)"
-    like(t=t, d=d), checked(slope=slope)
+    like(x=x), like(t=t, d=d), checked(slope=slope)
     first = slope(x, t, d/2)
     second = slope(x - bcast(d/2, x)*first, t - d/2, d/2)
     return (first + second)/2

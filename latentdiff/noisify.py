@@ -203,7 +203,7 @@ def scale_input(self:Process, x_t, t):
     "What the network is shown: x_t/sqrt(alpha^2+sigma^2) for edm (Karras et al. 2022, eq. 7), x_t for the others"
     like(x_t=x_t)
     if self.schedule!='edm': return x_t
-    a,s = self.levels(torch.as_tensor(t, device=x_t.device))
+    a,s = self.levels(_levels_of(t, x_t))
     return (x_t/bcast((a**2+s**2).sqrt(), x_t)).to(x_t.dtype)
 
 # %% ../nbs/20_noisify.ipynb #c122

@@ -300,7 +300,8 @@ def inpaint(net, process, z, # z: (b, ...) standardised latents, known where `ma
             steps=50, repeats=5, seed=0): # repeats: how often each step is taken; 1 leaves seams
     "`z` with the masked part redrawn to fit the rest: RePaint (2201.09865), algorithm 1"
     check_latents(z=z), number(1, 10**4, repeats=repeats)
-    if not torch.is_tensor(mask) or mask.dtype != torch.bool or torch.broadcast_tensors(mask, z)[0].shape != z.shape:
+    fits = torch.is_tensor(mask) and mask.dtype == torch.bool and mask.ndim <= z.ndim
+    if not fits or any(m not in (1, o) for m, o in zip(mask.shape[::-1], z.shape[::-1])):
         raise UserError(f'mask is {kind_of(mask)}: give bool, True where to draw, that goes with {kind_of(z)}')
     ts, gens = time_steps(process, steps), generators(seed, len(z))
     x = levels(process, ts[0])[1]*noise_like(z, gens)

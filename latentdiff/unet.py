@@ -244,7 +244,7 @@ class OtherNetwork(UserError):
 @patch(cls_method=True)
 def from_config(cls:UNet, config): # dict, the config of a `UNet2DModel`, or its own
     "The `UNet` that is the same network; raises `OtherNetwork` for one that it cannot be"
-    if 'widths' in config: return cls(**{k: v for k, v in config.items() if k[0] != '_'})
+    if 'widths' in checked(config=config): return cls(**{k: v for k, v in config.items() if k[0] != '_'})
     usual = {k: o.default for k, o in inspect.signature(diffusers.UNet2DModel).parameters.items()}
     theirs = {**usual, **{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k[0] != '_'}}
     names = dict(in_channels='in_channels', out_channels='out_channels', widths='block_out_channels',
