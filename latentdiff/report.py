@@ -195,9 +195,9 @@ def inside(im, alt, width, cls=''): # PNG bytes, what they show, pixels on the p
 
 def figure(path, caption, cls='', words=()): # words for each picture, if it is a grid, eight a row
     "An HTML figure with the picture, or those of a grid above their words; small ones are three times as large"
-    try: data, im = place(path=path).read_bytes(), Image.open(path).convert('RGB')
+    try: data, im = (path := place(path=path)).read_bytes(), Image.open(path).convert('RGB')
     except OSError as e:
-        raise UserError(f'{path} cannot be read ({e.strerror or e}): delete its folder to make it again') from None
+        raise UserError(f'{path} cannot be read ({e.strerror or e}): delete {path.parent} to make it again') from None
     width = min(900, im.width*max(1, min(3, 900//im.width)))
     img = asked_for(im, words) if words else inside(data, caption, width, cls)
     return f'<figure>{img}<figcaption>{escape(caption)}</figcaption></figure>'
