@@ -15,7 +15,6 @@ from diffusers.configuration_utils import ConfigMixin
 from .core import UserError, artefact, checked, default_device, find_class, fingerprint, load_component
 from .core import number, place, read_json, save_component, spread, write_json
 from .training import Checkpoint, Graphed, fit_steps, zero_init
-from .data import like
 from .noisify import NoisifyCB, bcast, check_latents, weights_hash
 from .unet import TimeMLP, denoiser_learner
 from .sampling import levels, pairs, predict
@@ -79,13 +78,13 @@ def autoguide(net, weak, scale=2.): # two of net(x, time) -> prediction; 0: `wea
 # %% ../nbs/70_few_step.ipynb #f036
 def midpoint(velocity, x, t, d): # (x, t) -> velocity; (b, ...); (b,) time; (b,) how far
     "The mean slope over a step, from two evaluations of the velocity: here, and half-way"
-    like(x=x), like(t=t, d=d), checked(velocity=velocity)
+    check_latents(False, x=x), check_latents(False, t=t, d=d), checked(velocity=velocity)
     half = x - bcast(d/2, x)*velocity(x, t)
     return velocity(half, t - d/2)
 
 def two_in_one(slope, x, t, d): # (x, t, d) -> mean slope; as above
     "The mean slope over a step, from two steps of half its length (2410.12557, eq. 5)"
-    like(x=x), like(t=t, d=d), checked(slope=slope)
+    check_latents(False, x=x), check_latents(False, t=t, d=d), checked(slope=slope)
     first = slope(x, t, d/2)
     second = slope(x - bcast(d/2, x)*first, t - d/2, d/2)
     return (first + second)/2
@@ -93,7 +92,7 @@ def two_in_one(slope, x, t, d): # (x, t, d) -> mean slope; as above
 # %% ../nbs/70_few_step.ipynb #f030
 def step_input(process, t, d): # (b,) time, 0..1; (b,) how far the step goes, 0..t; 0 asks for the slope here
     "(b, 2) float32, what a `Shortcut` network is told: the time, and the step in the same units"
-    like(t=t, d=d), checked(process=process)
+    check_latents(False, t=t, d=d), checked(process=process)
     return torch.stack([process.time_input(t), (process.steps*d).float()], 1)
 
 class StepTime(nn.Module):
