@@ -18,7 +18,8 @@ from fastcore.basics import patch
 from fastcore.script import call_parse
 from .core import RATES, STEPS, UserError, above_zero, agreed, artefact, beside_file, check_settings, default_device
 from .core import either_way, fingerprint, first_ahead, locked, made, number, preset_of, progress, rank, read_json
-from .core import run_folder, sealed, settings_of, spread, to_toml, unsealed, whole_folder, write_json, write_whole
+from .core import run_folder, sealed, seals, settings_of, spread, to_toml, unsealed, whole_folder, write_json
+from .core import write_whole
 
 # %% ../nbs/90_commands.ipynb #n201
 class _Lazy:
@@ -65,8 +66,8 @@ class Run:
     def write(self):
         "Write run.json, last of all: the settings, and what else a result depends on"
         import diffusers, fastai, latentdiff, torch
-        libraries = {o.__name__: o.__version__ for o in (latentdiff, torch, fastai, diffusers)}
-        versions = dict(python=platform.python_version(), **libraries)
+        named = torch, fastai, diffusers, *[latentdiff]*seals(self.folder, new=True)   # ours: each note has a seal
+        versions = dict(python=platform.python_version(), **{o.__name__: o.__version__ for o in named})
         d = dict(settings=self.settings, device=str(self.device), threads=torch.get_num_threads(), versions=versions)
         write_whole(self.folder/'config.toml', to_toml(self.options()))
         write_json(self.folder/'run.json', d, indent=1)

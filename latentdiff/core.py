@@ -6,9 +6,9 @@
 __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT', 'default_device', 'Preset', 'preset',
            'run_folder', 'above_zero', 'preset_of', 'check_settings', 'settings_of', 'stream', 'Bar', 'progress',
            'every', 'agreed', 'share', 'gathered', 'first_ahead', 'to_toml', 'check_kinds', 'read_toml', 'beside_file',
-           'either_way', 'fingerprint', 'sealed', 'unsealed', 'made', 'altered', 'check_contents', 'artefact', 'locked',
-           'weights_name', 'not_finite', 'save_component', 'AsGiven', 'find_class', 'read_weights', 'check_fit',
-           'load_weights', 'network_config', 'load_component', 'exercise']
+           'either_way', 'fingerprint', 'sealed', 'unsealed', 'made', 'seals', 'altered', 'check_contents', 'artefact',
+           'locked', 'weights_name', 'not_finite', 'save_component', 'AsGiven', 'find_class', 'read_weights',
+           'check_fit', 'load_weights', 'network_config', 'load_component', 'exercise']
 
 # %% ../nbs/parts/core.ipynb #c004
 from .disk import NOWHERE, UserError, clear_away, content_of, data_home, file_md5, on_disk, patience, place
@@ -310,14 +310,14 @@ def unsealed(path, hint, must=False): # of a JSON file; what to do if it is dama
 
 def made(path):
     "What made.json says of the artefact at `path`: settings, parents, facts, seconds; {} if there is none"
-    f = place(path=path)/'made.json'
-    hint = f'delete {path} and run the command again'
-    return unsealed(f, hint, _seals(f.parent.parent)) if os.path.isfile(f) else {}
+    f, hint = place(path=path)/'made.json', f'delete {path} and run the command again'
+    return unsealed(f, hint, seals(f.parent.parent)) if os.path.isfile(f) else {}
 
-def _seals(folder): # maybe of a run
+def seals(folder, new=False): # maybe of a run; what holds for one that is not there yet
     "Whether it has sealed what it made: such a run names the version of latentdiff"
     f = folder/'run.json'
-    versions = read_json(f, 'take it from the run again').get('versions') if os.path.isfile(f) else None
+    if not os.path.isfile(f): return new
+    versions = read_json(f, 'take it from the run again').get('versions')
     return isinstance(versions, dict) and 'latentdiff' in versions
 
 def _difference(old, new):
@@ -344,7 +344,7 @@ def altered(path, note): # an artefact's folder; what `made` says of it
 
 def check_contents(path): # of a folder that may be an artefact
     "`UserError` if a file in it is not the one that was made there, such as the weights of another run"
-    lost = ['made.json']*(not made(path) and _seals(Path(path).parent))   # beside what it was made with
+    lost = ['made.json']*(not made(path) and seals(Path(path).parent))   # beside what it was made with
     if not (other := lost + altered(path, made(path))): return
     why = f'{Path(path)/other[0]} is not the file that was made there: it was changed, or comes from elsewhere'
     raise UserError(f'{why}; put the right one back, or delete {path} to make it again')

@@ -22,7 +22,7 @@ from fastai.data.external import untar_data
 from filelock import FileLock
 from .core import DATASETS, Bar, UserError, content_of, data_home, fingerprint, progress, rank, whole_folder
 from .core import checked, number, one_of
-from .disk import FULL, enough, matching, on_disk, place
+from .disk import FULL, enough, matching, on_disk, place, size_of
 
 # %% ../nbs/parts/files.ipynb #f007
 def one_line(e): # an exception
@@ -151,6 +151,14 @@ def _fetch_all(url, path, part, tag, tries=3):
                 raise UserError(f'could not download {url} ({one_line(e)}): try later, or put it at {path}') from None
 
 # %% ../nbs/parts/files.ipynb #f014
+class _Header(tarfile.TarInfo):
+    "A member's head, whose long name and notes tarfile reads whole, before anybody could look at their size"
+    @classmethod
+    def frombuf(cls, *args):
+        head = super().frombuf(*args)
+        if head.type not in b'LKxgX' or head.size < 1 << 20: return head
+        raise UserError(f'a name or note in it takes {size_of(head.size)}: pack it again with other names')
+
 def _members(archive):
     "Yield (name, bytes, open file) for every file in a tar or zip but links; raises `UserError` for a path out of it"
     def check(name, target=''):
@@ -168,7 +176,7 @@ def _members(archive):
                 links += link
                 if not (link or m.is_dir()): yield m.filename, m.file_size, z.open(m)
     else:
-        with tarfile.open(archive) as t:
+        with tarfile.open(archive, tarinfo=_Header) as t:
             for m in t:
                 check(m.name, m.linkname if m.issym() else '')
                 links += m.issym() or m.islnk()
@@ -448,14 +456,21 @@ def shard_samples(shards):
     for shard in shards:
         last = None
         try:
+            if '://' not in shard and (why := no_file(shard)): raise OSError(why)
             for k, files in itertools.groupby(StreamingDownloadManager().iter_archive(shard), key):
-                parts = {(last := o)[0][len(k) + 1:].lower(): o[1].read() for o in files}
-                picture = next((v for s, v in parts.items() if f'.{s}' in SUFFIXES), None)
+                parts, kinds = {}, []
+                for name, last in files:
+                    suffix = name[len(k) + 1:].lower()
+                    if suffix == 'txt': parts[suffix] = last.read(1 << 20)
+                    elif f'.{suffix}' in SUFFIXES and 'picture' not in parts: parts['picture'] = last.read(LARGEST + 1)
+                    kinds = [*kinds, suffix][:3]
+                picture = parts.get('picture')
                 caption = parts.get('txt', b'').decode('utf-8', 'replace').strip()
-                if picture is None: picture = f'no picture, only {", ".join([*parts][:3])}'
+                if picture is None: picture = f'no picture, only {", ".join(kinds)}'
+                elif len(picture) > LARGEST: picture = f'over {LARGEST/1e9:.0f} GB, too much for a picture'
                 elif not caption or '\ufffd' in caption: picture = 'caption is not UTF-8' if caption else 'no caption'
                 yield f"{PurePosixPath(shard).name.split('.')[0]}/{k}", picture, caption
-            raw = getattr(last and last[1], 'raw', None)              # a whole tar goes on behind its last file
+            raw = getattr(last, 'raw', None)                          # a whole tar goes on behind its last file
             if raw and raw.fileobj.tell() == raw.offset + -(-raw.size//512)*512: yield shard, 'shard has no end: cut?'
         except (OSError, ClientError, MemoryError, *DAMAGED) as e:
             yield shard, f'shard damaged or missing ({one_line(e)})'

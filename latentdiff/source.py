@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['NETWORK', 'ENOUGH', 'told_of', 'channels_of', 'check_told', 'listed', 'opened_once', 'opened', 'fitting', 'as_there',
            'counted_as', 'mark', 'description', 'take_autoencoder', 'said_already', 'strangeness', 'going_on',
-           'trained', 'told_anew', 'kept_by', 'fits', 'choice', 'proposal', 'ae_alone', 'refusal']
+           'trained', 'begun', 'told_anew', 'kept_by', 'fits', 'choice', 'proposal', 'ae_alone', 'refusal']
 
 # %% ../nbs/parts/source.ipynb #c004
-import csv, os, torch, warnings
+import csv, json, os, safetensors, torch, warnings
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict
 from functools import lru_cache
-from .core import RATES, UserError, artefact, checked, default_device, fingerprint, load_component, made
+from .core import RATES, UNFIT, UserError, artefact, checked, default_device, fingerprint, load_component, made
 from .core import number, save_component
+from .disk import matching
 from .data import FEW, some_pixels
 from .autoencoder import batches_for, channel_stats, quality
 from .noisify import Process, weights_hash
@@ -143,6 +145,14 @@ def trained(folder): # of a run, a Path
     steps = note['settings'].get('steps') if isinstance(note.get('settings'), dict) else None
     return number(1, 10**9, **{f'steps in the made.json of {folder}': steps})
 
+def begun(folder): # as above
+    "Steps of the denoiser's training that are kept in its checkpoints, finished or not; damaged ones do not count"
+    kept = [0]
+    for f in (f for o in ('unet', 'denoiser') for f in matching(folder, f'checkpoints/{o}/*.safetensors')):
+        with suppress(safetensors.SafetensorError, OSError, *UNFIT), safetensors.safe_open(f, 'pt') as o:
+            kept.append(int(json.loads(o.metadata()['note'])['k']))
+    return max(kept)
+
 def told_anew(folder, told, old): # of a run, a Path; its settings as this call gives them, and as they stand, dicts
     "The rates and steps that may still change; raises `UserError` where the training that they are for is finished"
     new = {k: told[k] for k in RATES if k in told}
@@ -151,7 +161,7 @@ def told_anew(folder, told, old): # of a run, a Path; its settings as this call 
         if any(o and o['settings'].get('lr') != v for o in was):
             raise UserError(f'{folder} has finished the training that --{k} is for: leave the option away.')
     if (steps := told.get('steps')) in (None, old.get('steps')): return new
-    if steps >= (had := trained(folder)): return {**new, 'steps': steps}
+    if steps >= (had := max(trained(folder), begun(folder))): return {**new, 'steps': steps}
     raise UserError(f'{folder} has a denoiser of {had:,} steps: give --steps {had} or more, or another --out.')
 
 # %% ../nbs/parts/source.ipynb #s018

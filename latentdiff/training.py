@@ -521,7 +521,7 @@ def fit_steps(learn,                                 # a fastai Learner whose tr
               + (f' from step {k:,} on' if k else ''), flush=True)
         each = StepByStep(steps, lr, seed, rounds, k)
         more = [Keeper(checkpoint, found, keep_best), *together(learn.model), *listify(cbs)]
-        try: learn.fit(len(each.left()), lr, cbs=[each, *more])
+        try: no_sync(learn).fit(len(each.left()), lr, cbs=[each, *more])   # its bar is another than that of the timing
         except UserError as e: raise type(e)(e.args[0].split('\t')[-1]) from None  # without fastai's line above it
     return learn
 

@@ -744,6 +744,33 @@ def test_who_was_overtaken_does_not_shorten_a_training(tmp_path):
     assert json.loads((tmp_path/'run'/'run.json').read_text())['settings']['steps'] == 44
     Run(tmp_path/'run', settings).go(())
 
+def test_what_a_checkpoint_has_learned_is_not_shortened(tmp_path):
+    "Nobody has finished the training; fewer steps than it has taken would begin again and write over them"
+    from latentdiff.commands import Run
+    from latentdiff.training import Checkpoint
+    settings = settings_of('rooms', 'tiny', n=120)
+    (tmp_path/'run').mkdir()
+    write_json(tmp_path/'run'/'run.json', dict(settings=settings | dict(steps=60, ae_steps=4)))
+    Checkpoint(tmp_path/'run'/'checkpoints'/'unet', 'x').save('last', {}, dict(k=44, steps=60))
+    assert 'a denoiser of 44 steps' in one_line(lambda: Run(tmp_path/'run', settings | dict(steps=6)))
+    assert Run(tmp_path/'run', settings | dict(steps=50)).settings['steps'] == 50
+    (tmp_path/'run'/'checkpoints'/'unet'/'last.safetensors').write_text('damaged')
+    assert Run(tmp_path/'run', settings | dict(steps=6)).settings['steps'] == 6
+
+def test_a_run_without_seals_stays_one(tmp_path):
+    "It was begun by an earlier version; when its run.json is written again, its notes are still its own"
+    from latentdiff.commands import Run
+    settings = settings_of('rooms', 'tiny', n=120)
+    for name, old in (('old', True), ('new', False)):
+        r = Run(tmp_path/name, settings | dict(steps=4, ae_steps=4))
+        r.folder.mkdir()
+        if old: write_json(r.folder/'run.json', dict(settings=settings | dict(steps=4, ae_steps=4), versions=dict(torch='2')))
+        core.artefact(r.folder/'unet', lambda o: {}, {}, dict(steps=4))
+        note = json.loads((r.folder/'unet'/'made.json').read_text())
+        if old: (r.folder/'unet'/'made.json').write_text(json.dumps({k: v for k, v in note.items() if k != 'seal'}))
+        for _ in range(2): r.write()
+        assert core.made(r.folder/'unet')['settings'] == dict(steps=4) and core.seals(r.folder) == (not old)
+
 @pytest.mark.parametrize('when', ['drawing', 'writing'])
 def test_a_place_that_was_taken_meanwhile_is_left_alone_and_what_was_drawn_is_kept(tmp_path, monkeypatch, when):
     "While images are drawn, or while they are written: they lie beside it under another name, which is said, each of both kinds"

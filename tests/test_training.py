@@ -247,6 +247,14 @@ def test_no_sync_keeps_the_running_loss():
     assert torch.allclose(torch.tensor([float(l) for l in a.recorder.losses]), torch.tensor(b.recorder.losses), rtol=1e-6)
     assert isinstance(b.recorder.losses[0], float) and len(b.recorder.losses) == 6
 
+def test_no_step_of_a_training_waits_for_the_loss_that_the_bar_shows():
+    "The bar of the training is another than that of the timing before it"
+    class Look(Callback):
+        def before_batch(self): seen.add(self.training and 'after_batch' in vars(self.learn.progress))
+    learn, seen = small_learner(), set()
+    fit_steps(learn, steps=2, rounds=1, cbs=[Look()])
+    assert True in seen and learn.progress.__dict__['after_batch']
+
 # --- the rate
 
 @pytest.mark.parametrize('steps', [200, 1000, 12_345])

@@ -508,6 +508,25 @@ def test_the_files_of_an_archive_are_capped_and_the_cap_named(name, tmp_path, ho
     if size: assert len(D.open_images(tmp_path/name, 16)) == 1
     else: assert 'holds over 600 files' in one_line(D.open_images, tmp_path/name, 16) and not [*home.glob('*')]
 
+@pytest.mark.parametrize('kind', [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE], ids=str)
+def test_a_name_without_end_is_not_read(kind, tmp_path, home):
+    "What tarfile reads whole before it shows the member; one of many letters is a file that cannot be"
+    head = tarfile.TarInfo('x')
+    head.type, head.size = kind, 1 << 40
+    (tmp_path/'x.tar').write_bytes(tar_of([('a.png', PNG)])[:1024] + head.tobuf(tarfile.GNU_FORMAT) + b'a'*10_240)
+    assert 'a name or note in it takes 1,099.5 GB' in one_line(D.open_images, tmp_path/'x.tar', 16) and not [*home.glob('*')]
+
+def test_a_shard_is_read_only_as_far_as_it_can_be_a_picture(tmp_path, monkeypatch):
+    "A member of another kind is passed over, a picture that is too large counted, and what is no file is not opened"
+    monkeypatch.setattr(F, 'LARGEST', 5000)
+    reads, read = [], tarfile.ExFileObject.read
+    monkeypatch.setattr(tarfile.ExFileObject, 'read', lambda self, n=-1: reads.append(n) or read(self, n))
+    (tmp_path/'0.tar').write_bytes(tar_of([('0.bin', NOISE), ('0.png', PNG), ('0.jpg', PNG), ('0.txt', b'a room'), ('1.png', NOISE*9), ('1.txt', b'a room')]))
+    os.mkfifo(tmp_path/'1.tar')
+    images = D.open_images(str(tmp_path/'{0..1}.tar'), 16)
+    assert images.names == ['0/0'] and [why[:24] for _, why in images.skipped] == ['over 0 GB, too much for ', 'shard damaged or missing'] and 'no file' in images.skipped[1][1]
+    assert max(reads) == 1 << 20 and -1 not in reads and reads.count(5001) == 2
+
 def test_a_shard_that_is_cut_between_two_files_is_counted(tmp_path):
     "The stream just ends there, as a whole one would; but a whole one has empty blocks behind its last file"
     whole = tar_of([(f'{i}.{kind}', data) for i in range(6) for kind, data in (('png', PNG), ('txt', b'a room'))])
