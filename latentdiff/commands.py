@@ -10,6 +10,7 @@ __all__ = ['data', 'training', 'autoencoder', 'noisify', 'unet', 'sampling', 'ki
 # %% ../nbs/90_commands.ipynb #c004
 from .disk import enough, matching, new_place, new_places, one_line_errors, put_beside   # it minds Ctrl-C
 import dataclasses, importlib, io, itertools, json, math, os, platform, sys
+from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import get_type_hints
@@ -365,7 +366,8 @@ def go(self:Run, goals=GOALS):
         self.announce()
     self.folder.mkdir(parents=True, exist_ok=True)
     stamp = lambda: {o: o.stat().st_mtime_ns for o in self.folder.glob('**/*.json')}   # each part has its made.json
-    with locked(self.folder):
+    may = os.access(self.folder, os.W_OK)   # else nothing can be made, but what is finished can be seen
+    with locked(self.folder) if may else nullcontext():
         self.settings = agreed(self.read(self.settings))   # somebody may have begun, or trained on, meanwhile
         before = stamp()
         if fresh and self.images.skipped: write_json(self.folder/'skipped.json', self.images.skipped, indent=1)

@@ -313,10 +313,10 @@ def made(path):
     f, hint = place(path=path)/'made.json', f'delete {path} and run the command again'
     return unsealed(f, hint, seals(f.parent.parent)) if os.path.isfile(f) else {}
 
-def seals(folder, new=False): # maybe of a run; what holds for one that is not there yet
-    "Whether it has sealed what it made: such a run names the version of latentdiff"
-    f = folder/'run.json'
-    if not os.path.isfile(f): return new
+def seals(folder, new=False): # maybe of a run; True: its run.json, if it is lost, is about to be written
+    "Whether it has sealed all that it made: such a run names the version of latentdiff"
+    f, notes = folder/'run.json', folder.glob('*/made.json')
+    if not os.path.isfile(f): return new and all('seal' in read_json(o, f'delete {o.parent}') for o in notes)
     versions = read_json(f, 'take it from the run again').get('versions')
     return isinstance(versions, dict) and 'latentdiff' in versions
 
@@ -346,7 +346,7 @@ def check_contents(path): # of a folder that may be an artefact
     "`UserError` if a file in it is not the one that was made there, such as the weights of another run"
     lost = ['made.json']*(not made(path) and seals(Path(path).parent))   # beside what it was made with
     if not (other := lost + altered(path, made(path))): return
-    why = f'{Path(path)/other[0]} is not the file that was made there: it was changed, or comes from elsewhere'
+    why = f'{Path(path)/other[0]} is not the file that was made there: it was lost or changed, or is from elsewhere'
     raise UserError(f'{why}; put the right one back, or delete {path} to make it again')
 
 # %% ../nbs/parts/core.ipynb #c034
@@ -359,10 +359,10 @@ def artefact(path, make,        # the folder; make(folder) fills one, maybe begu
     path = place(path=path)
     want = json.loads(json.dumps(dict(settings=settings, parents=parents, version=version), default=str))
     there, old = agreed((os.path.lexists(path), made(path)))
-    if there and not old: raise UserError(f'{path} was not made by this version of latentdiff: choose another')
     differs = old and _difference(old, want)
-    if differs and not (remake or cheap):
-        raise UserError(f'{path} was made with {differs}: delete it to make it again, or choose another folder')
+    wrong = f'made with {differs}' if differs and not (remake or cheap) else ''
+    if there and not old: wrong = 'not made by this version of latentdiff'
+    if wrong: raise UserError(f'{path} was {wrong}: delete it to make it again, or choose another folder')
     if differs: print(f'{path.name} was made with {differs}: it is made again', flush=True)
     lost = agreed(altered(path, old) if cheap and not differs else [])
     if lost: print(f"{path.name} has lost {', '.join(lost)}, or they were changed: made again", flush=True)
@@ -521,12 +521,12 @@ def _built(folder, config, device): # where it was saved; a dict
 
 def load_component(folder): # as `save_component` left it
     "The module saved there, in eval mode; raises `UserError` if it is not whole"
+    check_contents(place(folder=folder))
     config, plan = network_config(folder), None
     with suppress(UserError): plan = _built(folder, config, 'meta')   # takes no memory, whatever size is asked for
     if plan: check_fit(plan, Path(folder)/weights_name(plan))
     module = _built(folder, config, 'cpu')
     load_weights(module, Path(folder)/weights_name(module))
-    check_contents(folder)
     return module.eval().requires_grad_(False)
 
 # %% ../nbs/parts/core.ipynb #c040

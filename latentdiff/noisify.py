@@ -20,7 +20,7 @@ from .autoencoder import fit_bs
 from .core import UserError, agreed, artefact, check_contents, checked, default_device, first_ahead, made, number
 from .core import numbers, one_of, positions, progress, rank, read_json, sealed, share, stream, unsealed, world
 from .data import from_uint8, kind_of, like
-from .disk import NOWHERE, on_disk, place, reserve, write_json
+from .disk import NOWHERE, on_disk, place, remove, reserve, write_json
 
 # %% ../nbs/20_noisify.ipynb #c076
 def cosine_levels(t): # levels in [0,1] -> (alpha, sigma) like t
@@ -525,11 +525,14 @@ def save_process(process, folder): # a `Process`; of the run, a Path
     except UserError: shutil.rmtree(Path(folder)/'scheduler', ignore_errors=True)
 
 def mend_process(process, folder): # as above
-    "The same where one of the two was lost"
-    files = dict(process='config.json', scheduler='scheduler_config.json')
-    lost = [k for k,o in files.items() if not os.path.isfile(Path(folder)/k/o)]
+    "The same where one of the two was lost, or cannot be read"
+    lost,read = [], dict(process=Process.load, scheduler=lambda o: read_json(o/'scheduler_config.json', ''))
+    for k,f in read.items():
+        try: f(Path(folder)/k)
+        except UserError: lost.append(k)
     try: lost and process.to_diffusers()
     except UserError: lost = [o for o in lost if o=='process']
     if not lost: return
     print(f"{folder} has lost {' and '.join(lost)}: made again", flush=True)
+    for k in lost: remove(Path(folder)/k)   # what is half there, or no folder
     save_process(process, folder)

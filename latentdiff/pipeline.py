@@ -285,7 +285,7 @@ def save_pretrained(self:LatentDiffusionPipeline, folder, safe_serialization=Tru
     "Write each part to its own folder, then `model_index.json`: no index, no pipeline"
     no_more('save_pretrained', 'a folder; for the Hub there is the method push_to_hub', theirs)
     folder = place(folder=folder)
-    if any(os.path.exists(folder/k/'made.json') for k in self.parts()):
+    if os.path.exists(folder/'run.json') or any(os.path.exists(folder/k/'made.json') for k in self.parts()):
         raise UserError(f'{folder} is a run, which would forget how it was trained: choose another folder')
     with on_disk(folder, more=NOWHERE):
         folder.mkdir(parents=True, exist_ok=True)
@@ -320,7 +320,7 @@ def write_index(self:LatentDiffusionPipeline, folder):
 # %% ../nbs/80_pipeline.ipynb #c033
 def load_part(folder, name):
     "The module in `folder`, which must be a `name`"
-    hint = 'the run is not complete; copy the whole run folder or run the command again.'
+    hint = f'copy the whole folder of the pipeline, or delete {folder} and run latentdiff-run again'
     found = read_json(folder/'config.json', hint).get('_class_name')
     if found != name:
         said = f'{folder} holds a {found!s:.80} but model_index.json expects a {name!s:.80}'
@@ -388,7 +388,8 @@ def scheduler_in(folder, process): # of a pipeline; the `Process` of its network
 def load_scheduler(folder): # of a pipeline
     "The scheduler in it; raises `UserError` if it is none that can be had, or not for noise of ours"
     folder = folder/'scheduler'
-    c = read_json(folder/'scheduler_config.json', 'copy the whole folder, or run latentdiff-run on it again')
+    again = 'copy the whole folder, or run latentdiff-run on it again'
+    c = read_json(folder/'scheduler_config.json', again)
     name = c.get('_class_name')
     if name not in SCHEDULERS or not hasattr(diffusers, name):
         raise UserError(f'{folder} is for a {name!s:.80}, which cannot be had here: install the newest diffusers')
@@ -399,7 +400,7 @@ def load_scheduler(folder): # of a pipeline
         process_of(scheduler)
     except UserError: raise
     except (OSError, *UNFIT) as e:
-        raise UserError(f'{folder} does not describe a {name} ({one_line(e)}): copy it again') from e
+        raise UserError(f'{folder} does not describe a {name} ({one_line(e)}): delete it, and {again}') from e
     return scheduler
 
 # %% ../nbs/80_pipeline.ipynb #L105

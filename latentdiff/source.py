@@ -161,8 +161,10 @@ def told_anew(folder, told, old): # of a run, a Path; its settings as this call 
         if any(o and o['settings'].get('lr') != v for o in was):
             raise UserError(f'{folder} has finished the training that --{k} is for: leave the option away.')
     if (steps := told.get('steps')) in (None, old.get('steps')): return new
-    if steps >= (had := max(trained(folder), begun(folder))): return {**new, 'steps': steps}
-    raise UserError(f'{folder} has a denoiser of {had:,} steps: give --steps {had} or more, or another --out.')
+    had = max(done := trained(folder), begun(folder))
+    if steps >= had or steps == done: return {**new, 'steps': steps}   # what is finished stays as it is
+    kept = f'{done}, or ' if 0 < done < had else ''
+    raise UserError(f'{folder} has a denoiser of {had:,} steps: give --steps {kept}{had} or more, or another --out.')
 
 # %% ../nbs/parts/source.ipynb #s018
 ENOUGH = 20.  # dB of PSNR

@@ -754,6 +754,10 @@ def test_what_a_checkpoint_has_learned_is_not_shortened(tmp_path):
     Checkpoint(tmp_path/'run'/'checkpoints'/'unet', 'x').save('last', {}, dict(k=44, steps=60))
     assert 'a denoiser of 44 steps' in one_line(lambda: Run(tmp_path/'run', settings | dict(steps=6)))
     assert Run(tmp_path/'run', settings | dict(steps=50)).settings['steps'] == 50
+    core.artefact(tmp_path/'run'/'unet', lambda o: {}, {}, dict(steps=10))   # finished, and trained on since
+    assert 'give --steps 10, or 44 or more' in one_line(lambda: Run(tmp_path/'run', settings | dict(steps=30)))
+    assert Run(tmp_path/'run', settings | dict(steps=10)).settings['steps'] == 10
+    shutil.rmtree(tmp_path/'run'/'unet')
     (tmp_path/'run'/'checkpoints'/'unet'/'last.safetensors').write_text('damaged')
     assert Run(tmp_path/'run', settings | dict(steps=6)).settings['steps'] == 6
 
@@ -770,6 +774,43 @@ def test_a_run_without_seals_stays_one(tmp_path):
         if old: (r.folder/'unet'/'made.json').write_text(json.dumps({k: v for k, v in note.items() if k != 'seal'}))
         for _ in range(2): r.write()
         assert core.made(r.folder/'unet')['settings'] == dict(steps=4) and core.seals(r.folder) == (not old)
+        (r.folder/'run.json').unlink()
+        r.write()
+        assert core.made(r.folder/'unet')['settings'] == dict(steps=4) and core.seals(r.folder) == (not old)
+
+def test_a_finished_run_that_may_only_be_read_is_finished(tmp_path, monkeypatch):
+    "Somebody else's, or on a disk without writing; what is not there cannot be made"
+    from latentdiff.commands import Run
+    r = Run(tmp_path/'run', settings_of('rooms', 'tiny', n=120) | dict(steps=4, ae_steps=4))
+    r.folder.mkdir()
+    r.write()
+    def shut(*args, **kw): raise PermissionError(errno.EACCES, 'Permission denied')
+    monkeypatch.setattr(core, 'FileLock', shut)
+    monkeypatch.setattr(os, 'access', lambda path, mode: False)
+    r.go(())
+    assert 'cannot be written (Permission denied)' in one_line(lambda: core.artefact(r.folder/'unet', lambda o: {}, {}, {}))
+
+@pytest.mark.parametrize('part,text', [('process', '{'), ('process', '{"schedule": "flow"}'), ('process', None), ('scheduler', '{'), ('scheduler', None)])
+def test_damaged_noise_is_made_again(tmp_path, part, text):
+    "A file that cannot be read, or one in the place of the folder, as if it were lost; what is whole is left alone"
+    process, files = noisify.Process('flow', 'velocity', 'uniform'), dict(process='config.json', scheduler='scheduler_config.json')
+    noisify.save_process(process, tmp_path)
+    good = {k: (tmp_path/k/o).read_bytes() for k, o in files.items()}
+    if text is None: shutil.rmtree(tmp_path/part), (tmp_path/part).write_text('no folder')
+    else: (tmp_path/part/files[part]).write_text(text)
+    noisify.mend_process(process, tmp_path)
+    assert {k: (tmp_path/k/o).read_bytes() for k, o in files.items()} == good
+
+def test_what_lacks_a_file_says_to_delete_it(tmp_path):
+    "Who loads it and who makes it give the same advice, which works"
+    write_json(tmp_path/'run.json', dict(settings={}, versions=dict(latentdiff='0')))
+    make = lambda: core.artefact(tmp_path/'unet', lambda o: (o/'config.json').write_text('{}') and {}, {}, {})
+    for lost in ('config.json', 'made.json'):
+        make()
+        (tmp_path/'unet'/lost).unlink()
+        assert f'delete {tmp_path}/unet to make it again' in one_line(lambda: core.load_component(tmp_path/'unet'))
+        if lost == 'made.json': assert 'delete it to make it again' in one_line(make)
+        shutil.rmtree(tmp_path/'unet')
 
 @pytest.mark.parametrize('when', ['drawing', 'writing'])
 def test_a_place_that_was_taken_meanwhile_is_left_alone_and_what_was_drawn_is_kept(tmp_path, monkeypatch, when):

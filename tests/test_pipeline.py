@@ -312,6 +312,8 @@ def test_their_names_elsewhere(tmp_path):
     assert 'push_to_hub' in one_line(p.save_pretrained, tmp_path/'a', push_to_hub=True) and not (tmp_path/'a').exists()
     artefact(tmp_path/'run'/'unet', lambda o: dict(kid=1.), {}, {})   # the note of a training is not written over
     assert 'is a run' in one_line(p.save_pretrained, tmp_path/'run') and made(tmp_path/'run'/'unet')['facts'] == dict(kid=1.)
+    (tmp_path/'begun').mkdir(), (tmp_path/'begun'/'run.json').write_text('{}')   # nor is one written into that has none yet
+    assert 'is a run' in one_line(p.save_pretrained, tmp_path/'begun') and [o.name for o in (tmp_path/'begun').iterdir()] == ['run.json']
     p.save_pretrained(tmp_path/'a', safe_serialization=True)
     assert 'variant' in one_line(LatentDiffusionPipeline.from_pretrained, tmp_path/'a', variant='fp16')
     assert LatentDiffusionPipeline.from_pretrained(tmp_path/'a', 'cpu', torch_dtype=torch.float16).dtype == torch.float16
