@@ -469,7 +469,7 @@ def _opened(path): # .safetensors
     if not os.path.isfile(place(path=path)): raise UserError(f'{path} is missing: save or download it again')
     try:
         with safe_open(path, 'pt') as f:
-            small = [k for k in f.keys() if f.get_slice(k).get_dtype()[:2] in ('F8', 'F6', 'F4')]
+            small = [k for k in f.keys() if f.get_slice(k).get_dtype().startswith(('F8_', 'F6_', 'F4'))]
             if small: raise UserError(f'{path} holds {small[0]} in float8 or less: save it in float16 or float32')
             yield f
     except SafetensorError as e: raise UserError(f'{path} is damaged ({e}): save or download it again') from e

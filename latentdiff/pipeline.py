@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'NAMED', 'no_more', 'LatentDiffusionPipeline', 'check_channels', 'several', 'answering', 'layers_of',
-           'path_of', 'after_steps', 'load_part', 'zoo', 'folder_of', 'our_parts', 'scheduler_in', 'load_scheduler',
+           'path_of', 'after_steps', 'scheduler_in', 'load_scheduler', 'load_part', 'zoo', 'folder_of', 'our_parts',
            'scheduled', 'Pixels', 'with_their_scale', 'their_parts', 'expectation', 'KIDCurve']
 
 # %% ../nbs/80_pipeline.ipynb #c006
@@ -317,6 +317,31 @@ def write_index(self:LatentDiffusionPipeline, folder):
         if read_json(path := Path(folder)/'model_index.json', '') | {version: d[version]} == d: return
     write_json(path, d, indent=1)
 
+def scheduler_in(folder, process): # of a pipeline; the `Process` of its network
+    "The scheduler in it, None if there is none; `UserError` if it is not for such noise"
+    if not os.path.exists(folder/'scheduler'): return
+    scheduler = load_scheduler(folder)
+    if differs := other_noise(scheduler, process): raise UserError(f'{folder}: {differs}: take both from one run')
+    return scheduler
+
+def load_scheduler(folder): # of a pipeline
+    "The scheduler in it; raises `UserError` if it is none that can be had, or not for noise of ours"
+    folder = folder/'scheduler'
+    again = 'copy the whole folder, or run latentdiff-run on it again'
+    c = read_json(folder/'scheduler_config.json', again)
+    name = c.get('_class_name')
+    if name not in SCHEDULERS or not hasattr(diffusers, name):
+        raise UserError(f'{folder} is for a {name!s:.80}, which cannot be had here: install the newest diffusers')
+    number(1, 10**6, **{f'num_train_timesteps in {folder}': c.get('num_train_timesteps', 1)})
+    number(1e-6, 1e6, False, **{f'shift in {folder}': c.get('shift', 1)})
+    try:
+        scheduler = getattr(diffusers, name).from_pretrained(folder)
+        process_of(scheduler)
+    except UserError: raise
+    except (OSError, *UNFIT) as e:
+        raise UserError(f'{folder} does not describe a {name} ({one_line(e)}): delete it, and {again}') from e
+    return scheduler
+
 # %% ../nbs/80_pipeline.ipynb #c033
 def load_part(folder, name):
     "The module in `folder`, which must be a `name`"
@@ -377,31 +402,6 @@ def our_parts(folder, d): # as `save_pretrained` left it; its model_index.json, 
     process = load_process(folder, folder/names[1])
     scheduler = scheduler_in(folder, process)
     return autoencoder, denoiser, process, d['size'], scheduler if d.get('sampler') == 'scheduler' else None
-
-def scheduler_in(folder, process): # of a pipeline; the `Process` of its network
-    "The scheduler in it, None if there is none; `UserError` if it is not for such noise"
-    if not os.path.exists(folder/'scheduler'): return
-    scheduler = load_scheduler(folder)
-    if differs := other_noise(scheduler, process): raise UserError(f'{folder}: {differs}: take both from one run')
-    return scheduler
-
-def load_scheduler(folder): # of a pipeline
-    "The scheduler in it; raises `UserError` if it is none that can be had, or not for noise of ours"
-    folder = folder/'scheduler'
-    again = 'copy the whole folder, or run latentdiff-run on it again'
-    c = read_json(folder/'scheduler_config.json', again)
-    name = c.get('_class_name')
-    if name not in SCHEDULERS or not hasattr(diffusers, name):
-        raise UserError(f'{folder} is for a {name!s:.80}, which cannot be had here: install the newest diffusers')
-    number(1, 10**6, **{f'num_train_timesteps in {folder}': c.get('num_train_timesteps', 1)})
-    number(1e-6, 1e6, False, **{f'shift in {folder}': c.get('shift', 1)})
-    try:
-        scheduler = getattr(diffusers, name).from_pretrained(folder)
-        process_of(scheduler)
-    except UserError: raise
-    except (OSError, *UNFIT) as e:
-        raise UserError(f'{folder} does not describe a {name} ({one_line(e)}): delete it, and {again}') from e
-    return scheduler
 
 # %% ../nbs/80_pipeline.ipynb #L105
 @patch

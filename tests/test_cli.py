@@ -310,7 +310,7 @@ def bad(tmp_path):
     return tmp_path
 
 @pytest.mark.parametrize('data,words', [('nowhere', ['nowhere']), ('empty', ['empty']), ('cut.tgz', ['cut.tgz']), ('climbs.tgz', ['../a.png']),
-                                        ('pixel', ['pixel']), ('few', ['hundred'])])
+                                        ('pixel', ['pixel']), ('few', ['100 or more'])])
 def test_bad_data(cli, bad, data, words):
     before = sorted(bad.rglob('*'))
     for verb in ('run', 'encode'):

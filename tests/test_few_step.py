@@ -271,7 +271,7 @@ def test_a_kid_below_zero_is_drawn(least, scale):
     there = dict(plt=plt)
     exec(cell.split('\n\n')[0], there)
     with warnings.catch_warnings():
-        warnings.simplefilter('error')
+        warnings.simplefilter('error', UserWarning)
         there['draw_curves'](dict(a=((1, 2), torch.full((2, 3), least))), 'KID', '')
         plt.gcf().canvas.draw()
     assert plt.gca().get_yscale() == scale
