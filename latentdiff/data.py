@@ -183,7 +183,7 @@ def shifted(x, most, generator): # (b,c,h,w); pixels, fewer than the sides; on t
     "Each picture moved by up to `most` pixels along each side; what comes into sight is its reflection"
     if like(x=x).ndim != 4: raise UserError(f'x is {kind_of(x)}: give pictures (b,c,h,w)')
     (b, _, h, w), count = x.shape, lambda n: torch.arange(n, device=x.device)
-    number(0, min(h, w) - 1, most=most), generator is None or checked(generator=generator)
+    number(0, min(h, w) - 1, most=most), checked(generator=generator)
     top, left = torch.randint(2*most + 1, (2, b, 1, 1), generator=generator, device=x.device)
     wide = F.pad(x, (most,)*4, 'reflect')
     return wide[count(b)[:, None, None], :, top + count(h)[:, None], left + count(w)].movedim(-1, 1).contiguous()
