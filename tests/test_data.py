@@ -980,7 +980,7 @@ def test_an_archive_that_may_not_be_read(tmp_path, monkeypatch):
     (tmp_path/'a.tar').write_bytes(tar_of({'a.png': png()}))
     refuse(monkeypatch, io, 'open', {'a.tar': errno.EACCES})
     for module in (zipfile, tarfile): monkeypatch.setattr(module, 'open' if module is zipfile else 'bltn_open', io.open, raising=False)
-    monkeypatch.setattr(core, 'open', io.open, raising=False)
+    monkeypatch.setattr(sys.modules[W.content_of.__module__], 'open', io.open, raising=False)
     assert 'a.tar cannot be read (Permission denied)' in one_line(open_images, tmp_path/'a.tar', 16)
 
 def test_a_picture_of_many_gigabytes_is_not_read(tmp_path, monkeypatch):
