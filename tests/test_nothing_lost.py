@@ -1,5 +1,5 @@
 "Killed, stopped, starved of disk: what is finished is kept, what is half done is never taken for the whole, and the same command goes on."
-import json, os, random, signal, subprocess, sys, threading
+import errno, json, os, random, shutil, signal, subprocess, sys, threading
 import numpy as np, pytest, torch
 from filelock import FileLock
 from pathlib import Path
@@ -793,6 +793,7 @@ def test_a_finished_run_that_may_only_be_read_is_finished(tmp_path, monkeypatch)
 @pytest.mark.parametrize('part,text', [('process', '{'), ('process', '{"schedule": "flow"}'), ('process', None), ('scheduler', '{'), ('scheduler', None)])
 def test_damaged_noise_is_made_again(tmp_path, part, text):
     "A file that cannot be read, or one in the place of the folder, as if it were lost; what is whole is left alone"
+    from latentdiff import noisify
     process, files = noisify.Process('flow', 'velocity', 'uniform'), dict(process='config.json', scheduler='scheduler_config.json')
     noisify.save_process(process, tmp_path)
     good = {k: (tmp_path/k/o).read_bytes() for k, o in files.items()}
