@@ -12,6 +12,7 @@ __all__ = ['CrossAttention', 'ConditionalUNet', 'conditional', 'ClassConditioner
 import json, re, torch, torch.nn.functional as F
 from functools import lru_cache
 from importlib.util import find_spec
+from threading import RLock
 from torch import nn
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from fastai.basics import DataLoaders, Path
@@ -274,6 +275,8 @@ def captions_of(captions): # list of str, or one
     if captions and not bad: return captions
     raise UserError(f'captions are a list of strings; this has {repr(bad[0])[:60] if bad else "none"}')
 
+_TABLE = RLock()   # one thread at a time reads and fills a table
+
 class TextConditioner(nn.Module, AsGiven, ConfigMixin):
     "Captions -> one token a word piece. Each distinct caption is encoded once and kept, in float16, on the device"
     config_name = 'config.json'
@@ -315,13 +318,15 @@ class TextConditioner(nn.Module, AsGiven, ConfigMixin):
     def rows(self, captions): # list of str, an empty one says nothing -> (b,) int64
         "The rows of captions in the table, to train with. Encodes what is new; `UserError` for what is no caption"
         captions = captions_of(captions)
-        new = [o for o in dict.fromkeys(captions) if o not in self.places]
-        for i in range(0, len(new), 256): self.add(new[i:i+256])
-        return torch.tensor([self.places[o] for o in captions])
+        with _TABLE:
+            new = [o for o in dict.fromkeys(captions) if o not in self.places]
+            for i in range(0, len(new), 256): self.add(new[i:i+256])
+            return torch.tensor([self.places[o] for o in captions])
 
     def forward(self, captions): # list of str, or rows from `rows` -> tokens (b, n, dim), mask (b, n) bool
-        rows = (captions if torch.is_tensor(captions) else self.rows(captions)).to(self.table.device)
-        tokens, used = self.table[rows].float(), self.used[rows]
+        with _TABLE:
+            rows = (captions if torch.is_tensor(captions) else self.rows(captions)).to(self.table.device)
+            tokens, used = self.table[rows].float(), self.used[rows]
         if torch.is_tensor(captions): return tokens, used
         return tokens[:, used.any(0)], used[:, used.any(0)]   # more places, of longer ones, would change the last bits
 

@@ -359,7 +359,7 @@ def open_images(
         return StreamImages(data, shard_samples(shard_names(data, seed)), size, n, channels)
     path = at_hand(data)
     try:
-        if path.suffix == '.npz': return ArrayImages(path, **how)
+        if path.suffix.lower() == '.npz': return ArrayImages(path, **how)
         folder = path if os.path.isdir(path) else unpacked(path)
     except UserError as e:   # a bad download is no better the next time; on a full disk it is not to blame
         if data_home()/'downloads' in path.parents and not isinstance(e, OSError): path.unlink()

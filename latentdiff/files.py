@@ -167,7 +167,8 @@ def _members(archive):
         if p.is_absolute() or '..' in p.parts or name[1:2] == ':':
             raise UserError(f"{archive.name} holds '{name}', a path out of its folder: not unpacked, do not trust it")
     links = 0
-    if zipfile.is_zipfile(archive):
+    with archive.open('rb') as f: zipped = f.read(2) == b'PK'   # a tar whose last file is a zip ends like one
+    if zipped and zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as z:
             for m in z.infolist():
                 link = m.external_attr >> 28 == 0xA

@@ -400,7 +400,7 @@ def train_classifier(pixels, labels, # uint8 (n,1,h,w), int64 (n,), -1 where a p
     if not told: raise UserError(f'labels are {kind_of(labels)}: give one int64 for each picture, some of them not -1')
     (x, y), held_out = ((x[y >= 0], y[y >= 0]) for x, y in ((pixels, labels), valid))
     torch.manual_seed(seed)
-    net = GreyClassifier(int(y.max()) + 1)
+    net = GreyClassifier(int(torch.cat([y, held_out[1]]).max()) + 1)   # a class may be held out whole
     dls = DataLoaders(DeviceLoader(x, y, bs=128, shuffle=True, seed=seed), DeviceLoader(*held_out, bs=500))
     learn = Learner(dls, net, nn.CrossEntropyLoss(), metrics=accuracy)
     epochs = number(1, epochs=min(10, max(1, 60_000//len(x))) if epochs is None else epochs)

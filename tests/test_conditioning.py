@@ -1,5 +1,6 @@
 "Cross-attention against diffusers on copied weights; masks, dropping and guidance against closed forms; text against the models it wraps."
-import json
+import json, time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 import pytest, torch
@@ -231,6 +232,16 @@ def test_many_new_captions_in_batches(monkeypatch):
     monkeypatch.setattr(TextConditioner, 'encode', lambda self, cs: (torch.tensor([[[float(c)]*2]*(int(c) % 3 + 1) + [[0.]*2]*(2 - int(c) % 3) for c in cs]), torch.ones(len(cs), 3, dtype=torch.bool)))
     text = TextConditioner()
     assert torch.equal(text([str(i) for i in range(600)])[0][:, 0, 0], torch.arange(600.))
+
+def test_new_captions_from_several_threads(monkeypatch):
+    "As in a small web page: four requests at one time, each gets the tokens of its own caption, then and later"
+    def encode(self, captions):
+        time.sleep(.002)   # while another thread comes in
+        return torch.tensor([[[float(c)]*2] for c in captions]), torch.ones(len(captions), 1, dtype=torch.bool)
+    monkeypatch.setattr(TextConditioner, 'encode', encode)
+    text, value = TextConditioner(), lambda c: text([str(c)])[0][0, 0, 0].item()
+    with ThreadPoolExecutor(4) as pool: assert [*pool.map(value, range(100))] == [*range(100)]
+    assert [value(c) for c in range(100)] == [*range(100)]
 
 def test_an_empty_caption_says_nothing():
     assert TextConditioner()(['', 'a bed', ' '])[1].any(1).tolist() == [False, True, False]

@@ -172,6 +172,21 @@ def test_archives_of_one_name_size_and_date_are_two(tmp_path):
         assert open_images(tmp_path/str(k)/'x.tar', 16).pixels().unique().tolist() == [k]
     assert len({(tmp_path/k/'x.tar').stat().st_size for k in '12'}) == 1
 
+def test_a_tar_that_ends_in_a_zip_is_a_tar(tmp_path, home):
+    "The mark of a zip stands at its end, and so in the last file of an uncompressed tar"
+    pictures = {f'{i}.png': png(i) for i in range(4)}
+    with tarfile.open(tmp_path/'set.tar', 'w') as t:
+        for k, v in (pictures | {'sheets.zip': zip_of({'other.png': png(9)})}).items():
+            member = tarfile.TarInfo(k)
+            member.size = len(v)
+            t.addfile(member, io.BytesIO(v))
+    assert [os.path.basename(o) for o in open_images(tmp_path/'set.tar', 16).names] == [*pictures]
+
+def test_npz_in_capitals(tmp_path):
+    np.savez(tmp_path/'x.npz', np.zeros((12, 16, 16, 3), np.uint8))
+    (tmp_path/'x.npz').rename(tmp_path/'X.NPZ')
+    assert len(open_images(tmp_path/'X.NPZ', 16)) == 12
+
 def test_archive_is_unpacked_once(tmp_path, home):
     (tmp_path/'set.tgz').write_bytes(tar_of({f'set/{i}.png': png(i) for i in range(4)}))
     a = open_images(tmp_path/'set.tgz', 16)

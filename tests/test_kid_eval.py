@@ -441,3 +441,8 @@ def test_halves_take_any_seed():
 
 @pytest.mark.parametrize('seed', [-1, 2**32])
 def test_subsets_take_any_seed(seed): assert K.kid_subsets(SOME, SOME.flip(1), n=2, size=10, seed=seed) != K.kid_subsets(SOME, SOME.flip(1), n=2, size=10)
+
+def test_a_class_that_is_held_out_as_a_whole():
+    x = torch.randint(256, (12, 1, 16, 16), dtype=torch.uint8)
+    net = K.train_classifier(x, torch.arange(12) % 2, (x[:6], torch.arange(6) % 3), epochs=1).model
+    assert net.config.classes == 3
