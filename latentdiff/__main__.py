@@ -1,7 +1,7 @@
 "`python -m latentdiff VERB ...` is `latentdiff-VERB ...`, for where the commands are not on the PATH"
 import sys
 from latentdiff import commands
-from latentdiff.disk import printable
+from latentdiff.disk import UserError, printable
 
 VERBS = {k.removesuffix('_cli'): f for k, f in vars(commands).items() if k.endswith('_cli')}
 
@@ -12,7 +12,9 @@ def chosen():
         print('usage: python -m latentdiff VERB [options]; VERB --help lists the options\n')
         for k, f in VERBS.items(): print(f'  {k:8} {f.__doc__}')
         sys.exit()
-    if verb not in VERBS: sys.exit(printable(f"python -m latentdiff: no verb '{verb:.80}', only {', '.join(VERBS)}"))
+    if verb not in VERBS:
+        why = UserError(f"python -m latentdiff: no verb '{verb}', only {', '.join(VERBS)}")   # which shortens words
+        sys.exit(printable(str(why)))
     sys.argv = [f'latentdiff-{verb}', *options]
     return VERBS[verb]
 
