@@ -44,7 +44,7 @@ def environment(kind, python): # 'oldest' or 'newest'; a command, a path or a ve
     shutil.rmtree(home, ignore_errors=True)
     name = f'Python {python}' if python[0].isdigit() else python
     do(f'{name} is not on this machine, and uv could not fetch it (see above): install it, or name another Python that is here with '
-       f'`python scripts/versions.py {kind} --python`', uv, 'venv', '-q', '--python', python, home)
+       f'`python scripts/versions.py {kind} --python NAME`', uv, 'venv', '-q', '--python', python, home)
     install = uv, 'pip', 'install', '-q', '--python', own
     lack = f'uv could not install what settings.ini asks for on {name} (see above): call again when that is mended'
     do(lack, *install, '--resolution', CHOICE[kind], '-e', f'{ROOT}[eval,dev]')

@@ -309,7 +309,7 @@ def test_both_environments_are_tried(tmp_path, fails, says, line):
     env = {k: v for k, v in os.environ.items() if 'MAKE' not in k} | dict(OLDEST=str(tmp_path/'python3.11'), FAILS=str(fails), SAYS=says)
     r = subprocess.run(['make', 'test-long'], cwd=tmp_path, env=env, capture_output=True, text=True)
     newest = ('newest: not tested: Python 3.15 is not on this machine, and uv could not fetch it (see above): install it, or name another Python that is here '
-              'with `python scripts/versions.py newest --python`')
+              'with `python scripts/versions.py newest --python NAME`')
     assert r.returncode == 2 and r.stdout.splitlines()[-2:] == [line, newest] and 'Traceback' not in r.stderr, r
 
 def test_a_release_is_the_version_and_has_been_used():
