@@ -281,6 +281,37 @@ def test_the_browser_test_says_what_it_needs():
     assert r.returncode == 1 and len(r.stderr.splitlines()) == 1
     for w in ('playwright install', "'.[browser]'", '$CHROMIUM'): assert w in r.stderr, w
 
+UV = """#!/bin/sh
+case "$*" in
+  *venv*3.15*) printf 'error: Request failed after 3 retries\\n  cause: dns error\\n' >&2; exit 2;;
+  *venv*) for to; do :; done; mkdir -p $to/bin; ln -s $OLDEST $to/bin/python;;
+  *install*) exit $FAILS;;
+esac
+"""   # a uv that knows one Python, and not the other, nor a way to fetch it
+OLDEST = """#!/bin/sh
+case "$*" in *platform*) echo Python 3.11.7, torch 2.6.0;; *pytest*) echo "$SAYS"; exit 1;; esac
+"""   # a Python whose tests end as told
+
+@pytest.mark.parametrize('fails,says,line', [
+    (0, '== 2 failed, 7 passed in 3.1s ==', 'oldest: Python 3.11.7, torch 2.6.0: 2 failed, 7 passed in 3.1s'),
+    (0, 'Fatal Python error', 'oldest: Python 3.11.7, torch 2.6.0: pytest came to no end: exit code 1'),
+    (1, '', 'oldest: not tested: uv could not install what settings.ini asks for on Python 3.11 (see above): call again when that is mended')])
+def test_both_environments_are_tried(tmp_path, fails, says, line):
+    "`make test-long` goes on after tests that failed, after an environment that cannot be made, and ends in one line on each"
+    for f in ('settings.ini', 'setup.py', 'pyproject.toml', 'Makefile', 'scripts/versions.py', 'scripts/notebooks.py'):
+        (tmp_path/f).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT/f, tmp_path/f)
+    for name, text in (('.venv/bin/python', f'#!/bin/sh\ncase "$*" in *pytest*) exit 1;; *) exec {sys.executable} "$@";; esac'), ('.versions/uv/bin/uv', UV), ('python3.11', OLDEST)):
+        (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/name).write_text(text)
+        (tmp_path/name).chmod(0o755)
+    (tmp_path/'.venv/bin/.dev').touch()
+    env = {k: v for k, v in os.environ.items() if 'MAKE' not in k} | dict(OLDEST=str(tmp_path/'python3.11'), FAILS=str(fails), SAYS=says)
+    r = subprocess.run(['make', 'test-long'], cwd=tmp_path, env=env, capture_output=True, text=True)
+    newest = ('newest: not tested: Python 3.15 is not on this machine, and uv could not fetch it (see above): install it, or name another Python that is here '
+              'with `python scripts/versions.py newest --python NAME`')
+    assert r.returncode == 2 and r.stdout.splitlines()[-2:] == [line, newest] and 'Traceback' not in r.stderr, r
+
 def test_a_release_is_the_version_and_has_been_used():
     "The workflow stops at a tag that is not the version, and publishes only what was installed from the wheel and used."
     flow = yaml.safe_load((ROOT/'.github/workflows/release.yml').read_text())

@@ -1,5 +1,5 @@
 "Two processes, as `accelerate launch` starts them, do the work of one: the same latents, losses, samples and scores."
-import json, os, re, shutil, signal, subprocess, sys, time
+import json, os, re, shutil, signal, socket, subprocess, sys, time
 import numpy as np, pytest
 from latentdiff.core import agreed, every, first_ahead, gathered, locked, share
 from processes import ROOT
@@ -96,7 +96,10 @@ def launch(tmp_path, *verb):
     assert f'accelerate launch {flags} --num_processes 4 -m latentdiff train runs/mine' in (ROOT/'nbs/90_commands.ipynb').read_text()
     (tmp_path/'sitecustomize.py').write_text(SAYS)
     env = os.environ | dict(PYTHONPATH=f'{tmp_path}{os.pathsep}{ROOT}', HF_HOME=str(tmp_path/'no settings'), CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1')
-    command = [sys.executable, '-m', 'accelerate.commands.launch', *flags.split(), '--num_processes', 2, '--main_process_port', 0, '-m', 'latentdiff', *verb]
+    with socket.socket() as s:   # the oldest launcher does not know that port 0 means one that is free
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, '-m', 'accelerate.commands.launch', *flags.split(), '--num_processes', 2, '--main_process_port', port, '-m', 'latentdiff', *verb]
     r = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=tmp_path, env=env)
     said = sorted(o.name for o in tmp_path.glob('* of *'))
     assert r.returncode == 0 and said == ['0 of 2, gloo', '1 of 2, gloo'], (r, said)
