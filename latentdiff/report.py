@@ -173,10 +173,10 @@ def guidance_curves(d): # as `by_guidance` returns it
     axs[0].set(title=f"KID of {d['n']} samples", xlabel='guidance')
     if d['right'] is None: return to_pil(fig)
     axs[1].plot(g, seen, marker='.')
-    for y, ls, at, x, ha in ((d['right'], '--', 'on real pictures', 0, 'left'), (d['luck'], ':', 'by luck', -1, 'right')):
+    for y, s, at, x, h in ((d['right'], '--', 'on real pictures', 0, 'left'), (d['luck'], ':', 'by luck', -1, 'right')):
         if y is None: continue
-        axs[1].axhline(y, ls=ls, c='grey', lw=1)
-        axs[1].text(g[x], y, at, ha=ha, va='bottom', fontsize=9, color='grey')
+        axs[1].axhline(y, ls=s, c='grey', lw=1)
+        axs[1].text(g[x], y, at, ha=h, va='bottom', fontsize=9, color='grey')
     axs[1].set(title=f"{d['of']} asked for is seen in", xlabel='guidance', ylim=(0, 1.12))
     return to_pil(fig)
 
