@@ -16,7 +16,7 @@ from .disk import rank, read_json, read_text, remove, replace_folder, runs_home,
 from .disk import write_json, write_whole
 from .checks import checked, largest_divisor, multiples, number, numbers, one_of, positions, spread # all pass on
 import argparse, hashlib, importlib, json, os, sys, time, tomllib   # after disk, which minds Ctrl-C
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -205,11 +205,10 @@ class Bar:
 
 def progress(it, total=None, what=''): # anything to go through; how many there are, None: its length; as in `Bar`
     "The items of `it`, with a bar if they take longer than two seconds"
-    bar = Bar(len(it) if total is None else total, what)
-    for o in it:
-        yield o
-        bar.step()
-    bar.close()
+    with closing(Bar(len(it) if total is None else total, what)) as bar: # also where who asks has enough
+        for o in it:
+            yield o
+            bar.step()
 
 # %% ../nbs/parts/core.ipynb #L911
 def every(o):

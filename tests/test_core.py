@@ -113,6 +113,10 @@ def test_a_bar_shows_itself_where_somebody_looks(clock, capsys, monkeypatch):
     monkeypatch.setattr(core, 'IN_NOTEBOOK', True)
     for _ in progress(range(5), what='five things'): clock.now += 1
     assert drawn == [5, 0, 3, 4, 5, 'end'] and capsys.readouterr().out == ''
+    for i in progress(range(9)):
+        clock.now += 1
+        if i == 6: break    # whoever has enough leaves no bar behind
+    assert drawn[6:] == [9, 0, 3, 4, 5, 6, 'end']
 
 # --- files
 

@@ -11,6 +11,7 @@ from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, F
 from diffusers import UniPCMultistepScheduler, UNet2DModel, UnCLIPScheduler
 from errors import one_line
 from huggingface_hub import ModelCard
+from matplotlib import style
 from matplotlib.figure import Figure
 from latentdiff.autoencoder import KLAutoencoder, PretrainedKL, open_autoencoder
 from latentdiff.conditioning import ClassConditioner, Conditioned, ConditionalUNet, guide
@@ -20,7 +21,7 @@ from latentdiff.few_step import shortcut, unipc, with_steps
 from latentdiff.files import npz_pixels
 from latentdiff.noisify import Process
 from latentdiff.pipeline import KIDCurve, LatentDiffusionPipeline, expectation, model_card, path_of, zoo
-from latentdiff.report import kid_curve
+from latentdiff.report import guidance_curves, kid_curve, training_curves
 from latentdiff.sampling import SAMPLER, SAMPLERS, sample, start_noise, time_steps
 from latentdiff.unet import UNet, train_denoiser
 from processes import ROOT
@@ -172,6 +173,14 @@ def test_the_floor_is_drawn_where_it_is():
     kid_curve(ax, [(.5, .3, .01), (1., .2, .01)], dict(kid_floor=.02, kid_floor_se=.03))
     assert [o.get_ydata()[0] for o in ax.get_lines() if o.get_linestyle() == '--'] == [.02]
     assert [o.get_position()[1] for o in ax.texts] == [.02]
+
+def test_a_report_is_in_the_style_of_the_lessons():
+    "Whoever draws it: a lesson, or a command, which sets no style"
+    history = dict(rows=[(1, .5, .6), (2, .4, .5)], step=[1, 2], loss=[.5, .4], kid=[(.5, .3, .01), (1., .2, .01)])
+    told = dict(of='class', n=9, right=.9, luck=.1, rows=[(1., .2, .1, .5), (2., .3, .1, .8)])
+    def drawn(name):
+        with style.context(name): return [o.tobytes() for o in (training_curves(history, history, dict(kid_floor=0.)), guidance_curves(told))]
+    assert drawn('default') == drawn(['default', 'latentdiff.lesson'])
 
 # --- with conditions ------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,9 @@
 "The repository keeps its promises: one place for the metadata, clean notebooks, generated files up to date, a wheel that holds it all."
-import ast, inspect, json, os, random, re, shutil, subprocess, sys, tomllib, zipfile
+import ast, base64, inspect, io, json, os, random, re, shutil, subprocess, sys, tomllib, zipfile
 from importlib import import_module
 from pathlib import Path
 import numpy as np, pytest, yaml
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/'scripts'))
@@ -251,11 +252,65 @@ def test_readme_links_lead_somewhere():
     readme = (ROOT/'README.md').read_text()
     assert [n for n in LESSONS if badge(NBS/n, CFG) not in readme] == []
 
-@pytest.mark.parametrize('name', LESSONS + LABS)
+def images(cell):
+    "The pictures in the outputs of a cell, [(kind, bytes)]; of what `show` displays twice, both"
+    outs = [o.get('data', {}) for o in cell['outputs']]
+    return [(k, base64.b64decode(''.join(d[k]))) for d in outs for k in d if k.startswith('image/') and k != 'image/svg+xml']
+
+def wordless(cells):
+    "Sources of the cells that show a picture, of whatever kind, also one inside HTML, and do not say what it is"
+    inside = lambda c: any('<img' in ''.join(o.get('data', {}).get('text/html', '')) for o in c['outputs'])
+    return [c['source'] for c in cells if not alt(c) and (images(c) or inside(c))]
+
+@pytest.mark.parametrize('name', NAMES)
 def test_pictures_have_words_for_who_cannot_see_them(name):
-    "Every cell with a picture says in `#| fig-alt:` what it shows"
-    drawn = [c for c in code_cells(name) if any('image/png' in o.get('data', {}) for o in c['outputs'])]
-    assert not [c['source'] for c in drawn if not alt(c)]
+    "Every cell with a picture says in `#| fig-alt:` what it shows, every picture in a text in its brackets"
+    assert not wordless(code_cells(name))
+    assert not [m[0] for c in read(NBS/name)['cells'] if c['cell_type'] == 'markdown' for m in re.finditer(r'!\[\]\(.*?\)', c['source'])]
+
+@pytest.mark.parametrize('kind', ['image/png', 'image/jpeg', 'image/gif', 'text/html'])
+def test_a_picture_without_words_is_found(kind):
+    "Whatever kind it is of"
+    cell = dict(cell_type='code', source='draw()', outputs=[dict(data={kind: '<img src="x">' if kind == 'text/html' else 'AAAA'})])
+    assert wordless([cell]) == ['draw()'] and not wordless([cell | dict(source='#| fig-alt: a room\ndraw()')])
+
+SMALL = r'\b(?:font|label|title)size=(?:[0-8]\b|[\'"](?:x+-)?small)|\bdpi=\d\d?\b'
+STYLE = "plt.style.use('latentdiff.lesson')"
+
+def poor(cells):
+    "What in the figures of these cells is not as in the others: no style of the house, small letters, few dots an inch"
+    sources = [c['source'] for c in cells]
+    plots = next((i for i, o in enumerate(sources) if 'import matplotlib.pyplot' in o), len(cells))
+    first = next((i for i in range(plots, len(cells)) if images(cells[i])), len(cells))
+    styled = plots == len(cells) or any(STYLE in o for o in sources[plots:first])
+    small = [m[0] for o in sources for m in re.finditer(fr'{SMALL}|rcParams|\bplt\.rc\b', o)]
+    dots = [im.info['dpi'][0] for c in cells for k, b in images(c) if k == 'image/png' and 'dpi' in (im := Image.open(io.BytesIO(b))).info]
+    return [*['no style']*(not styled), *small, *(f'{o:.0f} dots an inch' for o in dots if o < 99)]
+
+@pytest.mark.parametrize('name', NAMES)
+def test_figures_are_in_one_style(name):
+    "That of `latentdiff/lesson.mplstyle`, 9 points and 100 dots an inch at least; labs still have pictures with fewer dots"
+    assert [o for o in poor(code_cells(name)) if name not in LABS or not re.search('dots|dpi', o)] == []
+
+def dotted(dpi):
+    "A PNG of so many dots an inch, as in an output"
+    Image.new('L', (1, 1)).save(f := io.BytesIO(), 'png', dpi=(dpi, dpi))
+    return base64.b64encode(f.getvalue()).decode()
+
+@pytest.mark.parametrize('source,dpi,found', [('import matplotlib.pyplot as plt', 100, ['no style']), ('ax.text(0, 0, x, fontsize=8)', 100, ['fontsize=8']),
+    ("ax.legend(fontsize='x-small')", 100, ["fontsize='x-small"]), ('plt.subplots(dpi=80)', 80, ['dpi=80', '80 dots an inch']), ("plt.rcParams['x'] = 1", 100, ['rcParams']), ('ax.text(0, 0, x, fontsize=10)', 100, []), ('plt.subplots(dpi=100)', 100, [])])
+def test_a_poor_figure_is_found(source, dpi, found):
+    assert poor([dict(source=source, outputs=[dict(data={'image/png': dotted(dpi)})])]) == found
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_picture_is_committed_once(name):
+    "Not as PNG and as JPEG, one beside the other, as Pillow shows it"
+    outs = [o for c in code_cells(name) for o in c['outputs']]
+    assert not [o for o in outs if len([k for k in o.get('data', {}) if k.startswith('image/')]) > 1]
+
+def test_the_library_draws_no_small_letters():
+    found = {f.name: m[0] for f in (ROOT/'latentdiff').glob('*.py') for m in re.finditer(SMALL, f.read_text())}
+    assert found == {}
 
 @pytest.mark.parametrize('script', sorted((ROOT/'bench').glob('*.py')), ids=lambda o: o.stem)
 def test_a_bench_says_what_it_does(script, server):
