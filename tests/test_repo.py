@@ -202,6 +202,46 @@ def printed(name):
     "The text in the committed outputs of a notebook."
     return ' '.join(''.join(o.get('text', '') or o.get('data', {}).get('text/plain', '')) for c in code_cells(name) for o in c['outputs'])
 
+TRAINS = {'train_shortcut', 'train_denoiser', 'train_autoencoder', 'fit_steps', 'sharpen_decoder'}
+MADE_BY = {'Random', 'default_rng', 'Generator', 'RandomState'}
+
+def called(o):
+    "The names on the way into a call, as Generator and manual_seed of torch.Generator().manual_seed(0)"
+    while isinstance(o, ast.Call):
+        yield ast.unparse(o.func).split('.')[-1]
+        o = getattr(o.func, 'value', None)
+
+def drawn_on(cells):
+    """What another cell has made and a cell changes by running: a generator that it draws from, a network that it trains; who runs such a cell
+    again gets another result."""
+    trees, found = [ast.parse(re.sub(r'^[!%].*', '', o, flags=re.M)) for o in cells], []
+    plain = [[o for o in t.body if not isinstance(o, (ast.FunctionDef, ast.ClassDef))] for t in trees]
+    pairs = lambda o: zip(o.targets[0].elts, o.value.elts) if isinstance(o.value, ast.Tuple) and isinstance(o.targets[0], ast.Tuple) else [(o.targets[0], o.value)]
+    chance = {ast.unparse(k) for body in plain for o in body if isinstance(o, ast.Assign) for k, v in pairs(o) if MADE_BY & {*called(v)}}
+    for body in plain:
+        own = set()
+        for line in body:
+            parts = [*ast.walk(line)]
+            stored = {o.id for o in parts if isinstance(o, ast.Name) and isinstance(o.ctx, ast.Store)}
+            inner = {o.id for part in parts if isinstance(part, ast.comprehension) for o in ast.walk(part.target) if isinstance(o, ast.Name)}
+            loaded = {o.id for o in parts if isinstance(o, ast.Name) and isinstance(o.ctx, ast.Load)}
+            trained = {o.args[0].id for o in parts if isinstance(o, ast.Call) and {*called(o)} & TRAINS and o.args and isinstance(o.args[0], ast.Name)}
+            if isinstance(line, (ast.For, ast.With)): own |= stored
+            found += sorted((loaded & chance | trained) - own - inner)
+            own |= stored
+    return found
+
+def test_what_a_cell_draws_on_is_found():
+    rng, fit = 'rng = random.Random(0)', 'net = UNet(4)'
+    assert drawn_on([rng, 'x = f(rng)']) == ['rng'] and drawn_on([rng, fit, 'print(1)\nlearn = train_denoiser(net, p)']) == ['net']
+    assert drawn_on([rng, f'{rng}\nx = f(rng)', f'{fit}\ntrain_denoiser(net, p)', '[g for g in x]', 'g = torch.Generator().manual_seed(0)\ng.x']) == []
+    assert drawn_on(['a, g = 1, torch.Generator().manual_seed(0)', 'x = torch.randn(2, generator=g)']) == ['g'] == drawn_on(['g = torch.Generator()', 'for i in x: f(g)'])
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_cell_that_is_run_again_gives_the_same(name):
+    "No cell draws from a generator, or trains a network, that another one has made."
+    assert drawn_on([c['source'] for c in code_cells(name)]) == []
+
 @pytest.mark.parametrize('name', LESSONS)
 def test_lesson_says_how_it_was_run(name):
     "The committed outputs are of a full preset, with seed, device and numbers of steps."
