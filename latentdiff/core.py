@@ -380,9 +380,9 @@ def _work(path): return path.with_name(f'.{path.name}.making')
 def _reopen(path, want, lost): # the names of its files that shall be made again
     "Make the artefact one that was begun, and still lacks these"
     write_json(path/'making.json', want)
+    for o in lost: remove(path/o)   # what says so, made.json, stays: without it this would be nobody's folder
     remove(_work(path))
     path.rename(_work(path))
-    for o in (*lost, 'made.json'): remove(_work(path)/o)
 
 def _begin(work, want):
     "An empty folder with a note of what it is for, unless an earlier call has begun just that"
@@ -397,7 +397,7 @@ def _make(path, make, want):
     work, start = _work(path), time.monotonic()
     with first_ahead(), on_disk(path):
         if not rank(): _begin(work, want)
-    if not agreed(made(work)):
+    if not agreed((there := made(work)) and not altered(work, there)):   # else it is done, but not in place
         note = {**want, 'fingerprint': fingerprint(**want), 'facts': make(work) or {}}
         if not rank(): note |= dict(contents=_contents(work), seconds=round(time.monotonic() - start, 1))
         write_json(work/'made.json', sealed(note), indent=1)
