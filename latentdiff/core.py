@@ -122,11 +122,11 @@ STEPS = 'ae_steps', 'steps'  # what minutes become
 RATES = 'ae_lr', 'lr'        # what may be lowered where a training diverged
 SEEDS = -2**63, 2**63 - 1    # smallest and largest
 
-def above_zero(**kw):
+def above_zero(before='--', /, **kw): # of a name, in what is said of it
     "`UserError` for an option that is given and not above 0, or beyond reason"
     for k, v in kw.items():
         if v is None or isinstance(v, (int, float)) and 0 < v <= 1e9: continue
-        raise UserError(f'--{k} is {v!s:.80}: give a number above 0, of a billion at most.')
+        raise UserError(f'{before}{k} is {v!s:.80}: give a number above 0, of a billion at most.')
 
 def preset_of(s):
     "The `Preset` that the settings `s` stand for"
@@ -145,7 +145,7 @@ def check_settings(path, s): # run.json; the settings in it
     check_kinds(path, {k: s[k] for k in _KINDS.keys() & s.keys() if s[k] is not None}, _KINDS)
     start, lost = s.get('start'), [k for k in ('data', 'preset', 'size', 'seed') if s.get(k) is None]
     if lost: raise UserError(f'{path} has no {lost[0]}: delete the folder, or take the file from the run again')
-    above_zero(**{k: s.get(k) for k in ('size', 'minutes', 'n', *STEPS, *RATES)})
+    above_zero(f'{path}: ', **{k: s.get(k) for k in ('size', 'minutes', 'n', *STEPS, *RATES)})
     number(*SEEDS, **{f'seed in {path}': s['seed']})
     parts = dict(fingerprint=str, parts=list, network=dict)
     sound = isinstance(start, dict) and all(isinstance(start.get(k), o) for k, o in parts.items())
