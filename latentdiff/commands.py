@@ -8,8 +8,9 @@ __all__ = ['data', 'training', 'autoencoder', 'noisify', 'unet', 'sampling', 'ki
            'told_by', 'write_pngs', 'sample_cli', 'eval_cli']
 
 # %% ../nbs/90_commands.ipynb #c004
-from .disk import enough, matching, new_place, new_places, one_line_errors, put_beside   # it minds Ctrl-C
-import dataclasses, importlib, io, itertools, json, math, os, platform, sys
+from .disk import by_option, clear_away, enough, matching, new_place, new_places, one_line_errors, put_beside
+from .disk import still_there
+import dataclasses, importlib, io, itertools, json, math, os, platform, sys   # after disk, which minds Ctrl-C
 from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
@@ -35,14 +36,15 @@ pipeline, report, source = map(_Lazy, ('pipeline', 'report', 'source'))
 # %% ../nbs/90_commands.ipynb #c010
 class Run:
     "A run folder: its settings, and the artefacts that are made from them, each when it is first asked for"
-    def __init__(self, folder, settings): # where everything goes, dict from `settings_of`
+    def __init__(self, folder, settings, more=0): # of all; from `settings_of`; steps to train what is trained on
         self.folder, self.device, self.kept, self.trackers = Path(folder), default_device(), {}, []
+        self.given, self.more = settings, more
         self.settings = agreed(self.read(settings))
         self.p, self.seed = preset_of(self.settings), self.settings['seed']
 
     def read(self, settings):
         "The settings in run.json, or these if the folder is new; `UserError` if the folder belongs to something else"
-        f, other = self.folder/'run.json', 'choose another folder with --out.'
+        f, other = self.folder/'run.json', f"choose another folder{by_option('out')}."
         if not os.path.exists(f):
             begun = {'config.toml', 'skipped.json'} | {o.name for o in matching(self.folder, '.*')} # and killed at once
             foreign = {o.name for o in matching(self.folder, '*')} - begun and not [*self.folder.glob('*/made.json')]
@@ -57,7 +59,7 @@ class Run:
         if old.get('chosen') and settings.get('from') is None: free |= {'from', 'autoencoder'}
         for k in (o for o in settings.keys() - free if before.get(o) != asked[o]):
             raise UserError(f'{self.folder} was made with {k} {before.get(k)}, not {asked[k]}: repeat that, or {other}')
-        return check_settings(f, {**settings, **old, **source.told_anew(self.folder, settings, old)})
+        return check_settings(f, {**settings, **old, **source.told_anew(self.folder, settings, old, self.more)})
 
     def once(self, name, make):
         "What `make()` returns, made at the first call and kept"
@@ -124,7 +126,7 @@ def source(self:Run):
     name, start = self.settings['from'], self.settings.get('start')
     pipe = self.once('source', lambda: source.fitting(name, self.images, self.condition))
     if start is None or start['fingerprint'] == source.mark(pipe): return pipe
-    raise UserError(f'{name} has changed since this run began: choose another folder with --out.')
+    raise UserError(f"{name} has changed since this run began: choose another folder{by_option('out')}.")
 
 @patch
 def begin(self:Run):
@@ -368,13 +370,16 @@ def go(self:Run, goals=GOALS):
     stamp = lambda: {o: o.stat().st_mtime_ns for o in self.folder.glob('**/*.json')}   # each part has its made.json
     may = os.access(self.folder, os.W_OK)   # else nothing can be made, but what is finished can be seen
     with locked(self.folder) if may else nullcontext():
-        self.settings = agreed(self.read(self.settings))   # somebody may have begun, or trained on, meanwhile
+        self.settings = agreed(self.read(self.settings if fresh else self.given))   # as they have become meanwhile
+        self.p = preset_of(self.settings)
         before = stamp()
+        for o in ('run.json', 'metrics.json'): clear_away(self.folder/o, 'part')   # what need not be written again
         if fresh and self.images.skipped: write_json(self.folder/'skipped.json', self.images.skipped, indent=1)
         whole = not fresh and os.path.exists(self.folder/'config.toml')
         if not whole or read_json(self.folder/'run.json', 'delete it').get('settings') != self.settings: self.write()
-        for k in goals: getattr(self, k)
-    if not os.path.exists(self.folder/'run.json'): raise UserError(f'{self.folder} is gone: repeat the command.')
+        for k in goals:
+            getattr(self, k)
+            still_there(self.folder/'run.json')
     done = 'is finished: nothing to do' if before == stamp() else f'{training.peak_gb(self.device):.1f} GB at most'
     print(f'{self.folder} {done}')
 
@@ -428,13 +433,10 @@ def train_cli(
     above_zero(more=more)
     hint = 'make one with latentdiff-run or latentdiff-encode.'
     if not os.path.isdir(run): raise UserError(f'There is no run folder {run}: {hint}')
-    r = Run(run, read_json(Path(run)/'run.json', f'this is not a run folder; {hint}').get('settings', {}))
+    s = read_json(Path(run)/'run.json', f'this is not a run folder; {hint}').get('settings')
+    s = {k: v for k, v in s.items() if k not in ('steps', *RATES)} if isinstance(s, dict) else {}   # as they stand
+    r = Run(run, s, more)
     if not made(r.folder/'latents'): raise UserError(f'{run} has no latents: run latentdiff-encode on it first.')
-    if more:
-        had = source.trained(r.folder)
-        if not had: raise UserError(f'{run} has no finished denoiser: run latentdiff-train without --more first.')
-        r.settings['steps'] = number(1, 10**9, **{'steps, with --more,': had + more})
-        r.p = preset_of(r.settings)
     r.go(('denoiser', 'pipeline'))
 
 # %% ../nbs/90_commands.ipynb #c046

@@ -122,11 +122,11 @@ STEPS = 'ae_steps', 'steps'  # what minutes become
 RATES = 'ae_lr', 'lr'        # what may be lowered where a training diverged
 SEEDS = -2**63, 2**63 - 1    # smallest and largest
 
-def above_zero(**kw):
+def above_zero(before='--', /, **kw): # of a name, in what is said of it
     "`UserError` for an option that is given and not above 0, or beyond reason"
     for k, v in kw.items():
         if v is None or isinstance(v, (int, float)) and 0 < v <= 1e9: continue
-        raise UserError(f'--{k} is {v!s:.80}: give a number above 0, of a billion at most.')
+        raise UserError(f'{before}{k} is {v!s:.80}: give a number above 0, of a billion at most.')
 
 def preset_of(s):
     "The `Preset` that the settings `s` stand for"
@@ -145,7 +145,7 @@ def check_settings(path, s): # run.json; the settings in it
     check_kinds(path, {k: s[k] for k in _KINDS.keys() & s.keys() if s[k] is not None}, _KINDS)
     start, lost = s.get('start'), [k for k in ('data', 'preset', 'size', 'seed') if s.get(k) is None]
     if lost: raise UserError(f'{path} has no {lost[0]}: delete the folder, or take the file from the run again')
-    above_zero(**{k: s.get(k) for k in ('size', 'minutes', 'n', *STEPS, *RATES)})
+    above_zero(f'{path}: ', **{k: s.get(k) for k in ('size', 'minutes', 'n', *STEPS, *RATES)})
     number(*SEEDS, **{f'seed in {path}': s['seed']})
     parts = dict(fingerprint=str, parts=list, network=dict)
     sound = isinstance(start, dict) and all(isinstance(start.get(k), o) for k, o in parts.items())
@@ -379,9 +379,9 @@ def _work(path): return path.with_name(f'.{path.name}.making')
 def _reopen(path, want, lost): # the names of its files that shall be made again
     "Make the artefact one that was begun, and still lacks these"
     write_json(path/'making.json', want)
+    for o in lost: remove(path/o)   # what says so, made.json, stays: without it this would be nobody's folder
     remove(_work(path))
     path.rename(_work(path))
-    for o in (*lost, 'made.json'): remove(_work(path)/o)
 
 def _begin(work, want):
     "An empty folder with a note of what it is for, unless an earlier call has begun just that"
@@ -396,7 +396,7 @@ def _make(path, make, want):
     work, start = _work(path), time.monotonic()
     with first_ahead(), on_disk(path):
         if not rank(): _begin(work, want)
-    if not agreed(made(work)):
+    if not agreed((there := made(work)) and not altered(work, there)):   # else it is done, but not in place
         note = {**want, 'fingerprint': fingerprint(**want), 'facts': make(work) or {}}
         if not rank(): note |= dict(contents=_contents(work), seconds=round(time.monotonic() - start, 1))
         write_json(work/'made.json', sealed(note), indent=1)

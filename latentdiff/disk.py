@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FULL', 'NOWHERE', 'world', 'rank', 'Stopped', 'last_words', 'stop_politely', 'UserError', 'data_home', 'runs_home',
-           'DiskError', 'place', 'size_of', 'room_at', 'on_disk', 'enough', 'free_memory', 'reserve', 'remove',
-           'matching', 'clear_away', 'put_beside', 'write_whole', 'write_json', 'read_text', 'read_json', 'crc_of',
-           'file_md5', 'content_of', 'replace_folder', 'whole_folder', 'new_place', 'new_places', 'refused', 'utf8',
-           'check_call', 'printable', 'patience', 'plain_output', 'one_line_errors']
+           'DiskError', 'place', 'size_of', 'lies_in', 'still_there', 'make_in', 'room_at', 'by_option', 'on_disk',
+           'enough', 'free_memory', 'reserve', 'remove', 'matching', 'clear_away', 'put_beside', 'write_whole',
+           'write_json', 'read_text', 'read_json', 'crc_of', 'file_md5', 'content_of', 'replace_folder', 'whole_folder',
+           'new_place', 'new_places', 'refused', 'utf8', 'check_call', 'printable', 'patience', 'plain_output',
+           'one_line_errors']
 
 # %% ../nbs/parts/disk.ipynb #k001
 import os, signal, sys
@@ -54,7 +55,7 @@ def stop_politely():
 stop_politely()
 
 # %% ../nbs/parts/disk.ipynb #d006
-import atexit, errno, glob, hashlib, io, itertools, json, math, platform, re, shutil, tempfile, zlib
+import atexit, errno, glob, hashlib, inspect, io, itertools, json, math, platform, re, shutil, tempfile, zlib
 from contextlib import contextmanager, suppress
 from functools import wraps
 from threading import Timer
@@ -96,12 +97,31 @@ def place(**given): # one argument by its name: of a file or a folder
 
 def size_of(n): return f'{n/1e9:,.1f} GB' if n >= 1e9 else f'{n/1e6:,.1f} MB'  # bytes, in words
 
+def lies_in(path):
+    "The first folder above `path` that is there"
+    return next((o for o in Path(path).parents if os.path.isdir(o)), Path())
+
+def still_there(path):
+    "`UserError` if a file or folder that the work began with is not where it was"
+    if not os.path.exists(path): raise UserError(f'{path} is gone, or was moved: repeat the command where it is now')
+
+def make_in(home, folder): # what the folder `lies_in`, asked when the work on it began
+    "Make it, unless `home` is not there any more: then raises `UserError`"
+    still_there(home)
+    folder.mkdir(parents=True, exist_ok=True)
+
 def room_at(path): # where something is to be written
     "(bytes free, the folder that is there already, what to set to write on another disk)"
     path, home = (Path(os.path.abspath(o)) for o in (path, data_home()))
-    there = next(o for o in path.parents if os.path.isdir(o))
-    way = 'set LATENTDIFF_DATA' if home in path.parents else 'choose one with --out, or set LATENTDIFF_RUNS'
+    there, out = lies_in(path), f'choose one{by_option("out")}, or set LATENTDIFF_RUNS'
+    way = 'set LATENTDIFF_DATA' if home in path.parents else out
     return shutil.disk_usage(there).free, there, f'go to another disk: {way}'
+
+_options = []   # of the command that runs
+
+def by_option(name, how=' with '): # without its dashes
+    "Words with which a refusal advises an option; none where a command runs that does not have it"
+    return f'{how}--{name}' if not _options or name in _options else ''
 
 @contextmanager
 def on_disk(path, size=None, more=()): # as above; bytes, None: not known; other numbers of errors, such as `NOWHERE`
@@ -368,10 +388,12 @@ def _leave(code): # for the shell
 
 def one_line_errors(f):
     "A `UserError`, and what the system refuses, become one line on stderr and exit code 1; a signal, code 128+n"
+    names = [o.lower() for o in inspect.signature(f).parameters]
     @wraps(f)
     def _f(*args, **kwargs):
         plain_output()
         stop_politely()
+        _options[:] = names
         try:
             check_call(kwargs)
             return f(*args, **kwargs)
@@ -383,4 +405,5 @@ def one_line_errors(f):
             raise SystemExit(f"latentdiff-{f.__name__.removesuffix('_cli')}: {printable(str(why))}") from None
         except Stopped as e: _leave(last_words(*e.args))
         except KeyboardInterrupt: raise SystemExit(last_words()) from None   # in a notebook
+        finally: _options.clear()
     return _f

@@ -19,7 +19,7 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision
 from .core import UNFIT, UserError, agreed, default_device, fingerprint, first_ahead, not_finite, number
 from .core import checked, largest_divisor, rank, read_weights, sealed, stream, world, write_whole
 from .data import as_images, kind_of, like, shifted, show_images
-from .disk import crc_of, enough, matching
+from .disk import crc_of, enough, lies_in, make_in, matching
 from .muon import Muon, muon, orthogonalise   # other modules ask for them here
 
 # %% ../nbs/parts/training.ipynb #c007
@@ -313,13 +313,13 @@ def rate(k, steps): # step, from 0, and steps of the whole training
 class Checkpoint:
     "Where a training writes down how far it is; it goes on from there only if it is the same training"
     def __init__(self, folder, made_from, every=40.): # of two files; fingerprint of all but the steps; seconds
-        self.folder, self.made_from, self.every = Path(folder), made_from, every
+        self.folder, self.made_from, self.every, self.home = Path(folder), made_from, every, lies_in(folder)
 
     def path(self, name): return self.folder/f'{name}.safetensors'
 
     def save(self, name, tensors, note):
         "Write tensors and a note (a dict) in one step, and clear away what a killed process left half written"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_in(self.home, self.folder)
         tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         note = dict(json.loads(json.dumps(note, default=float)), made_from=self.made_from, sums=crc_of(tensors))
         write_whole(self.path(name), safetensors.torch.save(tensors, {'note': json.dumps(sealed(note))}))

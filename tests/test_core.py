@@ -336,6 +336,35 @@ def test_what_was_deleted_or_changed_is_made_again_and_nothing_else(tmp_path, ca
     again(cheap=True)
     assert holds() == 'a2b2c1' and not core.check_contents(tmp_path/'x')
 
+def test_killed_while_what_was_lost_is_made_again(tmp_path, monkeypatch):
+    "Before any of its writes, renames and removals: the next call makes it whole, and the files that were not lost stay"
+    from pathlib import Path
+    class Killed(BaseException): pass
+    def draw(folder):
+        if not (folder/'a').exists(): (folder/'a').write_text('whole')
+        (folder/'b').write_text('b')
+    go = lambda: artefact(tmp_path/'x', draw, {}, {}, cheap=True)
+    def dying(do):
+        def f(*args, **kw):
+            left[0] -= 1
+            if left[0] < 0: raise Killed
+            return do(*args, **kw)
+        return f
+    left, whole = [10**6], False
+    for o, k in ((core, 'write_json'), (core, 'remove'), (core, 'replace_folder'), (Path, 'rename')): monkeypatch.setattr(o, k, dying(getattr(o, k)))
+    for at in range(20):
+        left[0] = 10**6
+        go()
+        (tmp_path/'x'/'a').write_text('damaged')
+        left[0] = at
+        try: whole = go()
+        except Killed: pass
+        left[0] = 10**6
+        go()
+        assert (tmp_path/'x'/'a').read_text() == 'whole' and here(tmp_path) == ['.lock', 'x'] and here(tmp_path/'x') == ['a', 'b', 'made.json'], at
+        if whole: break
+    assert at > 5
+
 def test_a_finished_artefact_asks_for_no_lock(tmp_path):
     "It may lie in a folder where one may only read"
     make(tmp_path/'a', Maker())

@@ -729,20 +729,50 @@ def test_who_comes_second_to_a_folder_changes_nothing(tmp_path):
     assert 'seed 0, not 1' in one_line(lambda: b.go(()))
     assert json.loads((tmp_path/'run'/'run.json').read_text())['settings']['seed'] == 0
 
-def test_who_was_overtaken_does_not_shorten_a_training(tmp_path):
-    "A longer one was finished after the run was opened, and before it is at work"
-    from latentdiff.commands import Run
+def test_who_was_overtaken_does_not_shorten_a_training(tmp_path, monkeypatch):
+    "A longer one was finished after the run was opened, and before it is at work: it stays"
+    from latentdiff.commands import Run, train_cli
     settings = settings_of('rooms', 'tiny', n=120)
     def trained(steps):
         (tmp_path/'run').mkdir(exist_ok=True)
         write_json(tmp_path/'run'/'run.json', dict(settings=settings | dict(steps=steps, ae_steps=4)))
         core.artefact(tmp_path/'run'/'unet', lambda o: {}, {}, dict(steps=steps), remake=True)
     trained(4)
-    late = Run(tmp_path/'run', settings)
+    late, told, train = Run(tmp_path/'run', settings), Run(tmp_path/'run', settings | dict(steps=4)), []
+    monkeypatch.setattr(Run, 'go', lambda self, goals: train.append(self))
+    core.artefact(tmp_path/'run'/'latents', lambda o: {}, {}, {})
+    train_cli.__wrapped__(str(tmp_path/'run'))
+    monkeypatch.undo()
     trained(44)
-    assert 'a denoiser of 44 steps' in one_line(lambda: late.go(()))
+    assert 'a denoiser of 44 steps: give --steps 44 or more' in one_line(lambda: told.go(()))
+    for o in (late, *train):   # nobody has told them how many
+        o.go(())
+        assert o.p.steps == o.settings['steps'] == 44
     assert json.loads((tmp_path/'run'/'run.json').read_text())['settings']['steps'] == 44
-    Run(tmp_path/'run', settings).go(())
+
+def test_a_command_advises_what_it_can_do(tmp_path, monkeypatch):
+    "latentdiff-train has no --steps, no --out, no --from: a refusal names none of them, and what it names works"
+    import inspect, re
+    from latentdiff.commands import train_cli
+    from latentdiff.training import Checkpoint
+    settings, run, said = settings_of('rooms', 'tiny', n=120) | dict(steps=10, ae_steps=4), tmp_path/'run', []
+    def refused(spoil, *more):
+        shutil.rmtree(run, ignore_errors=True)
+        for o in ('unet', 'latents'): core.artefact(run/o, lambda o: {}, {}, dict(steps=10))
+        write_json(run/'run.json', dict(settings=settings))
+        spoil()
+        said.append(one_line(lambda: one_line_errors(train_cli.__wrapped__.__wrapped__)(str(run), *more)))
+        assert {*re.findall('--([a-z]+)', said[-1])} <= {*inspect.signature(train_cli).parameters}, said[-1]
+    kept = lambda: Checkpoint(run/'checkpoints'/'unet', 'x').save('last', {}, dict(k=44, steps=60))
+    def full(*args): raise OSError(errno.ENOSPC, 'No space left on device')
+    refused(kept, 20)
+    assert 'give --more 34 or more' in said[-1]
+    refused(lambda: shutil.rmtree(run/'unet'), 20)
+    refused(lambda: write_json(run/'run.json', dict(settings=settings, stages={})))
+    for k in ('steps', 'ae_steps', 'lr', 'size', 'n'): refused(lambda: write_json(run/'run.json', dict(settings=settings | {k: -3})))
+    start = dict(fingerprint='x', parts=['autoencoder', 'unet'], network={}, classes=None)
+    refused(lambda: write_json(run/'run.json', dict(settings=settings | {'from': 'bedrooms64', 'start': start})))
+    refused(lambda: monkeypatch.setattr(core, 'write_whole', full) or monkeypatch.setattr(disk.Path, 'write_bytes', full))
 
 def test_what_a_checkpoint_has_learned_is_not_shortened(tmp_path):
     "Nobody has finished the training; fewer steps than it has taken would begin again and write over them"
@@ -789,6 +819,19 @@ def test_a_finished_run_that_may_only_be_read_is_finished(tmp_path, monkeypatch)
     monkeypatch.setattr(os, 'access', lambda path, mode: False)
     r.go(())
     assert 'cannot be written (Permission denied)' in one_line(lambda: core.artefact(r.folder/'unet', lambda o: {}, {}, {}))
+
+def test_a_finished_run_is_rid_of_what_a_killed_process_left(tmp_path):
+    "Also of files that need not be written again: killed at run.json after config.toml, or at metrics.json after the page"
+    from latentdiff.commands import Run
+    r = Run(tmp_path/'run', settings_of('rooms', 'tiny', n=120) | dict(steps=4, ae_steps=4))
+    r.folder.mkdir()
+    r.write()
+    dead = subprocess.Popen([sys.executable, '-c', ''])
+    dead.wait()
+    left, living = ([r.folder/f'.{o}.{disk._HERE}-{k}.part' for o in ('run.json', 'metrics.json')] for k in (dead.pid, os.getpid()))
+    for o in left + living: o.write_text('half')
+    r.go(())
+    assert not any(o.exists() for o in left) and all(o.exists() for o in living)
 
 @pytest.mark.parametrize('part,text', [('process', '{'), ('process', '{"schedule": "flow"}'), ('process', None), ('scheduler', '{'), ('scheduler', None)])
 def test_damaged_noise_is_made_again(tmp_path, part, text):
@@ -855,6 +898,32 @@ def test_a_run_whose_folder_goes_away_says_so(tmp_path):
         def moved(self): self.folder.rename(tmp_path/'elsewhere')
     r.__class__ = Moving
     assert 'is gone' in one_line(lambda: r.go(('moved',)))
+
+def test_a_run_that_is_moved_while_it_trains_says_so_at_the_next_checkpoint(tmp_path):
+    "Not after the training; nothing takes its old place, and the training goes on in the new one"
+    from test_training import quiet, small_learner
+    from fastai.basics import Callback
+    from latentdiff.commands import Run
+    from latentdiff.training import Checkpoint
+    class Move(Callback):
+        order = 80
+        def after_batch(self):
+            if self.step_by_step.k == 9: (tmp_path/'run').rename(tmp_path/'elsewhere')
+    keep = lambda run: Checkpoint(run/'checkpoints'/'unet', 'x', every=0)
+    (tmp_path/'run').mkdir()
+    said = one_line(lambda: quiet(small_learner(), steps=40, checkpoint=keep(tmp_path/'run'), cbs=Move()))
+    assert f'{tmp_path}/run' in said and 'is gone, or was moved' in said and [o.name for o in tmp_path.iterdir()] == ['elsewhere']
+    assert keep(tmp_path/'elsewhere').load(40)[1]['k'] == 8
+    r = Run(tmp_path/'run', settings_of('rooms', 'tiny', n=120, steps=4, ae_steps=4))
+    r.announce = lambda: None
+    class Moving(Run):
+        report = property(lambda self: pytest.fail('went on'))
+        @property
+        def moved(self):
+            self.folder.rename(tmp_path/'new')
+            self.folder.mkdir()   # as a stage does that writes into it
+    r.__class__ = Moving
+    assert 'is gone' in one_line(lambda: r.go(('moved', 'report')))
 
 def test_memory_that_a_container_allows_counts(tmp_path, monkeypatch):
     "The least of what the machine has free and what its group may still take; a group without a limit does not count"
