@@ -296,8 +296,11 @@ class FileImages(Images):
         else: self.alone = ''.join(classes)
         if not (captions := captions_in(folder)): return
         self.captions = [captions.get(o, '') for o in self.paths]
-        if not {*captions} & {*files}:
+        if not (other := {*captions} - {*files}): return
+        if len(other) == len(captions):
             raise UserError(f'{folder}: no file_name in its metadata is that of a picture in it: mend the names')
+        print(f'{folder}: {len(other):,} of {len(captions):,} names in its metadata are of no picture in it '
+              f'(first {name_below(folder, min(other))})', flush=True)
 
     def read(self, idxs):
         if self.raw is not None: return super().read(idxs)

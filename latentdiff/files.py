@@ -325,15 +325,16 @@ def captions_in(folder):
         try:
             if why := no_file(path): raise OSError(why)
             with path.open(newline='', encoding='utf-8-sig') as f:
-                columns = {}
-                for row in csv.DictReader(f) if path.suffix == '.csv' else map(json.loads, filter(str.strip, f)):
+                columns, table = {}, csv.DictReader(f, strict=True)
+                for row in table if path.suffix == '.csv' else map(json.loads, filter(str.strip, f)):
+                    if None in row: raise ValueError(f'line {table.line_num}: put "quotes" around a text with commas')
                     columns |= row
                     found[path.parent/row['file_name']] = said = row.get('text') or row.get('caption') or ''
                     said.encode()   # half a surrogate pair, which JSON can hold, is no text
             if columns and not {'text', 'caption'} & {*columns}:
                 print(f"{path} has no column text or caption, only {', '.join(map(repr, columns)):.200}", flush=True)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as e:
-            raise UserError(f'{path} is no table with file_name and text ({e!r}): mend it, or remove it') from None
+            raise UserError(f'{path} is no table with file_name and text ({one_line(e)}): mend or remove it') from None
     return found
 
 # %% ../nbs/parts/files.ipynb #f031

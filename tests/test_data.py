@@ -637,9 +637,23 @@ def test_captions_of_a_folder(tmp_path, table):
     assert images.captions == ['a red bed', 'a blue bed, made', ''] and open_images(tmp_path/'s', 16, n=1).captions[0] in images.captions
     path.write_text('file_name,text\nc.png,a bed' if table == 'csv' else '{"file_name": "c.png", "text": "a bed"}')
     assert 'no file_name' in one_line(open_images, tmp_path/'s', 16)
-    for bad in (b'name,text\nx,y\n' if table == 'csv' else b'{"name": 1}\n', 'file_name,text\nx,\xe9\n'.encode('latin1') if table == 'csv' else b'[1]\n'):
+    for bad in (b'name,text\nx,y\n' if table == 'csv' else b'{"name": 1}\n', ('file_name,text\nx,\xe9\n'*999).encode('latin1') if table == 'csv' else b'[1]\n'):
         path.write_bytes(bad)
-        assert f'metadata.{table}' in one_line(open_images, tmp_path/'s', 16)
+        assert f'metadata.{table}' in (said := one_line(open_images, tmp_path/'s', 16)) and len(said) < 300 + len(str(path)), said
+
+@pytest.mark.parametrize('rows,said', [('x/a.png,a red, big bed', 'line 3: put "quotes"'), ('x/a.png,"a red bed', 'unexpected end of data'), ('x/a.png,"a red" bed', "',' expected after '\"'")])
+def test_captions_whose_quotes_are_missing_are_no_captions(tmp_path, rows, said):
+    for name in ('x/a.png', 'x/b.png', 'x/c.png'): put(tmp_path/'s'/name, png(len(name)))
+    (tmp_path/'s'/'metadata.csv').write_text(f'file_name,text\nx/b.png,a bed of 3" steel\n{rows}\nx/c.png,a bed\n')
+    assert said in one_line(open_images, tmp_path/'s', 16)
+
+@pytest.mark.parametrize('names,said', [('a.png b.png', None), ('a.png b.jpg c.PNG', '2 of 3 names in its metadata are of no picture in it (first x/b.jpg)')])
+def test_names_of_a_table_that_are_of_no_picture_are_said(tmp_path, capsys, names, said):
+    for name in ('x/a.png', 'x/b.png', 'x/c.png'): put(tmp_path/'s'/name, png(len(name)))
+    (tmp_path/'s'/'metadata.csv').write_text('file_name,text\n' + ''.join(f'x/{o},a bed\n' for o in names.split()))
+    open_images(tmp_path/'s', 16)
+    out = capsys.readouterr().out
+    assert said in out if said else 'metadata' not in out
 
 def test_as_images():
     x = rooms(2, 16)
