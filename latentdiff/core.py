@@ -12,8 +12,8 @@ __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT',
 
 # %% ../nbs/parts/core.ipynb #c004
 from .disk import NOWHERE, UserError, clear_away, content_of, data_home, file_md5, on_disk, patience, place
-from .disk import rank, read_json, read_text, remove, replace_folder, runs_home, utf8, whole_folder, world
-from .disk import write_json, write_whole
+from .disk import rank, read_json, read_text, readable, remove, replace_folder, runs_home, utf8, whole_folder
+from .disk import world, write_json, write_whole
 from .checks import checked, largest_divisor, multiples, number, numbers, one_of, positions, spread # all pass on
 import argparse, hashlib, importlib, json, os, sys, time, tomllib   # after disk, which minds Ctrl-C
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -467,7 +467,7 @@ def _opened(path): # .safetensors
     from safetensors import SafetensorError, safe_open
     if not os.path.isfile(place(path=path)): raise UserError(f'{path} is missing: save or download it again')
     try:
-        with safe_open(path, 'pt') as f:
+        with readable(path), safe_open(path, 'pt') as f:
             small = [k for k in f.keys() if f.get_slice(k).get_dtype().startswith(('F8_', 'F6_', 'F4'))]
             if small: raise UserError(f'{path} holds {small[0]} in float8 or less: save it in float16 or float32')
             yield f

@@ -6,9 +6,9 @@
 __all__ = ['FULL', 'NOWHERE', 'world', 'rank', 'Stopped', 'last_words', 'stop_politely', 'UserError', 'data_home', 'runs_home',
            'DiskError', 'place', 'size_of', 'lies_in', 'still_there', 'make_in', 'room_at', 'by_option', 'on_disk',
            'enough', 'free_memory', 'reserve', 'remove', 'matching', 'clear_away', 'put_beside', 'write_whole',
-           'write_json', 'read_text', 'read_json', 'crc_of', 'file_md5', 'content_of', 'replace_folder', 'whole_folder',
-           'new_place', 'new_places', 'refused', 'utf8', 'check_call', 'printable', 'patience', 'plain_output',
-           'one_line_errors']
+           'write_json', 'readable', 'read_text', 'read_json', 'crc_of', 'file_md5', 'content_of', 'replace_folder',
+           'whole_folder', 'new_place', 'new_places', 'refused', 'utf8', 'check_call', 'printable', 'patience',
+           'plain_output', 'one_line_errors']
 
 # %% ../nbs/parts/disk.ipynb #k001
 import os, signal, sys
@@ -234,11 +234,21 @@ def write_json(path, d, indent=None): # of the file; a dict or list; spaces a le
     "Write `d` as JSON in one step"
     write_whole(path, json.dumps(d, indent=indent))
 
+@contextmanager
+def readable(path): # of a file
+    "`UserError` if it may not be read: nothing has to be made again, or deleted"
+    try:
+        with open(path, 'rb'): yield   # safetensors says of such a file that it is not there
+    except OSError as e:
+        if isinstance(e, (UserError, FileNotFoundError)) or e.errno is None: raise
+        raise UserError(f'{path} cannot be read ({e.strerror}): see to it that it can') from None
+
 def read_text(path):
     "The text of a file, without its byte order mark; raises `OSError`, or `UserError` for more than memory holds"
     if not os.path.isfile(path) and os.path.exists(path): raise OSError('no file, but something else')
-    enough(f'Reading {path}', path, memory=8*os.stat(path).st_size)
-    return Path(path).read_text(encoding='utf-8-sig')
+    with readable(path):
+        enough(f'Reading {path}', path, memory=8*os.stat(path).st_size)
+        return Path(path).read_text(encoding='utf-8-sig')
 
 def read_json(path, hint): # of the file; what to do if there is none
     "The dict in a JSON file; `UserError` that ends in `hint` if there is none"
@@ -264,7 +274,7 @@ def content_of(path): # of a file
     "A fingerprint of its bytes, of which 64 MB are read at most; its size counts too"
     size = os.path.getsize(path)
     h = hashlib.sha256(str(size).encode())
-    with open(path, 'rb') as f:
+    with readable(path), open(path, 'rb') as f:
         for i in range(min(_PIECES, -(-size//_PIECE))):
             f.seek(i*_PIECE if size <= _PIECE*_PIECES else i*(size - _PIECE)//(_PIECES - 1))
             h.update(f.read(_PIECE))
@@ -333,6 +343,8 @@ def refused(e): # an exception
         return UserError(f'{said}, and the same command goes on from there')
     if isinstance(e, MemoryError) or isinstance(e, RuntimeError) and re.search('allocate|out of memory', str(e)):
         return UserError('the memory does not suffice: ask for fewer or smaller images, or for fewer at a time')
+    if isinstance(e, RuntimeError) and 'start new thread' in str(e):
+        return UserError('no further thread may be started here: raise the limit of processes, as with ulimit -u')
     if not isinstance(e, OSError): return
     where = e.filename if e.filename is not None else 'the current folder, or what is printed'
     return UserError(f'{where}: {e.strerror or e}: choose another place, or see to it that it can be read and written')
