@@ -11,9 +11,9 @@ __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT',
            'check_fit', 'load_weights', 'network_config', 'load_component', 'exercise']
 
 # %% ../nbs/parts/core.ipynb #c004
-from .disk import NOWHERE, UserError, clear_away, content_of, data_home, file_md5, on_disk, patience, place
-from .disk import rank, read_json, read_text, readable, remove, replace_folder, runs_home, utf8, whole_folder
-from .disk import world, write_json, write_whole
+from .disk import NOWHERE, UserError, clear_away, content_of, contents_of, data_home, file_md5, on_disk, place
+from .disk import patience, rank, read_json, read_text, readable, remove, replace_folder, runs_home, utf8
+from .disk import whole_folder, world, write_json, write_whole
 from .checks import checked, largest_divisor, multiples, number, numbers, one_of, positions, spread # all pass on
 import argparse, hashlib, importlib, json, os, sys, time, tomllib   # after disk, which minds Ctrl-C
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -330,11 +330,6 @@ def _difference(old, new):
     kinds = isinstance(old.get('facts'), dict) and type(old.get('seconds')) in (int, float)
     if not kinds or old.get('fingerprint') != fingerprint(**{k: old.get(k) for k in new}): return 'a damaged made.json'
 
-def _contents(folder):
-    "{name: fingerprint} of the files in it, but not of hidden ones and notes"
-    files = (o for o in sorted(folder.glob('*')) if o.name[0] != '.' and o.name not in ('made.json', 'making.json'))
-    return {o.name: content_of(o) for o in files if os.path.isfile(o)}
-
 def altered(path, note): # an artefact's folder; what `made` says of it
     "The names of its files that are not the ones that were made; none where an earlier version has not noted them"
     told = note.get('contents')
@@ -343,10 +338,13 @@ def altered(path, note): # an artefact's folder; what `made` says of it
 
 def check_contents(path): # of a folder that may be an artefact
     "`UserError` if a file in it is not the one that was made there, such as the weights of another run"
-    lost = ['made.json']*(not made(path) and seals(Path(path).parent))   # beside what it was made with
-    if not (other := lost + altered(path, made(path))): return
+    note, own = made(path), Path(path)/'contents.json'
+    lost = ['made.json']*(not note and seals(Path(path).parent))   # beside what it was made with
+    told = note or dict(contents=os.path.isfile(own) and read_json(own, f'delete {own}'))   # of what no run has made
+    if not (other := lost + altered(path, told)): return
+    again = f'delete {path} to make it again' if note or lost else f'delete {own} if it shall be another'
     why = f'{Path(path)/other[0]} is not the file that was made there: it was lost or changed, or is from elsewhere'
-    raise UserError(f'{why}; put the right one back, or delete {path} to make it again')
+    raise UserError(f'{why}; put the right one back, or {again}')
 
 # %% ../nbs/parts/core.ipynb #c034
 def artefact(path, make,        # the folder; make(folder) fills one, maybe begun before; returns facts (a dict)
@@ -398,7 +396,7 @@ def _make(path, make, want):
         if not rank(): _begin(work, want)
     if not agreed((there := made(work)) and not altered(work, there)):   # else it is done, but not in place
         note = {**want, 'fingerprint': fingerprint(**want), 'facts': make(work) or {}}
-        if not rank(): note |= dict(contents=_contents(work), seconds=round(time.monotonic() - start, 1))
+        if not rank(): note |= dict(contents=contents_of(work), seconds=round(time.monotonic() - start, 1))
         write_json(work/'made.json', sealed(note), indent=1)
     with first_ahead(), on_disk(path): replace_folder(work, path)   # now it is there for all
 
@@ -436,6 +434,7 @@ def save_component(module, folder): # with diffusers' `ConfigMixin`; written in 
     with on_disk(place(folder=folder), more=NOWHERE), whole_folder(folder) as new:
         module.save_config(new)
         write_whole(new/weights_name(module), save(state, metadata={'format': 'pt'}))
+        write_json(new/'contents.json', contents_of(new, '*.safetensors'), indent=1)   # for `check_contents`
     return Path(folder)
 
 # %% ../nbs/parts/core.ipynb #c028

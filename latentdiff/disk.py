@@ -6,9 +6,9 @@
 __all__ = ['FULL', 'NOWHERE', 'world', 'rank', 'Stopped', 'last_words', 'stop_politely', 'UserError', 'data_home', 'runs_home',
            'DiskError', 'place', 'size_of', 'lies_in', 'still_there', 'make_in', 'room_at', 'by_option', 'on_disk',
            'enough', 'free_memory', 'reserve', 'remove', 'matching', 'clear_away', 'put_beside', 'write_whole',
-           'write_json', 'readable', 'read_text', 'read_json', 'crc_of', 'file_md5', 'content_of', 'replace_folder',
-           'whole_folder', 'new_place', 'new_places', 'refused', 'utf8', 'check_call', 'printable', 'patience',
-           'plain_output', 'one_line_errors']
+           'write_json', 'readable', 'read_text', 'read_json', 'crc_of', 'file_md5', 'content_of', 'contents_of',
+           'replace_folder', 'whole_folder', 'new_place', 'new_places', 'refused', 'utf8', 'check_call', 'printable',
+           'patience', 'plain_output', 'one_line_errors']
 
 # %% ../nbs/parts/disk.ipynb #k001
 import os, signal, sys
@@ -279,6 +279,12 @@ def content_of(path): # of a file
             f.seek(i*_PIECE if size <= _PIECE*_PIECES else i*(size - _PIECE)//(_PIECES - 1))
             h.update(f.read(_PIECE))
     return h.hexdigest()[:16]
+
+def contents_of(folder, pattern='*'):
+    "{name: fingerprint} of the files in it, but not of hidden ones and notes"
+    notes = 'made.json', 'making.json', 'contents.json'
+    files = (o for o in sorted(folder.glob(pattern)) if o.name[0] != '.' and o.name not in notes)
+    return {o.name: content_of(o) for o in files if os.path.isfile(o)}
 
 # %% ../nbs/parts/disk.ipynb #d015
 def replace_folder(new, path): # a finished folder, and the place it takes, beside it
