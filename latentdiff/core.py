@@ -6,14 +6,14 @@
 __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT', 'default_device', 'Preset', 'preset',
            'run_folder', 'above_zero', 'preset_of', 'check_settings', 'settings_of', 'stream', 'Bar', 'progress',
            'every', 'agreed', 'share', 'gathered', 'first_ahead', 'to_toml', 'check_kinds', 'read_toml', 'beside_file',
-           'either_way', 'fingerprint', 'sealed', 'unsealed', 'made', 'seals', 'altered', 'check_contents', 'artefact',
-           'locked', 'weights_name', 'not_finite', 'save_component', 'AsGiven', 'find_class', 'read_weights',
-           'check_fit', 'load_weights', 'network_config', 'load_component', 'exercise']
+           'either_way', 'fingerprint', 'sealed', 'unsealed', 'made', 'seals', 'check_contents', 'artefact', 'locked',
+           'weights_name', 'not_finite', 'save_component', 'AsGiven', 'find_class', 'read_weights', 'check_fit',
+           'load_weights', 'network_config', 'load_component', 'exercise']
 
 # %% ../nbs/parts/core.ipynb #c004
-from .disk import NOWHERE, UserError, clear_away, content_of, contents_of, data_home, file_md5, on_disk, place
-from .disk import patience, rank, read_json, read_text, readable, remove, replace_folder, runs_home, utf8
-from .disk import whole_folder, world, write_json, write_whole
+from .disk import NOWHERE, UserError, altered, check_unchanged, clear_away, content_of, contents_of, data_home
+from .disk import file_md5, on_disk, patience, place, rank, read_json, read_text, readable, remove
+from .disk import replace_folder, runs_home, utf8, whole_folder, world, write_json, write_whole
 from .checks import checked, largest_divisor, multiples, number, numbers, one_of, positions, spread # all pass on
 import argparse, hashlib, importlib, json, os, sys, time, tomllib   # after disk, which minds Ctrl-C
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -330,21 +330,12 @@ def _difference(old, new):
     kinds = isinstance(old.get('facts'), dict) and type(old.get('seconds')) in (int, float)
     if not kinds or old.get('fingerprint') != fingerprint(**{k: old.get(k) for k in new}): return 'a damaged made.json'
 
-def altered(path, note): # an artefact's folder; what `made` says of it
-    "The names of its files that are not the ones that were made; none where an earlier version has not noted them"
-    told = note.get('contents')
-    is_it = lambda o, mark: os.path.isfile(o) and content_of(o) == mark
-    return [k for k, mark in (told if isinstance(told, dict) else {}).items() if not is_it(Path(path)/k, mark)]
-
 def check_contents(path): # of a folder that may be an artefact
     "`UserError` if a file in it is not the one that was made there, such as the weights of another run"
-    note, own = made(path), Path(path)/'contents.json'
-    lost = ['made.json']*(not note and seals(Path(path).parent))   # beside what it was made with
-    told = note or dict(contents=os.path.isfile(own) and read_json(own, f'delete {own}'))   # of what no run has made
-    if not (other := lost + altered(path, told)): return
-    again = f'delete {path} to make it again' if note or lost else f'delete {own} if it shall be another'
+    lost = ['made.json']*(not made(path) and seals(Path(path).parent))   # beside what it was made with
+    if not (other := lost + altered(path, made(path))): return
     why = f'{Path(path)/other[0]} is not the file that was made there: it was lost or changed, or is from elsewhere'
-    raise UserError(f'{why}; put the right one back, or {again}')
+    raise UserError(f'{why}; put the right one back, or delete {path} to make it again')
 
 # %% ../nbs/parts/core.ipynb #c034
 def artefact(path, make,        # the folder; make(folder) fills one, maybe begun before; returns facts (a dict)
@@ -434,7 +425,7 @@ def save_component(module, folder): # with diffusers' `ConfigMixin`; written in 
     with on_disk(place(folder=folder), more=NOWHERE), whole_folder(folder) as new:
         module.save_config(new)
         write_whole(new/weights_name(module), save(state, metadata={'format': 'pt'}))
-        write_json(new/'contents.json', contents_of(new, '*.safetensors'), indent=1)   # for `check_contents`
+        write_json(new/'contents.json', contents_of(new, '*.safetensors'), indent=1)   # for `check_unchanged`
     return Path(folder)
 
 # %% ../nbs/parts/core.ipynb #c028
@@ -525,6 +516,7 @@ def load_component(folder): # as `save_component` left it
     if plan: check_fit(plan, Path(folder)/weights_name(plan))
     module = _built(folder, config, 'cpu')
     load_weights(module, Path(folder)/weights_name(module))
+    check_unchanged(folder)
     return module.eval().requires_grad_(False)
 
 # %% ../nbs/parts/core.ipynb #c040

@@ -7,8 +7,8 @@ __all__ = ['FULL', 'NOWHERE', 'world', 'rank', 'Stopped', 'last_words', 'stop_po
            'DiskError', 'place', 'size_of', 'lies_in', 'still_there', 'make_in', 'room_at', 'by_option', 'on_disk',
            'enough', 'free_memory', 'reserve', 'remove', 'matching', 'clear_away', 'put_beside', 'write_whole',
            'write_json', 'readable', 'read_text', 'read_json', 'crc_of', 'file_md5', 'content_of', 'contents_of',
-           'replace_folder', 'whole_folder', 'new_place', 'new_places', 'refused', 'utf8', 'check_call', 'printable',
-           'patience', 'plain_output', 'one_line_errors']
+           'altered', 'check_unchanged', 'replace_folder', 'whole_folder', 'new_place', 'new_places', 'refused', 'utf8',
+           'check_call', 'printable', 'patience', 'plain_output', 'one_line_errors']
 
 # %% ../nbs/parts/disk.ipynb #k001
 import os, signal, sys
@@ -285,6 +285,19 @@ def contents_of(folder, pattern='*'):
     notes = 'made.json', 'making.json', 'contents.json'
     files = (o for o in sorted(folder.glob(pattern)) if o.name[0] != '.' and o.name not in notes)
     return {o.name: content_of(o) for o in files if os.path.isfile(o)}
+
+def altered(path, note): # an artefact's folder; what `made` says of it
+    "The names of its files that are not the ones that were made; none where an earlier version has not noted them"
+    told = note.get('contents')
+    is_it = lambda o, mark: os.path.isfile(o) and content_of(o) == mark
+    return [k for k, mark in (told if isinstance(told, dict) else {}).items() if not is_it(Path(path)/k, mark)]
+
+def check_unchanged(folder): # of a network
+    "`UserError` if its weights are others than the note beside them says, as after a flipped bit"
+    note = Path(folder)/'contents.json'
+    told = dict(contents=read_json(note, f'delete {note}')) if os.path.isfile(note) else {}
+    for k in altered(folder, told)[:1]:
+        raise UserError(f'{Path(folder)/k} has changed since it was saved: get it again, or delete {note} to keep it so')
 
 # %% ../nbs/parts/disk.ipynb #d015
 def replace_folder(new, path): # a finished folder, and the place it takes, beside it

@@ -408,8 +408,7 @@ def _classes_of(features, column):
 def _state(folder):
     "Where a folder is, and the name, size and time of each file in it: another one, or a changed one, has others"
     with patience(f'looking at every file in {folder}', 2): found = files_below(os.path.realpath(folder))[0]
-    files = ((o, o.stat()) for o in found if not no_file(o))
-    return [(str(o), about.st_size, about.st_mtime_ns) for o, about in files]
+    return [(str(o), s.st_size, s.st_mtime_ns) for o in found if not no_file(o) for s in [o.stat()]]
 
 def hub_folder(spec, n): # 'owner/name', '?image=..&label=..&caption=..&split=..' behind it if need be; how many
     "The first `n` pictures of a data set on the Hub, or of a local folder of its files; raises `UserError`"

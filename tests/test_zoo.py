@@ -47,7 +47,7 @@ def test_a_flipped_bit_of_weights_is_noticed(name, tmp_path):
         b = bytearray(f.read_bytes())
         b[len(b)//2] ^= 4
         f.write_bytes(b)
-        with pytest.raises(UserError, match=f'{f} is not the file that was made there.*or delete {f.parent}/contents.json'): load_component(f.parent)
+        with pytest.raises(UserError, match=f'{f} has changed since it was saved: .*or delete {f.parent}/contents.json'): load_component(f.parent)
         (f.parent/'contents.json').unlink()
         load_component(f.parent)
 
