@@ -297,7 +297,7 @@ def check_unchanged(folder): # of a network
     note = Path(folder)/'contents.json'
     told = dict(contents=read_json(note, f'delete {note}')) if os.path.isfile(note) else {}
     for k in altered(folder, told)[:1]:
-        raise UserError(f'{Path(folder)/k} has changed since it was saved: get it again, or delete {note} to keep it so')
+        raise UserError(f'{Path(folder)/k} has changed since it was saved: get it again, or delete {note} to keep it')
 
 # %% ../nbs/parts/disk.ipynb #d015
 def replace_folder(new, path): # a finished folder, and the place it takes, beside it
