@@ -6,14 +6,14 @@
 __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT', 'default_device', 'Preset', 'preset',
            'run_folder', 'above_zero', 'preset_of', 'check_settings', 'settings_of', 'stream', 'Bar', 'progress',
            'every', 'agreed', 'share', 'gathered', 'first_ahead', 'to_toml', 'check_kinds', 'read_toml', 'beside_file',
-           'either_way', 'fingerprint', 'sealed', 'unsealed', 'made', 'seals', 'altered', 'check_contents', 'artefact',
-           'locked', 'weights_name', 'not_finite', 'save_component', 'AsGiven', 'find_class', 'read_weights',
-           'check_fit', 'load_weights', 'network_config', 'load_component', 'exercise']
+           'either_way', 'fingerprint', 'sealed', 'unsealed', 'made', 'seals', 'check_contents', 'artefact', 'locked',
+           'weights_name', 'not_finite', 'save_component', 'AsGiven', 'find_class', 'read_weights', 'check_fit',
+           'load_weights', 'network_config', 'load_component', 'exercise']
 
 # %% ../nbs/parts/core.ipynb #c004
-from .disk import NOWHERE, UserError, clear_away, content_of, data_home, file_md5, on_disk, patience, place
-from .disk import rank, read_json, read_text, remove, replace_folder, runs_home, utf8, whole_folder, world
-from .disk import write_json, write_whole
+from .disk import NOWHERE, UserError, altered, check_unchanged, clear_away, content_of, contents_of, data_home
+from .disk import file_md5, on_disk, patience, place, rank, read_json, read_text, readable, remove
+from .disk import replace_folder, runs_home, utf8, whole_folder, world, write_json, write_whole
 from .checks import checked, largest_divisor, multiples, number, numbers, one_of, positions, spread # all pass on
 import argparse, hashlib, importlib, json, os, sys, time, tomllib   # after disk, which minds Ctrl-C
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -330,17 +330,6 @@ def _difference(old, new):
     kinds = isinstance(old.get('facts'), dict) and type(old.get('seconds')) in (int, float)
     if not kinds or old.get('fingerprint') != fingerprint(**{k: old.get(k) for k in new}): return 'a damaged made.json'
 
-def _contents(folder):
-    "{name: fingerprint} of the files in it, but not of hidden ones and notes"
-    files = (o for o in sorted(folder.glob('*')) if o.name[0] != '.' and o.name not in ('made.json', 'making.json'))
-    return {o.name: content_of(o) for o in files if os.path.isfile(o)}
-
-def altered(path, note): # an artefact's folder; what `made` says of it
-    "The names of its files that are not the ones that were made; none where an earlier version has not noted them"
-    told = note.get('contents')
-    is_it = lambda o, mark: os.path.isfile(o) and content_of(o) == mark
-    return [k for k, mark in (told if isinstance(told, dict) else {}).items() if not is_it(Path(path)/k, mark)]
-
 def check_contents(path): # of a folder that may be an artefact
     "`UserError` if a file in it is not the one that was made there, such as the weights of another run"
     lost = ['made.json']*(not made(path) and seals(Path(path).parent))   # beside what it was made with
@@ -398,7 +387,7 @@ def _make(path, make, want):
         if not rank(): _begin(work, want)
     if not agreed((there := made(work)) and not altered(work, there)):   # else it is done, but not in place
         note = {**want, 'fingerprint': fingerprint(**want), 'facts': make(work) or {}}
-        if not rank(): note |= dict(contents=_contents(work), seconds=round(time.monotonic() - start, 1))
+        if not rank(): note |= dict(contents=contents_of(work), seconds=round(time.monotonic() - start, 1))
         write_json(work/'made.json', sealed(note), indent=1)
     with first_ahead(), on_disk(path): replace_folder(work, path)   # now it is there for all
 
@@ -436,6 +425,7 @@ def save_component(module, folder): # with diffusers' `ConfigMixin`; written in 
     with on_disk(place(folder=folder), more=NOWHERE), whole_folder(folder) as new:
         module.save_config(new)
         write_whole(new/weights_name(module), save(state, metadata={'format': 'pt'}))
+        write_json(new/'contents.json', contents_of(new, '*.safetensors'), indent=1)   # for `check_unchanged`
     return Path(folder)
 
 # %% ../nbs/parts/core.ipynb #c028
@@ -467,7 +457,7 @@ def _opened(path): # .safetensors
     from safetensors import SafetensorError, safe_open
     if not os.path.isfile(place(path=path)): raise UserError(f'{path} is missing: save or download it again')
     try:
-        with safe_open(path, 'pt') as f:
+        with readable(path), safe_open(path, 'pt') as f:
             small = [k for k in f.keys() if f.get_slice(k).get_dtype().startswith(('F8_', 'F6_', 'F4'))]
             if small: raise UserError(f'{path} holds {small[0]} in float8 or less: save it in float16 or float32')
             yield f
@@ -526,6 +516,7 @@ def load_component(folder): # as `save_component` left it
     if plan: check_fit(plan, Path(folder)/weights_name(plan))
     module = _built(folder, config, 'cpu')
     load_weights(module, Path(folder)/weights_name(module))
+    check_unchanged(folder)
     return module.eval().requires_grad_(False)
 
 # %% ../nbs/parts/core.ipynb #c040

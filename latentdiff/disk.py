@@ -6,9 +6,9 @@
 __all__ = ['FULL', 'NOWHERE', 'world', 'rank', 'Stopped', 'last_words', 'stop_politely', 'UserError', 'data_home', 'runs_home',
            'DiskError', 'place', 'size_of', 'lies_in', 'still_there', 'make_in', 'room_at', 'by_option', 'on_disk',
            'enough', 'free_memory', 'reserve', 'remove', 'matching', 'clear_away', 'put_beside', 'write_whole',
-           'write_json', 'read_text', 'read_json', 'crc_of', 'file_md5', 'content_of', 'replace_folder', 'whole_folder',
-           'new_place', 'new_places', 'refused', 'utf8', 'check_call', 'printable', 'patience', 'plain_output',
-           'one_line_errors']
+           'write_json', 'readable', 'read_text', 'read_json', 'crc_of', 'file_md5', 'content_of', 'contents_of',
+           'altered', 'check_unchanged', 'replace_folder', 'whole_folder', 'new_place', 'new_places', 'refused', 'utf8',
+           'check_call', 'printable', 'patience', 'plain_output', 'one_line_errors']
 
 # %% ../nbs/parts/disk.ipynb #k001
 import os, signal, sys
@@ -234,11 +234,21 @@ def write_json(path, d, indent=None): # of the file; a dict or list; spaces a le
     "Write `d` as JSON in one step"
     write_whole(path, json.dumps(d, indent=indent))
 
+@contextmanager
+def readable(path): # of a file
+    "`UserError` if it may not be read: nothing has to be made again, or deleted"
+    try:
+        with open(path, 'rb'): yield   # safetensors says of such a file that it is not there
+    except OSError as e:
+        if isinstance(e, (UserError, FileNotFoundError)) or e.errno is None: raise
+        raise UserError(f'{path} cannot be read ({e.strerror}): see to it that it can') from None
+
 def read_text(path):
     "The text of a file, without its byte order mark; raises `OSError`, or `UserError` for more than memory holds"
     if not os.path.isfile(path) and os.path.exists(path): raise OSError('no file, but something else')
-    enough(f'Reading {path}', path, memory=8*os.stat(path).st_size)
-    return Path(path).read_text(encoding='utf-8-sig')
+    with readable(path):
+        enough(f'Reading {path}', path, memory=8*os.stat(path).st_size)
+        return Path(path).read_text(encoding='utf-8-sig')
 
 def read_json(path, hint): # of the file; what to do if there is none
     "The dict in a JSON file; `UserError` that ends in `hint` if there is none"
@@ -264,11 +274,30 @@ def content_of(path): # of a file
     "A fingerprint of its bytes, of which 64 MB are read at most; its size counts too"
     size = os.path.getsize(path)
     h = hashlib.sha256(str(size).encode())
-    with open(path, 'rb') as f:
+    with readable(path), open(path, 'rb') as f:
         for i in range(min(_PIECES, -(-size//_PIECE))):
             f.seek(i*_PIECE if size <= _PIECE*_PIECES else i*(size - _PIECE)//(_PIECES - 1))
             h.update(f.read(_PIECE))
     return h.hexdigest()[:16]
+
+def contents_of(folder, pattern='*'):
+    "{name: fingerprint} of the files in it, but not of hidden ones and notes"
+    notes = 'made.json', 'making.json', 'contents.json'
+    files = (o for o in sorted(folder.glob(pattern)) if o.name[0] != '.' and o.name not in notes)
+    return {o.name: content_of(o) for o in files if os.path.isfile(o)}
+
+def altered(path, note): # an artefact's folder; what `made` says of it
+    "The names of its files that are not the ones that were made; none where an earlier version has not noted them"
+    told = note.get('contents')
+    is_it = lambda o, mark: os.path.isfile(o) and content_of(o) == mark
+    return [k for k, mark in (told if isinstance(told, dict) else {}).items() if not is_it(Path(path)/k, mark)]
+
+def check_unchanged(folder): # of a network
+    "`UserError` if its weights are others than the note beside them says, as after a flipped bit"
+    note = Path(folder)/'contents.json'
+    told = dict(contents=read_json(note, f'delete {note}')) if os.path.isfile(note) else {}
+    for k in altered(folder, told)[:1]:
+        raise UserError(f'{Path(folder)/k} has changed since it was saved: get it again, or delete {note} to keep it')
 
 # %% ../nbs/parts/disk.ipynb #d015
 def replace_folder(new, path): # a finished folder, and the place it takes, beside it
@@ -347,6 +376,8 @@ def refused(e): # an exception
         return UserError(f'{said}, and the same command goes on from there')
     if isinstance(e, MemoryError) or isinstance(e, RuntimeError) and re.search('allocate|out of memory', str(e)):
         return UserError('the memory does not suffice: ask for fewer or smaller images, or for fewer at a time')
+    if isinstance(e, RuntimeError) and 'start new thread' in str(e):
+        return UserError('no further thread may be started here: raise the limit of processes, as with ulimit -u')
     if (why := _not_imported(e)) or not isinstance(e, OSError): return why
     where = e.filename if e.filename is not None else 'the current folder, or what is printed'
     return UserError(f'{where}: {e.strerror or e}: choose another place, or see to it that it can be read and written')

@@ -22,7 +22,7 @@ from fastai.data.external import untar_data
 from filelock import FileLock
 from .core import DATASETS, Bar, UserError, content_of, data_home, fingerprint, progress, rank, whole_folder
 from .core import checked, number, one_of
-from .disk import FULL, enough, matching, on_disk, place, size_of
+from .disk import FULL, enough, matching, on_disk, patience, place, size_of
 
 # %% ../nbs/parts/files.ipynb #f007
 def one_line(e): # an exception
@@ -232,8 +232,9 @@ def to_rgb(im): # PIL image of any mode
         a = np.asarray(im, np.float32)
         if not np.isfinite(a).all(): raise ValueError('some values are not finite')
         full, low, high = 65535 if im.mode[0] == 'I' else 1 if a.max() < 1.05 else 255, a.min(), a.max()
-        if low < -.05*full or high > 1.05*full or full == 255 and high < 2:
-            raise ValueError(f'values from {low:.4g} to {high:.4g}, neither 0 to 1 nor 0 to {max(full, 255)}')
+        unsure = 0 < high <= (255 if full == 65535 else 1) and (a == a.round()).all()   # or nearly black
+        if unsure or low < -.05*full or high > 1.05*full or full == 255 and high < 2:
+            raise ValueError(f'values from {low:.4g} to {high:.4g}, not surely of 1 or of {max(full, 255)}: use 8 bits')
         im = Image.fromarray((a*(255/full)).round().clip(0, 255).astype(np.uint8))
     if im.mode in ('LA', 'La', 'PA', 'RGBA', 'RGBa') or 'transparency' in im.info:
         im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im.convert('RGBA'))
@@ -407,8 +408,8 @@ def _classes_of(features, column):
 
 def _state(folder):
     "Where a folder is, and the name, size and time of each file in it: another one, or a changed one, has others"
-    files = ((o, o.stat()) for o in files_below(os.path.realpath(folder))[0] if not no_file(o))
-    return [(str(o), about.st_size, about.st_mtime_ns) for o, about in files]
+    with patience(f'looking at every file in {folder}', 2): found = files_below(os.path.realpath(folder))[0]
+    return [(str(o), s.st_size, s.st_mtime_ns) for o in found if not no_file(o) for s in [o.stat()]]
 
 def hub_folder(spec, n): # 'owner/name', '?image=..&label=..&caption=..&split=..' behind it if need be; how many
     "The first `n` pictures of a data set on the Hub, or of a local folder of its files; raises `UserError`"

@@ -19,7 +19,7 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision
 from .core import UNFIT, UserError, agreed, default_device, fingerprint, first_ahead, not_finite, number
 from .core import checked, largest_divisor, rank, read_weights, sealed, stream, world, write_whole
 from .data import as_images, kind_of, like, shifted, show_images
-from .disk import crc_of, enough, lies_in, make_in, matching
+from .disk import crc_of, enough, lies_in, make_in, matching, readable
 from .muon import Muon, muon, orthogonalise   # other modules ask for them here
 
 # %% ../nbs/parts/training.ipynb #c007
@@ -333,9 +333,10 @@ class Checkpoint:
         f = self.path(name)
         if not os.path.isfile(f): return None
         try:
-            with safetensors.safe_open(f, 'pt') as o: note = json.loads(o.metadata()['note'])
+            with readable(f), safetensors.safe_open(f, 'pt') as o: note = json.loads(o.metadata()['note'])
             if note['made_from'] == self.made_from and note.pop('seal') != fingerprint(**note): raise ValueError
             return note if note['made_from'] == self.made_from else None
+        except UserError: raise
         except (safetensors.SafetensorError, RecursionError, *UNFIT):
             raise UserError(f'{f} is not a whole checkpoint: delete it, and this training starts again') from None
 
@@ -459,8 +460,7 @@ class Keeper(Callback):
             print(f'the weights of step {at:,} of {steps:,} are kept: their validation was the best', flush=True)
         self.model.load_state_dict(self.best)
 
-    def check(self, tensors):
-        self.step_by_step.finite(not not_finite(tensors), 'not all its weights are finite numbers')
+    def check(self, state): self.step_by_step.finite(not not_finite(state), 'not all its weights are finite numbers')
 
     def write(self):
         "Write what is due"

@@ -304,7 +304,7 @@ def test_save_load_round_trip(make, tmp_path):
     again = load_component(tmp_path/'ae')
     assert type(again) is type(ae) and again.latent_channels == ae.latent_channels
     assert torch.equal(again.encode(images()), ae.eval().encode(images())) and again.latent_std[1] == 2
-    assert sorted(f.name for f in (tmp_path/'ae').iterdir()) == ['autoencoder.safetensors', 'config.json']
+    assert sorted(f.name for f in (tmp_path/'ae').iterdir()) == ['autoencoder.safetensors', 'config.json', 'contents.json']
     save_component(again, tmp_path/'ae')           # over an earlier one
     assert [f.name for f in tmp_path.iterdir()] == ['ae']
 

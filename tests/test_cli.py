@@ -250,6 +250,12 @@ def test_what_the_module_cannot_do_is_one_line(tmp_path, args, words):
     one_line(AttrDict(rc=p.returncode, err=said), *words)
     assert not p.stdout and not [*tmp_path.iterdir()]
 
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
+def test_the_list_of_verbs_that_cannot_be_printed_is_one_line():
+    env = os.environ | dict(PYTHONPATH=str(Path(latentdiff.__file__).parents[1]))
+    with open('/dev/full', 'w') as full: p = subprocess.run([sys.executable, '-m', 'latentdiff'], stdout=full, stderr=subprocess.PIPE, text=True, env=env)
+    one_line(AttrDict(rc=p.returncode, err=p.stderr), 'No space left')
+
 @pytest.fixture(scope='session')
 def drawn(cli, run, tmp_path_factory):
     tmp = tmp_path_factory.mktemp('drawn')

@@ -175,7 +175,7 @@ def test_component_round_trip(tmp_path):
     save_component(a, tmp_path/'toy')
     b = load_component(tmp_path/'toy')
     assert type(b) is Toy and b.config.wide == 4 and not b.training and not any(p.requires_grad for p in b.parameters())
-    assert all(torch.equal(u, v) for u, v in zip(a.parameters(), b.parameters())) and here(tmp_path/'toy') == ['config.json', 'weights.safetensors']
+    assert all(torch.equal(u, v) for u, v in zip(a.parameters(), b.parameters())) and here(tmp_path/'toy') == ['config.json', 'contents.json', 'weights.safetensors']
 
 def test_interrupted_save_leaves_the_old_one(tmp_path, monkeypatch):
     save_component(Toy(), tmp_path/'toy')

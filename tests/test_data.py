@@ -265,9 +265,9 @@ def flat(mode, colour, **info):
 def test_modes(im, rgb):
     assert to_rgb(im).mode == 'RGB' and to_rgb(im).getpixel((5, 5)) == rgb
 
-@pytest.mark.parametrize('mode,values', [('F', (0., 1.5)), ('F', (0., 65535.)), ('F', (-1., 1.)), ('F', (0., 300.)), ('I', (0, 100_000)), ('I', (-9000, 9))])
+@pytest.mark.parametrize('mode,values', [('F', (0., 1.5)), ('F', (0., 65535.)), ('F', (-1., 1.)), ('F', (0., 300.)), ('F', (0., 1.)), ('F', (0., 0., 1.)), ('I', (0, 100_000)), ('I', (-9000, 9)), ('I', (0, 200))])
 def test_floats_of_no_known_range_are_skipped(tmp_path, mode, values):
-    "Neither black nor white; a little over the edge, as resizing leaves it, is the edge"
+    "Neither black nor white, also where it may be nearly black in the scale of its neighbours; a little over the edge, as resizing leaves it, is the edge"
     im = Image.fromarray(np.resize(np.array(values, dict(F=np.float32, I=np.int32)[mode]), (16, 16)))
     assert im.mode == mode
     save(tmp_path/'x'/'a.tif', im)
@@ -275,6 +275,19 @@ def test_floats_of_no_known_range_are_skipped(tmp_path, mode, values):
     save(tmp_path/'x'/'c.tif', Image.fromarray(np.resize(np.float32([0, 254]), (16, 16))))
     images = open_images(tmp_path/'x', 16)
     assert images.pixels().flatten(1).aminmax(dim=1).max.tolist() == [255, 254] and 'values from' in images.skipped[0][1]
+
+def test_a_black_float_picture_is_black():
+    assert to_rgb(flat('F', 0)).getpixel((5, 5)) == to_rgb(flat('I', 0)).getpixel((5, 5)) == (0, 0, 0)
+
+def test_looking_at_a_large_folder_is_said(tmp_path, monkeypatch, capsys):
+    "A local folder as a set of the Hub: every file below it is looked at before anything else is said"
+    from fastcore.basics import AttrDict
+    from latentdiff import disk, files
+    (tmp_path/'a.txt').write_text('x')
+    for come in (1, 3):
+        monkeypatch.setattr(disk, 'Timer', lambda seconds, f: AttrDict(start=f if seconds < come else len, cancel=lambda: 0) if come == 3 else AttrDict(start=lambda: 0, cancel=lambda: 0))
+        assert files._state(tmp_path)[0][0] == str(tmp_path/'a.txt')
+        assert (f'looking at every file in {tmp_path}' in capsys.readouterr().err) == (come == 3)
 
 def test_sixteen_bits_through_a_file(tmp_path):
     ramp = np.linspace(0, 65535, 32).astype(np.uint16)[None].repeat(32, 0)

@@ -619,10 +619,18 @@ def too_much():
     import torch
     torch.empty(1 << 60)
 
+def threadless():
+    "A limit of processes, as a container has"
+    import threading
+    from latentdiff.data import open_images
+    def refuse(*args, **kw): raise RuntimeError("can't start new thread")
+    for o in ('_start_new_thread', '_start_joinable_thread'): hasattr(threading, o) and setattr(threading, o, refuse)
+    open_images('rooms', 16, n=20).pixels()
+
 def ours(): raise RuntimeError('a mistake of ours')
 
 @posix
-@pytest.mark.parametrize('do,code,says', [(unread, 141, ''), (closed, 0, ''), (ascii_only, 0, ''), (homeless, 1, 'No such file'), (lambda: os.stat('x'*300), 1, 'File name too long'), (too_much, 1, 'memory does not suffice'), (ours, 99, ''),
+@pytest.mark.parametrize('do,code,says', [(unread, 141, ''), (closed, 0, ''), (ascii_only, 0, ''), (homeless, 1, 'No such file'), (lambda: os.stat('x'*300), 1, 'File name too long'), (too_much, 1, 'memory does not suffice'), (threadless, 1, 'no further thread may be started here'), (ours, 99, ''),
                                           (lambda: print('x', file=open('/dev/full', 'w', buffering=1)), 1, 'No space left')])
 def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch, do, code, says):
     monkeypatch.chdir(tmp_path)
@@ -1042,6 +1050,35 @@ def test_what_lies_behind_a_closed_folder_is_one_line(server, tmp_path):
     "Whatever looks whether it is there, by a user who may not enter the folder above it"
     r = server.code(BEHIND, tmp_path)
     assert r.rc == 0 and len(r.out.splitlines()) >= 22 and {l for l in r.out.splitlines() if not l.startswith('fine ')} == set(), r
+
+SHUT = """
+import os, shutil, sys, tempfile
+from pathlib import Path
+from latentdiff import commands, core, files, training
+me, tmp = os.geteuid(), Path(tempfile.mkdtemp())   # others may not enter those of pytest
+tmp.chmod(0o755)
+run, weights = tmp/'run', 'unet/diffusion_pytorch_model.safetensors'
+for o in ('run.json', weights, 'checkpoints/last.safetensors', 'unet/made.json', 'a.tar', 'unet/config.json'):
+    (run/o).parent.mkdir(parents=True, exist_ok=True)
+    (run/o).write_text('{}')
+    (run/o).chmod(0)
+if not me: os.seteuid(65534)
+calls = dict(run=lambda: commands.Run(run, core.settings_of('rooms', 'tiny')), train=lambda: commands.train_cli.__wrapped__(str(run)), weights=lambda: core.read_weights(run/weights), made=lambda: core.made(run/'unet'), load=lambda: core.load_component(run/'unet'),
+    checkpoint=lambda: training.Checkpoint(run/'checkpoints', 'x').load(9), archive=lambda: files.unpacked(run/'a.tar'), config=lambda: core.network_config(run/'unet'), altered=lambda: core.altered(run, dict(contents={weights: 'x'})), toml=lambda: core.read_toml(run/'run.json', {}))
+for k, do in calls.items():
+    try: do()
+    except (core.UserError, SystemExit) as e: print('fine' if str(e).count('cannot be read (Permission denied)') and 'delete' not in str(e) and str(run) in str(e) and '\\n' not in str(e) else e, k)
+    except Exception as e: print(repr(e), k)
+    else: print('nothing', k)
+os.seteuid(me)
+shutil.rmtree(tmp)
+"""
+
+@posix
+def test_what_may_not_be_read_is_named_with_the_reason(server):
+    "Somebody else's, of mode 0: nothing is damaged or lost, so nobody is told to delete it"
+    r = server.code(SHUT)
+    assert r.rc == 0 and len(r.out.splitlines()) == 10 and {l for l in r.out.splitlines() if not l.startswith('fine ')} == set(), r
 
 def test_an_array_whose_header_is_no_end_of_brackets(tmp_path):
     import io, zipfile

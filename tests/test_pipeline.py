@@ -620,7 +620,7 @@ def test_pushed_to_the_hub_and_loaded_from_it(tmp_path, server):
     assert where == f'{at}/us/rooms' and same == 'True'
     assert 'us/rooms' in refused and 'hf auth login' in refused and 'us/nothing' in missing and '<newline>' not in refused + missing
     names = {'README.md', 'grid.png', 'model_index.json', 'process/config.json', 'scheduler/scheduler_config.json', 'unet/config.json',
-             'unet/diffusion_pytorch_model.safetensors', 'autoencoder/config.json', 'autoencoder/autoencoder.safetensors'}
+             'unet/diffusion_pytorch_model.safetensors', 'autoencoder/config.json', 'autoencoder/autoencoder.safetensors', 'unet/contents.json', 'autoencoder/contents.json'}
     assert set(StandIn.files) == names | {'evil.py', 'unet/pytorch_model.bin'} and set(StandIn.asked) == names - {'README.md', 'grid.png'}
     assert Image.open(io.BytesIO(StandIn.files['grid.png'])).size == (8*33 - 1, 2*33 - 1)
     card = StandIn.files['README.md'].decode()

@@ -1,9 +1,10 @@
 "The pipelines that come with the package: what is in their folders, what their cards say, and that they draw what they are told."
-import os, re
+import os, re, shutil
 import pytest, torch
 from safetensors.torch import load_file
 from latentdiff.autoencoder import quality
 from latentdiff.commands import sample_cli
+from latentdiff.core import UserError, load_component
 from latentdiff.data import open_images, to_uint8
 from latentdiff.few_step import shortcut
 from latentdiff.files import npz_pixels
@@ -36,6 +37,19 @@ def test_a_folder_holds_weights_settings_and_a_card(name):
     for f in files:
         if f.suffix == '.safetensors': assert {x.dtype for x in load_file(f).values()} == {torch.float16}
         else: assert not re.search(r'/(work|home|root|tmp)/', f.read_text()), f
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_flipped_bit_of_weights_is_noticed(name, tmp_path):
+    "Each folder of weights says what they are; a copy elsewhere, without the note, is taken as it is"
+    place = shutil.copytree(zoo()[name], tmp_path/name)
+    for f in place.rglob('*.safetensors'):
+        load_component(f.parent)
+        b = bytearray(f.read_bytes())
+        b[len(b)//2] ^= 4
+        f.write_bytes(b)
+        with pytest.raises(UserError, match=f'{f} has changed since it was saved: .*or delete {f.parent}/contents.json'): load_component(f.parent)
+        (f.parent/'contents.json').unlink()
+        load_component(f.parent)
 
 @pytest.mark.parametrize('name', NAMES)
 def test_a_card_says_what_one_wants_to_know(name):
