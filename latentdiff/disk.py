@@ -55,7 +55,7 @@ def stop_politely():
 stop_politely()
 
 # %% ../nbs/parts/disk.ipynb #d006
-import atexit, errno, glob, hashlib, inspect, io, itertools, json, math, platform, re, shutil, tempfile, zlib
+import atexit, errno, glob, hashlib, inspect, io, itertools, json, math, platform, re, shutil, tempfile, traceback, zlib
 from contextlib import contextmanager, suppress
 from functools import wraps
 from threading import Timer
@@ -324,6 +324,20 @@ def _deserted(e): # an exception
     "Whether it says that one of the processes that share the work has gone"
     return world() > 1 and isinstance(e, RuntimeError) and re.search('gloo|nccl|connection|TCPStore', str(e), re.I)
 
+def _not_imported(e): # an exception
+    "A `UserError` that names the library whose import it has ended; None: it has not, or a module of ours is at fault"
+    root = e
+    while root.__cause__: root = root.__cause__
+    way = [o for x in (e, root) for o, _ in traceback.walk_tb(x.__traceback__)]
+    package = lambda o: o.f_globals.get('__name__', '').split('.')[0]
+    theirs = [*itertools.takewhile(lambda o: package(o) != 'latentdiff', reversed(way))][::-1]
+    bodies = [package(o) for o in theirs if o.f_code.co_name == '<module>']   # those of modules
+    if isinstance(e, ImportError) and not f'{e.name}'.startswith('latentdiff'): bodies = bodies or [e.name]
+    if not bodies: return
+    why = 'the memory does not suffice' if 'failed to map segment' in str(root) else ' '.join(str(root).split())[:200]
+    return UserError(f"{bodies[-1]} cannot be imported ({type(root).__name__}: {why}): look at Python's options, at "
+                     "variables and limits of this shell; python -c 'import latentdiff.pipeline' shows where")
+
 def refused(e): # an exception
     "What the system has refused, and where, as a `UserError`; None if it is something else"
     if isinstance(e, UserError): return e
@@ -333,7 +347,7 @@ def refused(e): # an exception
         return UserError(f'{said}, and the same command goes on from there')
     if isinstance(e, MemoryError) or isinstance(e, RuntimeError) and re.search('allocate|out of memory', str(e)):
         return UserError('the memory does not suffice: ask for fewer or smaller images, or for fewer at a time')
-    if not isinstance(e, OSError): return
+    if (why := _not_imported(e)) or not isinstance(e, OSError): return why
     where = e.filename if e.filename is not None else 'the current folder, or what is printed'
     return UserError(f'{where}: {e.strerror or e}: choose another place, or see to it that it can be read and written')
 

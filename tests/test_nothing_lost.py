@@ -560,6 +560,34 @@ def ended(do, tmp_path):
     except BaseException as e: os.write(2, repr(e).encode())
     finally: os._exit(code)
 
+LIBRARIES = dict(                    # modules whose import ends, and what is said of it
+    brittle=('raise ValueError("a\\nb")', 'brittle cannot be imported (ValueError: a b): '),
+    lazy=('try: import brittle\nexcept ValueError as e: raise RuntimeError("look up") from e', 'brittle cannot be imported (ValueError: a b): '),
+    locked=('open("nowhere/x")', 'locked cannot be imported (FileNotFoundError: '),
+    large=('raise ImportError("libx.so: failed to map segment from shared object")', 'large cannot be imported (ImportError: the memory does not suffice): '),
+    poor=('import nosuchlibrary', 'poor cannot be imported (ModuleNotFoundError: No module named'),
+    nosuch=(None, "nosuch cannot be imported (ModuleNotFoundError: No module named 'nosuch'): "),
+    latentdiff_=('x = {}["k"]', None))
+
+@pytest.mark.parametrize('name', LIBRARIES)
+def test_a_library_that_cannot_be_imported_is_one_line(name, tmp_path, monkeypatch):
+    "It names the library and the cause, and how to see more; a module of ours shows its traceback."
+    for k, (text, _) in LIBRARIES.items(): text and (tmp_path/f'{k}.py').write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    @one_line_errors
+    def look_cli():
+        if name == 'latentdiff_': exec(LIBRARIES[name][0], {'__name__': 'latentdiff.ours'})
+        __import__(name)
+    said = LIBRARIES[name][1]
+    with pytest.raises(SystemExit if said else KeyError) as e: look_cli()
+    if said: assert str(e.value).startswith(f'latentdiff-look: {said}') and 'python -c' in str(e.value) and '\n' not in str(e.value)
+
+def test_a_variable_that_a_library_refuses_is_one_line(tmp_path):
+    "In a real command: exit code 1, and nothing but that line."
+    command = [sys.executable, '-W', 'ignore', '-m', 'latentdiff', 'sample', 'bedrooms64', '--out', str(tmp_path/'out')]
+    r = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(MPLBACKEND='nosuch'), cwd=Path(__file__).parents[1])
+    assert r.returncode == 1 and r.stderr.startswith('latentdiff-sample: matplotlib cannot be imported (ValueError: Key backend') and r.stderr.count('\n') == 1 and not r.stdout
+
 def unread():
     "Print into a pipe that nobody reads"
     r, w = os.pipe()
