@@ -55,7 +55,8 @@ def stop_politely():
 stop_politely()
 
 # %% ../nbs/parts/disk.ipynb #d006
-import atexit, errno, glob, hashlib, inspect, io, itertools, json, math, platform, re, shutil, tempfile, traceback, zlib
+import atexit, errno, glob, hashlib, inspect, io, itertools, json, logging, math, platform, re, shutil, tempfile, zlib
+import traceback
 from contextlib import contextmanager, suppress
 from functools import wraps
 from threading import Timer
@@ -386,8 +387,10 @@ def utf8(**given): # a text or a path, by its name
     "It, if it is UTF-8; else raises `UserError`"
     (k, v), = given.items()
     try: str(v).encode()
-    except UnicodeEncodeError: raise UserError(f'{k} is {str(v)!r:.200}, which is not UTF-8: rename it.') from None
-    return v
+    except UnicodeEncodeError: why = 'is not UTF-8: rename it.'
+    else: return v
+    with suppress(UnicodeError): v, why = os.fsencode(v).decode(), "this shell's locale cannot say: set PYTHONUTF8=1."
+    raise UserError(f'{k} is {str(v)!r:.200}, which {why}')
 
 def check_call(options): # dict
     "`UserError` for an empty place, for a name that no other program could write down, and for a number that is none"
@@ -415,8 +418,9 @@ def patience(words, seconds=10): # what is waited for
     finally: late.cancel()
 
 def plain_output():
-    "In a file or a pipe: whole lines at once, and no progress bars; nowhere the tries of huggingface_hub"
+    "In a file or a pipe: whole lines at once, and no progress bars; nowhere what libraries say of tries and caches"
     os.environ.setdefault('HF_HUB_VERBOSITY', 'error')   # it reads that when it is imported
+    logging.getLogger('matplotlib').setLevel(logging.ERROR)   # it warns where it finds no place in $HOME
     from fastprogress import fastprogress as bars
     sys.stdout = sys.stdout or open(os.devnull, 'w')   # it is closed, as by >&-
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -588,6 +588,19 @@ def test_a_variable_that_a_library_refuses_is_one_line(tmp_path):
     r = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(MPLBACKEND='nosuch'), cwd=Path(__file__).parents[1])
     assert r.returncode == 1 and r.stderr.startswith('latentdiff-sample: matplotlib cannot be imported (ValueError: Key backend') and r.stderr.count('\n') == 1 and not r.stdout
 
+@pytest.mark.parametrize('raw,says', [('猫'.encode(), "Class is '猫', which this shell's locale cannot say: set PYTHONUTF8=1."), (b'caf\xe9', 'not UTF-8: rename it.')])
+def test_a_name_that_the_locale_cannot_say(raw, says):
+    "As Python gives it in the C locale, where every other letter is an escaped byte: only what is not UTF-8 shall be renamed."
+    with pytest.raises(UserError) as e: disk.check_call({'Class': raw.decode('ascii', 'surrogateescape')})
+    assert str(e.value).endswith(says)
+
+def test_a_home_that_cannot_be_written_is_no_news(tmp_path):
+    "Matplotlib would say in two lines that it keeps its things elsewhere."
+    say = 'from latentdiff.disk import plain_output\nplain_output()\nimport matplotlib\nmatplotlib.get_cachedir()'
+    env = {k: v for k, v in os.environ.items() if k not in ('MPLCONFIGDIR', 'XDG_CONFIG_HOME', 'XDG_CACHE_HOME')}
+    r = subprocess.run([sys.executable, '-c', say], capture_output=True, text=True, env=env | dict(HOME='/proc/nowhere', TMPDIR=str(tmp_path)), cwd=Path(__file__).parents[1])
+    assert r.returncode == 0 and r.stderr == ''
+
 def unread():
     "Print into a pipe that nobody reads"
     r, w = os.pipe()
