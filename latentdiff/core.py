@@ -7,14 +7,15 @@ __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT',
            'run_folder', 'above_zero', 'preset_of', 'check_settings', 'settings_of', 'stream', 'Bar', 'progress',
            'every', 'agreed', 'share', 'gathered', 'first_ahead', 'to_toml', 'check_kinds', 'read_toml', 'beside_file',
            'either_way', 'fingerprint', 'sealed', 'unsealed', 'made', 'seals', 'check_contents', 'artefact', 'locked',
-           'weights_name', 'not_finite', 'save_component', 'AsGiven', 'find_class', 'read_weights', 'check_fit',
+           'weights_name', 'sound', 'save_component', 'AsGiven', 'find_class', 'read_weights', 'check_fit',
            'load_weights', 'network_config', 'load_component', 'exercise']
 
 # %% ../nbs/parts/core.ipynb #c004
 from .disk import NOWHERE, UserError, altered, check_unchanged, clear_away, content_of, contents_of, data_home
 from .disk import file_md5, on_disk, patience, place, rank, read_json, read_text, readable, remove
 from .disk import replace_folder, runs_home, utf8, whole_folder, world, write_json, write_whole
-from .checks import checked, largest_divisor, multiples, number, numbers, one_of, positions, spread # all pass on
+from .checks import checked, largest_divisor, multiples, not_finite, number, numbers # all are
+from .checks import one_of, positions, spread                                             # passed on
 import argparse, hashlib, importlib, json, os, sys, time, tomllib   # after disk, which minds Ctrl-C
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -411,17 +412,17 @@ _OURS = dict(UNet2DModel='UNet', AutoencoderKL='PretrainedKL', AutoencoderTiny='
 
 def weights_name(module): return getattr(module, 'weights_name', 'weights.safetensors')  # WEIGHTS: for diffusers too
 
-def not_finite(state): # a dict of tensors
-    "The names of those with numbers that are not finite"
-    wide = lambda v: v if v.element_size() > 1 else v.float()   # torch does not look into float8
-    return [k for k, v in state.items() if v.is_floating_point() and not wide(v).isfinite().all()]
+def sound(module):
+    "Its weights by name; raises `UserError` if one is not finite"
+    state = checked(module=module).state_dict()
+    if bad := not_finite(state):
+        raise UserError(f'{bad[0]} of {type(module).__name__} is not finite, so it is not saved: train at a lower rate')
+    return state
 
 def save_component(module, folder): # with diffusers' `ConfigMixin`; written in one step, an earlier one is replaced
     "Save config and weights; returns the folder. Raises `UserError` if a weight is not finite"
     from safetensors.torch import save
-    state = {k: v.detach().cpu().contiguous() for k, v in checked(module=module).state_dict().items()}
-    if bad := not_finite(state):
-        raise UserError(f'{bad[0]} of {type(module).__name__} is not finite, so it is not saved: train at a lower rate')
+    state = {k: v.detach().cpu().contiguous() for k, v in sound(module).items()}
     with on_disk(place(folder=folder), more=NOWHERE), whole_folder(folder) as new:
         module.save_config(new)
         write_whole(new/weights_name(module), save(state, metadata={'format': 'pt'}))

@@ -474,8 +474,7 @@ def shard_samples(shards):
                 elif not caption or '\ufffd' in caption: picture = 'caption is not UTF-8' if caption else 'no caption'
                 yield f"{PurePosixPath(shard).name.split('.')[0]}/{k}", picture, caption
             raw = getattr(last, 'raw', None)                          # a whole tar goes on behind its last file
-            end = raw and raw.offset + -(-raw.size//512)*512 + 512        # of the header that ends it
-            if raw and raw.fileobj.tell() < end: yield shard, 'shard has no end: cut?'
+            if raw and raw.fileobj.tell() < raw.offset + (raw.size + 1023)//512*512: yield shard, 'it has no end: cut?'
         except (OSError, ClientError, MemoryError, *DAMAGED) as e:
             yield shard, f'shard damaged or missing ({one_line(e)})'
 

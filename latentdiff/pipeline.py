@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from huggingface_hub import create_repo, snapshot_download, upload_folder
 from huggingface_hub.errors import HTTPError
 from .core import UNFIT, WEIGHTS, UserError, checked, default_device, gathered, load_component, number
-from .core import numbers, read_json, save_component, share, weights_name, write_json, write_whole
+from .core import numbers, read_json, save_component, share, sound, weights_name, write_json, write_whole
 from .data import check_images, image_grid, to_uint8
 from .disk import NOWHERE, enough, on_disk, place
 from .autoencoder import Autoencoder, fit_bs, open_autoencoder
@@ -287,6 +287,7 @@ def save_pretrained(self:LatentDiffusionPipeline, folder, safe_serialization=Tru
     folder = place(folder=folder)
     if os.path.exists(folder/'run.json') or any(os.path.exists(folder/k/'made.json') for k in self.parts()):
         raise UserError(f'{folder} is a run, which would forget how it was trained: choose another folder')
+    for part in self.parts().values(): sound(part)   # before an earlier pipeline is touched
     with on_disk(folder, more=NOWHERE):
         folder.mkdir(parents=True, exist_ok=True)
         (folder/'model_index.json').unlink(missing_ok=True)
@@ -399,8 +400,7 @@ def our_parts(folder, d): # as `save_pretrained` left it; its model_index.json, 
     number(1, _MOST, **{f"size in {folder/'model_index.json'}": d.get('size')})
     check_size(folder, d['size'])
     autoencoder, denoiser = (load_part(folder/k, d[k][1]) for k in names)
-    process = load_process(folder, folder/names[1])
-    scheduler = scheduler_in(folder, process)
+    scheduler = scheduler_in(folder, process := load_process(folder, folder/names[1]))
     return autoencoder, denoiser, process, d['size'], scheduler if d.get('sampler') == 'scheduler' else None
 
 # %% ../nbs/80_pipeline.ipynb #L105

@@ -324,6 +324,10 @@ def test_their_names_elsewhere(tmp_path):
     (tmp_path/'begun').mkdir(), (tmp_path/'begun'/'run.json').write_text('{}')   # nor is one written into that has none yet
     assert 'is a run' in one_line(p.save_pretrained, tmp_path/'begun') and [o.name for o in (tmp_path/'begun').iterdir()] == ['run.json']
     p.save_pretrained(tmp_path/'a', safe_serialization=True)
+    ill = quiet(small())                                                           # nor is a good one lost to one that is refused
+    next(ill.denoiser.parameters()).data[0] = float('nan')
+    before = {o: o.read_bytes() for o in (tmp_path/'a').rglob('*.*') if o.is_file()}
+    assert 'not finite' in one_line(ill.save_pretrained, tmp_path/'a') and before == {o: o.read_bytes() for o in (tmp_path/'a').rglob('*.*') if o.is_file()}
     assert 'variant' in one_line(LatentDiffusionPipeline.from_pretrained, tmp_path/'a', variant='fp16')
     assert LatentDiffusionPipeline.from_pretrained(tmp_path/'a', 'cpu', torch_dtype=torch.float16).dtype == torch.float16
     assert 'terms' in one_line(p.push_to_hub, 'us/rooms')
