@@ -313,7 +313,7 @@ def train_autoencoder(ae, x_train, x_valid,                    # as for `ae_lear
                       lr=2e-3, seed=0, checkpoint=None, **kw): # highest rate; of chance; to go on from if killed
     "Train in place, keep the best weights, measure the scale of the latents over the training set; returns the Learner"
     if isinstance(ae, KLAutoencoder): pca_start(ae, x_train)
-    learn = ae_learner(ae, x_train, x_valid, seed=seed, **kw)
+    learn = ae_learner(checked(ae=ae).requires_grad_(True), x_train, x_valid, seed=seed, **kw)
     fit_steps(learn, steps, epochs, minutes, lr, seed, checkpoint, rounds=5, keep_best=True)
     ae.to(memory_format=torch.contiguous_format).fit_scale(x_train).eval().requires_grad_(False)
     return learn

@@ -158,7 +158,9 @@ class Images(torch.utils.data.Dataset):
         return out
 
     def __len__(self): return len(self.names)
-    def __getitem__(self, i): return from_uint8(self.read([range(len(self))[i]])[0])
+    def __getitem__(self, i): # a position, or a slice
+        at = range(len(self))[i]
+        return from_uint8(self.pixels(at) if isinstance(at, range) else self.read([at])[0])
     def __repr__(self):
         none, copies = 0 if self.labels is None else int((self.labels < 0).sum()), len(self) - len({*self.contents})
         classes = f', no classes: the only first-level folder is {self.alone}' if self.alone else ''

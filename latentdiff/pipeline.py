@@ -370,7 +370,7 @@ def folder_of(name, **hub): # a folder, a name in `zoo()`, or owner/name on the 
     hint = f"make one with latentdiff-run, or take one of {', '.join(zoo())}"
     if not re.fullmatch(ON_HUB, str(name)): raise UserError(f'There is no run folder {folder}: {hint}.')
     try: return Path(snapshot_download(str(name), allow_patterns=['*.json', '*.safetensors'], **hub))
-    except (OSError, ValueError, HTTPError) as e:
+    except (OSError, ValueError, RuntimeError, HTTPError) as e:   # hf_xet's are RuntimeErrors
         raise UserError(f'There is no run folder {folder}, and none on the Hub ({one_line(e)}): {hint}.') from e
 
 # %% ../nbs/80_pipeline.ipynb #c035
@@ -416,15 +416,15 @@ def push_to_hub(self:LatentDiffusionPipeline, repo_id, # owner/name
     if not terms: raise UserError('say in a sentence whose pictures it has seen, and under which terms: terms=...')
     with tempfile.TemporaryDirectory() as d:
         self.save_pretrained(d)
-        write_whole(f'{d}/README.md', model_card(repo_id, terms, folder or self.name_or_path or d, license, d))
+        run = place(folder=folder or self.name_or_path or d)
+        write_whole(f'{d}/README.md', model_card(repo_id, terms, run, license, d))
         image_grid(self.draw(16, **told)).save(f'{d}/grid.png')
         try:
             url = create_repo(repo_id, private=private, token=token, exist_ok=True)
             kw = dict(commit_message=commit_message, delete_patterns=['*.safetensors', '*.json'])
             upload_folder(repo_id=repo_id, folder_path=d, token=token, **kw)
-        except (OSError, ValueError, HTTPError) as e:
-            hint = 'check the name, and log in with `hf auth login`'
-            raise UserError(f'the Hub does not take {repo_id} ({one_line(e)}): {hint}') from e
+        except (OSError, ValueError, RuntimeError, HTTPError) as e:
+            raise UserError(f'the Hub does not take {repo_id} ({one_line(e)}): check the name, `hf auth login`') from e
     return str(url)
 
 # %% ../nbs/80_pipeline.ipynb #p010

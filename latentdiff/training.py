@@ -159,8 +159,7 @@ def no_sync(learn): # a fastai Learner
 # %% ../nbs/parts/training.ipynb #s704
 def _memory(opt): # a fastai optimizer, its own or a wrapped one of torch
     "What it remembers of its parameters, {'number.name': tensor}"
-    state = opt.state_dict()['state']
-    each = state.items() if isinstance(state, dict) else enumerate(state)
+    each = o.items() if isinstance(o := opt.state_dict()['state'], dict) else enumerate(o)
     return {f'{i}.{k}': torch.as_tensor(v) for i, s in each for k, v in s.items()}
 
 def _remind(opt, memory): # a fastai optimizer; what `_memory` said of one of its kind with such parameters
@@ -509,14 +508,15 @@ def fit_steps(learn,                                 # a fastai Learner whose tr
     if len(given) != 1: raise UserError('say how long to train: steps=..., epochs=... or minutes=..., one of the three')
     number(0 if 'epochs' in given else 1e-6, 1e9, 'steps' in given, **given)
     number(0, 1e38, False, lr=lr), number(1, 10**4, rounds=rounds), number(seed=seed)
-    dl = checked(learn=learn).dls.train
+    dl, net, name = checked(learn=learn).dls.train, learn.model, type(learn.model).__name__
+    if all(not p.requires_grad for p in net.parameters()): raise UserError(f'{name} is frozen: call requires_grad_()')
     with torch.random.fork_rng():
         secs = step_time(no_sync(learn))
         if steps is None: steps = epochs*len(dl) if minutes is None else 60*minutes/secs
         steps = agreed(max(1, int(steps)))
         found = checkpoint and checkpoint.load(steps, exact=keep_best)
-        k, n = found[1]['k'] if found else 0, sum(p.numel() for p in learn.model.parameters())
-        print(f'training {type(learn.model).__name__}, {n/1e6:.2f}M parameters, on {learn.dls.device}: {steps:,} steps '
+        k, n = found[1]['k'] if found else 0, sum(p.numel() for p in net.parameters())
+        print(f'training {name}, {n/1e6:.2f}M parameters, on {learn.dls.device}: {steps:,} steps '
               f'of {dl.bs}, {steps*dl.bs/dl.n:.1f} passes over {dl.n:,}, about {(steps - k)*secs/60:.2g} min'
               + (f' from step {k:,} on' if k else ''), flush=True)
         each = StepByStep(steps, lr, seed, rounds, k)

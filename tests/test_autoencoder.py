@@ -186,6 +186,7 @@ def test_training_leaves_the_global_generator_alone(x):
     ae = KLAutoencoder(3, (8,), 4)
     torch.manual_seed(1); train_autoencoder(ae, x[:16], x[16:24], epochs=1, device='cpu')
     assert torch.equal(torch.rand(3), want)
+    train_autoencoder(ae, x[:16], x[16:24], epochs=1, device='cpu')   # and it can be trained again, as by a cell that is run twice
 
 def test_trained_latents_are_standard_and_better_than_pca(x):
     ae = quick(x, epochs=12)

@@ -426,6 +426,7 @@ def test_pixels_are_the_items(tmp_path):
         for i in (0, 5, -1): assert torch.equal(images[i], from_uint8(x[i]))
         assert torch.equal(images.pixels([4, 1]), x[[4, 1]]) and images[0].abs().max() <= 1
         with pytest.raises(IndexError): images[len(images)]
+        assert torch.equal(images[1:3], from_uint8(images.pixels([1, 2]))) and torch.equal(images[torch.tensor(1)], images[1])
 
 def test_fingerprint(tmp_path):
     for i in range(4): save(tmp_path/'s'/f'{i}.png')

@@ -634,6 +634,13 @@ def test_pushed_to_the_hub_and_loaded_from_it(tmp_path, server):
               '0.5000 ± 0.1000', '0.0200 ± 0.0300', '640 samples', 'heun with 9 steps', '1,234', 'features of eyes', '30.2 dB', '(grid.png)'): assert o in card, o
     assert '/home' not in card
 
+@pytest.mark.parametrize('name,call', [('create_repo', lambda p: p.push_to_hub('us/rooms', 'ours', 'runs/rooms')), ('snapshot_download', lambda p: LatentDiffusionPipeline.from_pretrained('us/rooms'))])
+def test_what_the_hubs_carrier_of_large_files_raises_is_one_line(monkeypatch, name, call):
+    "hf_xet knows no errors but RuntimeError"
+    def gone(*a, **kw): raise RuntimeError('Data processing error: CAS service error')
+    monkeypatch.setattr(f'latentdiff.pipeline.{name}', gone)
+    assert 'CAS service error' in one_line(call, quiet(small()))
+
 def test_a_name_that_is_nowhere_is_one_line():
     "Without the network, too"
     with pytest.raises(UserError, match='run folder nobody/nothing, and none on the Hub') as e: LatentDiffusionPipeline.from_pretrained('nobody/nothing')

@@ -280,6 +280,8 @@ def test_the_optimizer_gets_that_rate():
 def test_one_of_steps_epochs_and_minutes():
     for how in (dict(), dict(steps=3, epochs=1), dict(minutes=1, epochs=1)):
         with pytest.raises(UserError, match='one of the three'): fit_steps(small_learner(), **how)
+    (frozen := small_learner()).model.requires_grad_(False)   # as a loaded network is
+    with pytest.raises(UserError, match='is frozen: call requires_grad_'): fit_steps(frozen, 2)
 
 @pytest.mark.parametrize('how,steps', [(dict(steps=7), 7), (dict(epochs=2), 12), (dict(epochs=.5), 3), (dict(minutes=.1), 60), (dict(epochs=0), 1)])
 def test_epochs_and_minutes_become_steps_once(how, steps, monkeypatch, capsys):
