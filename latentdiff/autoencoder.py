@@ -25,7 +25,7 @@ from fastai.callback.training import GradientClip
 from .core import UNFIT, WEIGHTS, AsGiven, UserError, agreed, artefact, checked, data_home, default_device, file_md5
 from .core import find_class, fingerprint, first_ahead, load_component, load_weights, multiples, network_config
 from .core import number, numbers, place, save_component, stream, write_whole
-from .data import FEW, as_images, check_images, kind_of, like, some_pixels
+from .data import as_images, check_images, kind_of, leeway, like, some_pixels
 from .files import download, one_line, there
 from .training import Checkpoint, DeviceLoader, Graphed, Learner, adamw, fit_steps, muon, randn_rows, zero_init
 
@@ -459,7 +459,7 @@ def make_autoencoder(folder, images, p, seed=0, device=None): # of the run; `Ima
     path = folder/(found or ('vae' if isinstance(ready, PretrainedKL) else 'autoencoder'))
     settings, kw = dict(seed=seed, pretrained=p.ae_pretrained), dict(bs=p.bs, kl_weight=p.ae_kl)
     if not p.ae_pretrained:
-        kw |= dict(flip=images.channels == 3) | ({'crop': max(1, images.size//16)} if len(images) < FEW else {})
+        kw |= dict(flip=images.channels == 3) | ({'crop': most} if (most := leeway(images)) else {})
         settings |= dict(kw, widths=p.ae_widths, patch=p.ae_patch, latent_channels=p.latent_channels, optimizer='Muon')
         begun = Checkpoint(folder/'checkpoints'/'autoencoder', fingerprint(**settings, **parents))
         kw |= dict(seed=seed, device=device, lr=p.ae_lr, checkpoint=begun)

@@ -109,9 +109,9 @@ def condition(self:Run):
 
 @patch(as_prop=True)
 def latents(self:Run):
-    "Of every image, and of its mirror image where that is as good: a caption may say 'left'"
+    "Of every image, and of its mirror image where that is as good (a caption may say 'left'), and of crops of few"
     flip = False if self.condition == 'text' else None
-    make = lambda: noisify.make_latents(self.folder, self.images, self.autoencoder, self.p, flip)
+    make = lambda: noisify.make_latents(self.folder, self.images, self.autoencoder, self.p, flip, self.seed)
     return self.once('latents', source.said_already(make) if 'start' in self.settings else make)
 
 @patch(as_prop=True)
@@ -241,12 +241,12 @@ def grid(self:Run, px):
 @patch
 def neighbours(self:Run, n=8, k=3):
     "PIL image: `n` samples, and under each the `k` training images whose latents are nearest"
-    import torch
     fake, train = self.samples[:n], self.images.train_idxs
-    with torch.no_grad(): z = self.autoencoder.encode(data.from_uint8(fake).to(self.device)).cpu()
-    found = kid_eval.nearest_neighbours(z, self.latents.tensor('train', 'cpu'), k=k)[0].T.flatten()
+    z = self.autoencoder.encode(data.from_uint8(fake).to(self.device)).detach().cpu()
+    known = self.latents.tensor('train', 'cpu')[:len(train)*(1 + self.latents.manifest['mirrored'])]   # without crops
+    found = kid_eval.nearest_neighbours(z, known, k=k)[0].T.flatten()
     px = self.images.pixels(train[found % len(train)])
-    px = torch.where((found < len(train))[:, None, None, None], px, px.flip(-1))
+    px = px.where((found < len(train))[:, None, None, None], px.flip(-1))
     return report.picture_rows({'sample': fake, **{f'nearest {j + 1}': o for j, o in enumerate(px.chunk(k))}})
 
 @patch(as_prop=True)
@@ -352,7 +352,7 @@ def announce(self:Run):
     gb = 1.3*training.peak_gb(self.device) + 2*min(1.5e9, len(self.images)*self.images.channels*p.size**2)/1e9
     print(f'training takes about {(p.ae_steps*a + p.steps*d)/60:.1f} min and {gb:.1f} GB on this machine as it is now: '
           f'{p.ae_steps if a else 0:,} steps of the autoencoder, {p.steps:,} of the denoiser', flush=True)
-    latents = 4*len(self.images)*p.latent_channels*(p.size//8)**2   # two bytes each, and mirrored
+    latents = 4*(1 + data.CROPS*bool(data.leeway(self.images)))*len(self.images)*p.latent_channels*(p.size//8)**2
     memory = 1e9*(gb - training.peak_gb()) if self.device.type == 'cpu' else 0
     with first_ahead(): enough('This run', self.folder/'run.json', latents, memory)
 

@@ -16,7 +16,7 @@ from functools import lru_cache
 from .core import RATES, UNFIT, UserError, artefact, checked, default_device, fingerprint, load_component, made
 from .core import number, save_component
 from .disk import by_option, matching
-from .data import FEW, some_pixels
+from .data import CROPS, FEW, some_pixels
 from .autoencoder import batches_for, channel_stats, quality
 from .noisify import Process, weights_hash
 from .few_step import Shortcut
@@ -198,7 +198,8 @@ def choice(images, condition, seed=0, # `Images`; 'class', 'text' or None; of th
     found, said = {'from': 'none'}, refusal(images, why, given)
     if kept[whole] >= ENOUGH: found, said = {'from': whole}, proposal(images, condition, whole, kept[whole])
     elif kept[alone] >= ENOUGH and not given: found['autoencoder'], said = alone, ae_alone(why, alone, kept[alone])
-    print(f'{len(images)} pictures are few to learn everything from, {said}', flush=True)
+    crops = f'The denoiser is also shown {CROPS} crops of each.'
+    print(f'{len(images)} pictures are few to learn everything from, {said} {crops}', flush=True)
     return found
 
 def proposal(images, condition, name, db): # ...; a name in the zoo; PSNR of its reconstructions

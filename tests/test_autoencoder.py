@@ -462,7 +462,7 @@ def test_few_pictures_are_moved_and_more_are_not(ims, tmp_path, monkeypatch):
     monkeypatch.setattr(A, 'train_autoencoder', lambda *args, crop=0, **kw: given.append(crop) or train_autoencoder(*args, crop=crop, **kw))
     note = lambda name: made(tmp_path/name/'autoencoder')['settings']
     make_autoencoder(tmp_path/'few', ims, small_preset(), device='cpu')
-    monkeypatch.setattr(A, 'FEW', len(ims))
+    monkeypatch.setattr('latentdiff.data.FEW', len(ims))
     make_autoencoder(tmp_path/'enough', ims, small_preset(), device='cpu')
     assert given == [1, 0] and note('few') == note('enough') | dict(crop=1) and 'crop' not in note('enough')
 

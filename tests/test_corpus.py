@@ -55,7 +55,7 @@ def train(folder):
 def encode_again(folder):
     "The latents, from where an earlier call says that it stopped"
     work = folder/'.latents.making'
-    N._encode_rest(A.KLAutoencoder(3, (8,), 4, 1, 4).eval(), D.open_images('rooms', 32, n=8), work, (8, 4, 8, 8), False, 4)
+    N._encode_rest(A.KLAutoencoder(3, (8,), 4, 1, 4).eval(), D.open_images('rooms', 32, n=8), work, (8, 4, 8, 8), dict(mirrored=False), 4)
 
 def by_config(folder):
     rc, said = command('run', '--config', folder/'config.toml', '--out', folder)

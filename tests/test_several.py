@@ -67,7 +67,7 @@ def test_two_processes_killed_and_going_on_are_one_process(several, run, tmp_pat
     folder = half_done(run, tmp_path)
     r = several(2, 'encode', *run.args, '--out', folder)
     assert r.rc == 0 and 'ENDS 0' in r.out, r
-    for f in ('latents.f16', 'mirrored.f16', 'manifest.json'): assert (folder/'latents'/f).read_bytes() == (run.folder/'latents'/f).read_bytes()
+    for f in ('latents.f16', 'mirrored.f16', 'latents3.f16', 'mirrored3.f16', 'manifest.json'): assert (folder/'latents'/f).read_bytes() == (run.folder/'latents'/f).read_bytes()
     server = several.start(2, 'train', folder, before=EVERY_STEP)
     while server.alive() and not [*folder.glob('checkpoints/unet/last*')]: time.sleep(.02)
     server.kill()
@@ -118,7 +118,7 @@ def test_accelerate_launch_of_other_commands(cli, run, tmp_path):
     "Latents and samples are those of one process to the byte, and only one process says something"
     folder, how = half_done(run, tmp_path), ('--n', 6, '--bs', 2, '--steps', 2, '--npz')
     launch(tmp_path, 'encode', *run.args, '--out', folder)
-    for f in ('latents.f16', 'mirrored.f16', 'manifest.json'): assert (folder/'latents'/f).read_bytes() == (run.folder/'latents'/f).read_bytes()
+    for f in ('latents.f16', 'mirrored.f16', 'latents3.f16', 'mirrored3.f16', 'manifest.json'): assert (folder/'latents'/f).read_bytes() == (run.folder/'latents'/f).read_bytes()
     assert launch(tmp_path, 'sample', run.folder, *how, tmp_path/'two.npz').count('6 images into') == 1
     assert cli('sample', run.folder, *how, tmp_path/'one.npz').rc == 0
     one, two = (np.load(tmp_path/f'{k}.npz')['arr_0'] for k in ('one', 'two'))
