@@ -2,7 +2,7 @@
 import ast, base64, inspect, io, json, os, random, re, shutil, subprocess, sys, tomllib, zipfile
 from importlib import import_module
 from pathlib import Path
-import numpy as np, pytest, yaml
+import nbformat, numpy as np, pytest, yaml
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -133,6 +133,11 @@ def test_colab_keeps_its_torch(pins):
     with pytest.raises(RuntimeError, match='torch'): additions(['torch>=9'], pins)
 
 # -- notebooks
+
+@pytest.mark.parametrize('name', NAMES)
+def test_notebook_is_as_its_format_says(name):
+    "Jupyter shows a list of lists as its letters and brackets"
+    nbformat.validate(nbformat.read(NBS/name, 4))
 
 @pytest.mark.parametrize('name', NAMES)
 def test_notebook_is_clean(name):
