@@ -130,10 +130,14 @@ def on_disk(path, size=None, more=()): # as above; bytes, None: not known; other
     try: yield
     except OSError as e:
         if isinstance(e, UserError) or e.errno not in FULL + _SHUT + more: raise
-        (free, there, way), needs = room_at(path), f'{size_of(size)} to be written, ' if size else ''
-        why = f'{e.strerror}; {needs}{size_of(free)} free in {there}' if e.errno in FULL else e.strerror
-        do = 'make room and repeat the command, or ' if e.errno in FULL else ''
-        if e.errno in NOWHERE: way = 'choose another place'
+        why, do, way = e.strerror, '', 'choose another place'
+        if e.errno not in NOWHERE: free, there, way = room_at(path)   # else the current folder may be gone
+        if e.errno in FULL:
+            needs = f'{size_of(size)} to be written, ' if size else ''
+            count = os.statvfs(there) if hasattr(os, 'statvfs') else None
+            none = count and count.f_files and not count.f_favail   # where files are counted, as they are not by btrfs
+            left = 'no more files are' if none else size_of(free)
+            why, do = f'{why}; {needs}{left} free in {there}', 'make room and repeat the command, or '
         raise DiskError(f'{str(path):.200} cannot be written ({why}): {do}{way}') from None
 
 def enough(what, path, disk=0, memory=0): # in words; where it writes; bytes of each

@@ -148,7 +148,7 @@ def small_disk(where, size):
     libc, uid, gid = ctypes.CDLL(None, use_errno=True), os.getuid(), os.getgid()
     if libc.unshare(0x10000000 | 0x00020000): return False          # a namespace of users, and one of mounts
     for name, text in (('setgroups', 'deny'), ('uid_map', f'0 {uid} 1'), ('gid_map', f'0 {gid} 1')): Path('/proc/self', name).write_text(text)
-    return not libc.mount(b'none', str(where).encode(), b'tmpfs', 0, f'size={size}'.encode())
+    return not libc.mount(b'none', str(where).encode(), b'tmpfs', 0, f'size={size},nr_inodes=1000'.encode())
 
 class Ballast:
     "A file that takes what room is left"
@@ -234,6 +234,15 @@ def page():
     fill.away()
     write()
 
+def many():
+    (disk/'run').mkdir()
+    for i in range(1000):
+        try: (disk/f'.{i}').touch()
+        except OSError: break
+    yield said(lambda: core.write_json(disk/'run'/'a.json', {}))
+    for o in disk.glob('.[0-9]*'): o.unlink()
+    core.write_json(disk/'run'/'a.json', {})
+
 def closed():
     os.mkdir(disk/'run')
     libc = ctypes.CDLL(None)
@@ -275,7 +284,8 @@ def on_small_disk(server, tmp_path, what, *args):
     return AttrDict(json.loads(r.out.splitlines()[-1]))
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='needs namespaces')
-@pytest.mark.parametrize('what,says', [('checkpoint', '1.2 MB to be written'), ('encoding', '4.4 MB to be written'), ('pngs', 'MB free in'), ('unpack', 'LATENTDIFF_DATA'), ('page', '0.4 MB to be written')])
+@pytest.mark.parametrize('what,says', [('checkpoint', '1.2 MB to be written'), ('encoding', '4.4 MB to be written'), ('pngs', 'MB free in'), ('unpack', 'LATENTDIFF_DATA'), ('page', '0.4 MB to be written'),
+    ('many', 'no more files are free in')])
 def test_a_full_disk_is_one_line_and_after_room_was_made_it_goes_on(server, tmp_path, what, says):
     "How much, where, and what to set; nothing half-written stays, and what was whole is whole"
     d = on_small_disk(server, tmp_path, what, tmp_path/'a.tgz')
@@ -297,6 +307,13 @@ def test_a_download_for_which_there_is_no_room(server, tmp_path, says):
 def test_where_only_reading_is_allowed(server, tmp_path):
     d = on_small_disk(server, tmp_path, 'closed')
     assert d.line.count('cannot be written (Read-only file system)') == 2 and '--out' in d.line, d.line
+
+def test_a_place_in_a_folder_that_is_gone(tmp_path, monkeypatch):
+    (tmp_path/'here').mkdir()
+    monkeypatch.chdir(tmp_path/'here')
+    (tmp_path/'here').rmdir()
+    with pytest.raises(UserError, match='x cannot be written .*: choose another place'):
+        with disk.on_disk(Path('x'), more=disk.NOWHERE): Path('x').mkdir()
 
 @pytest.mark.skipif(not hasattr(os, 'posix_fallocate'), reason='needs posix_fallocate')
 def test_a_file_gets_its_room_and_keeps_what_it_holds(tmp_path, monkeypatch):
