@@ -356,8 +356,8 @@ def _hub(load, spec, **kw):
 def from_pretrained(cls:PretrainedKL, spec): # Hub id, or a folder in diffusers' layout
     "The published model, in eval mode"
     options = dict(use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True)
-    model, info = _hub(cls.model_class.from_pretrained, spec, **options)
-    if lost := info['missing_keys']: raise UserError(f'{spec} is not whole: it has no {lost[0]}, so download it again')
+    model, d = _hub(cls.model_class.from_pretrained, spec, **options)
+    if o := [*d['missing_keys'], *d['unexpected_keys']]: raise UserError(f'{spec} lacks or adds {o[0]}: fetch it again')
     ae = cls.from_config(model.config)
     ae.model = model
     return ae.eval().requires_grad_(False)

@@ -467,9 +467,9 @@ def process_of(scheduler): # of diffusers
     flow = c.get('prediction_type') == 'flow_prediction' and c.get('use_flow_sigmas') and c.get('flow_shift')
     if (flow or type(scheduler).__name__ == 'FlowMatchLCMScheduler') and not c.get('use_dynamic_shifting'):
         return Process('flow', 'velocity', 'uniform', steps=c['num_train_timesteps'])
-    of_the_loop = {k: v[0] for k, v in NEUTRAL.items() if k in c and k not in OF_THE_NOISE}
-    if 'use_karras_sigmas' in c and not told_sigma: of_the_loop['use_karras_sigmas'] = False
-    return Process.from_diffusers(type(scheduler).from_config(c, **of_the_loop))
+    loop = {k: v[0] for k, v in NEUTRAL.items() if k in c and k not in OF_THE_NOISE and 'learned' not in str(c[k])}
+    if 'use_karras_sigmas' in c and not told_sigma: loop['use_karras_sigmas'] = False
+    return Process.from_diffusers(type(scheduler).from_config(c, **loop))
 
 def other_noise(scheduler, process): # of diffusers; the `Process` that the network was trained with
     "How the noise of the scheduler differs from that of the network, in words; None: it does not"

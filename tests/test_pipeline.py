@@ -527,15 +527,23 @@ def no_scheduler(f): (f/'scheduler/scheduler_config.json').write_text('{"_class_
 def use(**kw): return lambda f: DDIMScheduler(**kw).save_pretrained(f/'scheduler')
 def dynamic(f): FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(f/'scheduler')
 def unclip(f): UnCLIPScheduler().save_pretrained(f/'scheduler')
+def learned(f): DDPMScheduler(variance_type='learned').save_pretrained(f/'scheduler')
 def told_sigma(f): EulerDiscreteScheduler(timestep_type='continuous', prediction_type='v_prediction').save_pretrained(f/'scheduler')
 
 @pytest.mark.parametrize('spoil,words', [(other_vae, 'vqvae VQModel'), (text_too, 'CLIPTextModel'), (no_size, 'sample_size'), (no_safe_weights, 'safetensors'), (told_sigma, 'continuous'),
-    (with_classes, 'classes'), (no_scheduler, 'newest'), (use(rescale_betas_zero_snr=True), 'rescale_betas_zero_snr'), (use(trained_betas=[.1]*9), 'betas'), (dynamic, 'dynamic'), (unclip, 'UnCLIPScheduler')])
+    (with_classes, 'classes'), (no_scheduler, 'newest'), (use(rescale_betas_zero_snr=True), 'rescale_betas_zero_snr'), (use(trained_betas=[.1]*9), 'betas'), (dynamic, 'dynamic'), (unclip, 'UnCLIPScheduler'), (learned, 'variance_type')])
 def test_what_cannot_be_the_same_here_is_refused(tmp_path, spoil, words):
     DDPMPipeline(small_unet(), DDPMScheduler()).save_pretrained(tmp_path)
     spoil(tmp_path)
     with pytest.raises(UserError, match=words) as e: LatentDiffusionPipeline.from_pretrained(tmp_path, 'cpu')
     assert '\n' not in str(e.value)
+
+@pytest.mark.parametrize('k', ['use_quant_conv', 'use_post_quant_conv', 'mid_block_add_attention'])
+def test_a_vae_whose_config_leaves_out_what_it_has_learned_is_refused(tmp_path, k):
+    vae = small_vae()
+    vae.save_pretrained(tmp_path)
+    (tmp_path/'config.json').write_text(json.dumps({**json.loads((tmp_path/'config.json').read_text()), k: False}))
+    with pytest.raises(UserError, match='lacks or adds .*: fetch it again'): PretrainedKL.from_pretrained(tmp_path)
 
 def target(f): (f/'process/config.json').write_text((f/'process/config.json').read_text().replace('velocity', 'eps'))
 def noise(f): DDPMScheduler().save_pretrained(f/'scheduler')
