@@ -290,13 +290,13 @@ SCORES = 'kid kid_se kid_floor kid_floor_se fid fid_floor n_fake n_real psnr ssi
 def metrics(self:Run):
     "Everything that was measured, in one dict"
     import torch
-    notes = {o.parent.name: made(o.parent) for o in sorted(self.folder.glob('*/made.json'))}
+    notes = {k: made(self.folder/k) for k in sorted({*self.pipeline.parts(), 'judge', 'latents', 'samples', 'scores'})}
     ae, net = (notes[k]['facts'] for k in self.pipeline.parts())
     d = self.scores | dict(psnr=ae.get('psnr'), ssim=ae.get('ssim'), n_reconstructed=ae.get('n'))
     for k in SCORES: number(whole=False, **{f'{k}, in a made.json in {self.folder},': d.get(k)})
     return d | dict(kid_curve=net.get('kid', []), told=self.asked and {**self.asked, 'cond': self.told(64)},
         **{k: notes['samples']['settings'][k] for k in ('sampler', 'steps')}, threads=torch.get_num_threads(),
-        seconds={k: v['seconds'] for k, v in notes.items()}, peak_gb=round(training.peak_gb(self.device), 2))
+        seconds={k: v['seconds'] for k, v in notes.items() if v}, peak_gb=round(training.peak_gb(self.device), 2))
 
 @patch(as_prop=True)
 def report(self:Run):

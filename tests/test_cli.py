@@ -118,8 +118,11 @@ def test_interrupted_run_goes_on(cli, run, tmp_path, lost, says):
     for o in lost: shutil.rmtree(folder/o) if (folder/o).is_dir() else (folder/o).unlink()
     stamp = lambda k: (folder/k).stat().st_mtime_ns
     before = [*map(stamp, kept)]
+    shutil.copytree(folder/'unet', folder/'unet (1)')   # a copy, and a folder of the user's own, are no parts of the run
+    (folder/'notes').mkdir(), (folder/'notes'/'made.json').write_text('{}')
     r = cli('run', *run.args, '--out', folder)
     assert r.rc == 0 and (folder/'report.html').exists() and says in r.out, r
+    assert {*json.loads((folder/'metrics.json').read_text())['seconds']} == {'autoencoder', 'latents', 'samples', 'scores', 'unet'}
     assert [*map(stamp, kept)] == before
     for o in ('samples/grid.png', 'scores/pairs.png', 'process/config.json', 'scheduler/scheduler_config.json', 'model_index.json', 'config.toml'): assert (folder/o).read_bytes() == (run.folder/o).read_bytes()
     same = [json.loads((f/'metrics.json').read_text()) for f in (folder, run.folder)]
