@@ -357,7 +357,7 @@ def from_pretrained(cls:PretrainedKL, spec): # Hub id, or a folder in diffusers'
     "The published model, in eval mode"
     options = dict(use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True)
     model, d = _hub(cls.model_class.from_pretrained, spec, **options)
-    if o := [*d['missing_keys'], *d['unexpected_keys']]: raise UserError(f'{spec} lacks or adds {o[0]}: fetch it again')
+    if o := [*d['missing_keys'], *d['unexpected_keys']]: raise UserError(f'{spec} is not whole in {o[0]}: get it again')
     ae = cls.from_config(model.config)
     ae.model = model
     return ae.eval().requires_grad_(False)

@@ -543,7 +543,7 @@ def test_a_vae_whose_config_leaves_out_what_it_has_learned_is_refused(tmp_path, 
     vae = small_vae()
     vae.save_pretrained(tmp_path)
     (tmp_path/'config.json').write_text(json.dumps({**json.loads((tmp_path/'config.json').read_text()), k: False}))
-    with pytest.raises(UserError, match='lacks or adds .*: fetch it again'): PretrainedKL.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match='is not whole in .*: get it again'): PretrainedKL.from_pretrained(tmp_path)
 
 def target(f): (f/'process/config.json').write_text((f/'process/config.json').read_text().replace('velocity', 'eps'))
 def noise(f): DDPMScheduler().save_pretrained(f/'scheduler')

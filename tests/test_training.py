@@ -455,7 +455,7 @@ def test_killed_by_sigkill_again_and_again(tmp_path, server):
     status, kills = map(int, out.out.split()[-2:])
     assert status == 0 and kills > 1, out.err
     whole, cut = (tmp_path/o/'autoencoder' for o in ('whole', 'cut'))
-    assert sorted(o.name for o in cut.iterdir()) == ['autoencoder.safetensors', 'config.json', 'made.json']
+    assert sorted(o.name for o in cut.iterdir()) == ['autoencoder.safetensors', 'config.json', 'contents.json', 'made.json']
     for name in ('autoencoder.safetensors', 'config.json'): assert (cut/name).read_bytes() == (whole/name).read_bytes()
     left = [o.name for o in (tmp_path/'cut').rglob('.*') if o.name != '.lock']
     assert not [o for o in left if o.endswith('.making')] and not list((tmp_path/'cut'/'checkpoints').rglob('.*.part'))
