@@ -101,7 +101,7 @@ class DeviceLoader(DataLoader):
         "The same loader over the same or other tensors, with some settings changed"
         own = {k: getattr(self, k) for k in ('bs', 'shuffle', 'flip', 'seed', 'device', 'transform', 'crop')}
         own |= {k: v for k, v in kwargs.items() if k in own}
-        return type(self)(*(dataset or self.dataset).tensors, **own)
+        return type(self)(*getattr(dataset or self.dataset, 'tensors', [dataset]), **own)
 
 # %% ../nbs/parts/training.ipynb #c013
 class EMA(Callback):
@@ -506,7 +506,7 @@ def fit_steps(learn,                                 # a fastai Learner whose tr
     "Train for a number of steps; says beforehand how long it will take. Raises `UserError` if a loss is not finite"
     given = {k: v for k, v in dict(steps=steps, epochs=epochs, minutes=minutes).items() if v is not None}
     if len(given) != 1: raise UserError('say how long to train: steps=..., epochs=... or minutes=..., one of the three')
-    number(0 if 'epochs' in given else 1e-6, 1e9, 'steps' in given, **given)
+    number({'steps': 1, 'epochs': 0}.get(*given, 1e-6), 10**9, 'steps' in given, **given)
     number(0, 1e38, False, lr=lr), number(1, 10**4, rounds=rounds), number(seed=seed)
     dl, net, name = checked(learn=learn).dls.train, learn.model, type(learn.model).__name__
     if all(not p.requires_grad for p in net.parameters()): raise UserError(f'{name} is frozen: call requires_grad_()')

@@ -294,6 +294,8 @@ def test_the_optimizer_gets_that_rate():
 def test_one_of_steps_epochs_and_minutes():
     for how in (dict(), dict(steps=3, epochs=1), dict(minutes=1, epochs=1)):
         with pytest.raises(UserError, match='one of the three'): fit_steps(small_learner(), **how)
+    with pytest.raises(UserError, match='steps is 2.7: give a whole number from 1 to 1,000,000,000'): fit_steps(small_learner(), 2.7)
+    with pytest.raises(UserError): small_learner().dls.train.new([torch.zeros(3)])   # as fastai's `predict` does: a list of rows
     (frozen := small_learner()).model.requires_grad_(False)   # as a loaded network is
     with pytest.raises(UserError, match='is frozen: call requires_grad_'): fit_steps(frozen, 2)
 
