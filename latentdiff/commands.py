@@ -37,8 +37,8 @@ pipeline, report, source = map(_Lazy, ('pipeline', 'report', 'source'))
 class Run:
     "A run folder: its settings, and the artefacts that are made from them, each when it is first asked for"
     def __init__(self, folder, settings, more=0): # of all; from `settings_of`; steps to train what is trained on
-        self.folder, self.device, self.kept, self.trackers = Path(folder), default_device(), {}, []
-        self.given, self.more = settings, more
+        self.device, self.kept, self.trackers, self.given, self.more = default_device(), {}, [], settings, more
+        self.folder = Path(os.path.abspath(folder) if '..' in Path(folder).parts else folder)   # parts are made anew
         self.settings = agreed(self.read(settings))
         self.p, self.seed = preset_of(self.settings), self.settings['seed']
 

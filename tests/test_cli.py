@@ -176,6 +176,13 @@ def test_a_mistyped_number_of_steps_is_taken_back(server, cli, run, tmp_path):
     assert r.rc == 0 and steps() == 40 and weights(folder) == weights(run.folder), r
     assert cli('train', folder, '--more', 1).rc == 0 and steps() == 41
 
+def test_a_run_that_is_named_from_within_one_of_its_parts(server, run, tmp_path):
+    "The part is made anew, so the folder that one stands in is gone, and '..' leads nowhere"
+    folder = shutil.copytree(run.folder, tmp_path/'run')
+    code = "import os, sys\nos.chdir(sys.argv[1])\nsys.argv = ['latentdiff-train', '..', '--more', '1']\nfrom latentdiff.commands import train_cli\ntrain_cli()"
+    r = server.code(code, folder/'unet')
+    assert r.rc == 0 and 'lost' not in r.out and json.loads((folder/'unet'/'made.json').read_text())['settings']['steps'] == 41, r
+
 KILLED_AT = 'checkpoints/autoencoder/*', 'checkpoints/unet/*', '.samples.making' # as soon as one of these files is there, and a little later
 
 def test_a_busy_machine_and_a_killed_run_give_the_same_weights_to_the_bit(server, run, tmp_path):
