@@ -521,6 +521,7 @@ def index(f, **kw): (f/'model_index.json').write_text(json.dumps({**json.loads((
 def other_vae(f): index(f, vqvae=['diffusers', 'VQModel'])
 def text_too(f): index(f, text_encoder=['transformers', 'CLIPTextModel'])
 def no_size(f): small_unet(sample_size=None).save_pretrained(f/'unet')
+def odd_size(f): small_unet(sample_size=7).save_pretrained(f/'unet')
 def no_safe_weights(f): (f/'unet/diffusion_pytorch_model.safetensors').rename(f/'unet/diffusion_pytorch_model.bin')
 def with_classes(f): small_unet(num_class_embeds=3).save_pretrained(f/'unet')
 def no_scheduler(f): (f/'scheduler/scheduler_config.json').write_text('{"_class_name": "DiffusionPipeline"}')
@@ -530,7 +531,7 @@ def unclip(f): UnCLIPScheduler().save_pretrained(f/'scheduler')
 def learned(f): DDPMScheduler(variance_type='learned').save_pretrained(f/'scheduler')
 def told_sigma(f): EulerDiscreteScheduler(timestep_type='continuous', prediction_type='v_prediction').save_pretrained(f/'scheduler')
 
-@pytest.mark.parametrize('spoil,words', [(other_vae, 'vqvae VQModel'), (text_too, 'CLIPTextModel'), (no_size, 'sample_size'), (no_safe_weights, 'safetensors'), (told_sigma, 'continuous'),
+@pytest.mark.parametrize('spoil,words', [(other_vae, 'vqvae VQModel'), (text_too, 'CLIPTextModel'), (no_size, 'sample_size'), (odd_size, 'unet cannot be asked'), (no_safe_weights, 'safetensors'), (told_sigma, 'continuous'),
     (with_classes, 'classes'), (no_scheduler, 'newest'), (use(rescale_betas_zero_snr=True), 'rescale_betas_zero_snr'), (use(trained_betas=[.1]*9), 'betas'), (dynamic, 'dynamic'), (unclip, 'UnCLIPScheduler'), (learned, 'variance_type')])
 def test_what_cannot_be_the_same_here_is_refused(tmp_path, spoil, words):
     DDPMPipeline(small_unet(), DDPMScheduler()).save_pretrained(tmp_path)
