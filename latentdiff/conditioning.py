@@ -118,7 +118,8 @@ class ClassConditioner(nn.Module, AsGiven, ConfigMixin):
         if isinstance(label, str) and label.isdecimal() and len(label) < 10: label = int(label)
         if isinstance(label, int) and 0 <= label < len(classes): return label
         names = ', '.join(f'"{o}"' if ',' in str(o) else str(o) for o in classes)
-        raise UserError(f'no class {label!r}: give 0 to {len(classes)-1} or one of {names}')
+        if len(names) > 600: names = f'{names[:600]} ...'
+        raise UserError(f'no class {label!r:.80}: give 0 to {len(classes)-1} or one of {names}')
 
     def forward(self, labels): # (b,) int64, -1: of no class; or a list of names or numbers -> tokens (b, 1, dim), mask
         if not hasattr(labels, '__len__') or isinstance(labels, str) or not len(labels):

@@ -25,7 +25,7 @@ from .data import check_images, image_grid, to_uint8
 from .disk import NOWHERE, enough, on_disk, place
 from .autoencoder import Autoencoder, fit_bs, open_autoencoder
 from .noisify import Process, load_process, other_noise, process_of, save_process
-from .files import ON_HUB, one_line
+from .files import ON_HUB, OURS, one_line
 from .unet import AnyUNet2D, OtherNetwork
 from .card import PIPELINES, SCHEDULERS, check_index, check_size, model_card, names_class
 from .conditioning import guide
@@ -365,7 +365,7 @@ def folder_of(name, **hub): # a folder, a name in `zoo()`, or owner/name on the 
     if not isinstance(name, (str, os.PathLike)) or not str(name):
         raise UserError(f'name is {name!r:.80}: give a folder, or a name')
     folder = Path(name)
-    if not os.path.exists(folder/'model_index.json'): folder = zoo().get(str(name), folder)
+    if not any(os.path.exists(folder/o) for o in OURS): folder = zoo().get(str(name), folder)
     if os.path.isdir(folder): return folder
     hint = f"make one with latentdiff-run, or take one of {', '.join(zoo())}"
     if not re.fullmatch(ON_HUB, str(name)): raise UserError(f'There is no run folder {folder}: {hint}.')

@@ -25,6 +25,13 @@ def few(): return LatentDiffusionPipeline.from_pretrained('fashion_mnist32_few',
 @pytest.fixture(scope='module')
 def rooms(): return LatentDiffusionPipeline.from_pretrained('rooms64', 'cpu')
 
+def test_a_run_of_that_name_that_is_not_finished_is_not_passed_by(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'rooms64').mkdir()
+    assert LatentDiffusionPipeline.from_pretrained('rooms64').size == 64     # a folder of anything else
+    (tmp_path/'rooms64'/'run.json').write_text('{}')
+    with pytest.raises(UserError, match='this is no finished run'): LatentDiffusionPipeline.from_pretrained('rooms64')
+
 def test_the_zoo_is_known_and_small():
     assert NAMES == ['bedrooms256', 'bedrooms64', 'fashion_mnist32', 'fashion_mnist32_few', 'rooms64']
     assert all(weight(o) <= 12e6 for o in zoo().values()) and sum(map(weight, zoo().values())) <= 40e6
