@@ -328,7 +328,7 @@ def captions_in(folder):
             with path.open(newline='', encoding='utf-8-sig') as f:
                 columns, table = {}, csv.DictReader(f, strict=True)
                 for row in table if path.suffix == '.csv' else map(json.loads, filter(str.strip, f)):
-                    if None in row: raise ValueError(f'line {table.line_num}: put "quotes" around a text with commas')
+                    if any(row.pop(None, ())): raise ValueError(f'line {table.line_num}: put "quotes" round its commas')
                     columns |= row
                     found[path.parent/row['file_name']] = said = row.get('text') or row.get('caption') or ''
                     said.encode()   # half a surrogate pair, which JSON can hold, is no text

@@ -17,8 +17,8 @@ from pathlib import Path
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from fastai.basics import Callback, patch
 from .autoencoder import fit_bs
-from .core import UserError, agreed, artefact, check_contents, checked, default_device, first_ahead, made, number
-from .core import numbers, one_of, positions, progress, rank, read_json, sealed, share, stream, unsealed, world
+from .core import UserError, agreed, artefact, check_contents, checked, default_device, first_ahead, made, number, numbers
+from .core import fingerprint, one_of, positions, progress, rank, read_json, sealed, share, stream, unsealed, world
 from .data import CROPS, FEW, cropped, from_uint8, kind_of, leeway, like
 from .disk import NOWHERE, on_disk, place, remove, reserve, write_json
 
@@ -373,8 +373,7 @@ class Latents:
     def tensor(self, split='train', device=None): # 'train' (view after view), 'valid', 'all'; None: the default
         "One split on the device: float32 (n,...), per-channel mean 0 std 1"
         views = self.views if split=='train' else [self.mean]
-        rows = self.idxs(split).view(len(views), -1).numpy()
-        z = np.concatenate([m[r] for m,r in zip(views, rows)])
+        z = np.concatenate([m[r] for m,r in zip(views, self.idxs(split).view(len(views), -1).numpy())])
         return torch.from_numpy(z).to(default_device(device)).float()
 
 # %% ../nbs/20_noisify.ipynb #c051
@@ -384,13 +383,15 @@ def make_latents(folder, images, ae, p, # of the run; `Images`; an `Autoencoder`
     checked(images=images, ae=ae, p=p)
     shape,path,most = (len(images), *ae.latent_shape(images.size)),place(folder=folder)/'latents',leeway(images)
     how,had = dict(mirrored=bool(images.channels==3 if flip is None else flip)),made(path).get('settings', 'crops')
-    if most and 'crops' in str(had): how |= dict(crops=CROPS, leeway=most, seed=number(seed=seed))   # else as they were
+    of,nets = dict(images=images.fingerprint, autoencoder=weights_hash(ae)),map(path.with_name, ('unet', 'denoiser'))
+    kept = fingerprint(settings=how, parents=of, version=1) in [made(o).get('parents', {}).get('latents') for o in nets]
+    if most and 'crops' in str(had) and not kept: how |= dict(crops=CROPS, leeway=most, seed=number(seed=seed))
     def make(work):
         _encode_rest(ae.eval(), images, work, shape, how, fit_bs(images.size, p.bs))
         write_json(work/'manifest.json', sealed(_manifest(images, shape, how)))
         (work/'done.json').unlink(missing_ok=True)
         return dict(n=len(images), shape=shape[1:])
-    return Latents(artefact(path, make, dict(images=images.fingerprint, autoencoder=weights_hash(ae)), how))
+    return Latents(artefact(path, make, of, how))
 
 # %% ../nbs/20_noisify.ipynb #c141
 class NoisifyCB(Callback):
@@ -463,12 +464,11 @@ OF_THE_NOISE = 'use_dynamic_shifting', 'use_flow_sigmas', 'invert_sigmas', 'sigm
 def process_of(scheduler): # of diffusers
     "The `Process` of its noise. How its loop clips, and where it puts the steps, is left out"
     c = {k: v for k, v in checked(scheduler=scheduler).config.items() if k != '_use_default_values'}   # see `AsGiven`
-    told_sigma = c.get('timestep_type') == 'continuous'
     flow = c.get('prediction_type') == 'flow_prediction' and c.get('use_flow_sigmas') and c.get('flow_shift')
     if (flow or type(scheduler).__name__ == 'FlowMatchLCMScheduler') and not c.get('use_dynamic_shifting'):
         return Process('flow', 'velocity', 'uniform', steps=c['num_train_timesteps'])
     loop = {k: v[0] for k, v in NEUTRAL.items() if k in c and k not in OF_THE_NOISE and 'learned' not in str(c[k])}
-    if 'use_karras_sigmas' in c and not told_sigma: loop['use_karras_sigmas'] = False
+    if 'use_karras_sigmas' in c and c.get('timestep_type') != 'continuous': loop['use_karras_sigmas'] = False
     return Process.from_diffusers(type(scheduler).from_config(c, **loop))
 
 def other_noise(scheduler, process): # of diffusers; the `Process` that the network was trained with

@@ -661,6 +661,10 @@ def test_captions_whose_quotes_are_missing_are_no_captions(tmp_path, rows, said)
     (tmp_path/'s'/'metadata.csv').write_text(f'file_name,text\nx/b.png,a bed of 3" steel\n{rows}\nx/c.png,a bed\n')
     assert said in one_line(open_images, tmp_path/'s', 16)
 
+def test_a_comma_at_the_end_of_each_row_is_no_caption(tmp_path):
+    put(tmp_path/'s'/'a.png', png()), (tmp_path/'s'/'metadata.csv').write_text('file_name,text\na.png,a bed,\n')
+    assert open_images(tmp_path/'s', 16).captions == ['a bed']
+
 @pytest.mark.parametrize('names,said', [('a.png b.png', None), ('a.png b.jpg c.PNG', '2 of 3 names in its metadata are of no picture in it (first x/b.jpg)')])
 def test_names_of_a_table_that_are_of_no_picture_are_said(tmp_path, capsys, names, said):
     for name in ('x/a.png', 'x/b.png', 'x/c.png'): put(tmp_path/'s'/name, png(len(name)))

@@ -1,11 +1,11 @@
 "Noise schedules and targets against closed forms and diffusers; the latent cache against kills and mix-ups."
-import itertools, json, math, signal, threading
+import itertools, json, math, shutil, signal, threading
 from dataclasses import replace
 import diffusers, numpy as np, pytest, torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from flat import Flat
 from latentdiff.autoencoder import KLAutoencoder
-from latentdiff.core import UserError, made, preset
+from latentdiff.core import UserError, artefact, made, preset
 from latentdiff.data import cropped, from_uint8, open_images
 from latentdiff.noisify import (SCHEDULES, TARGETS, TARGETS_THERE, TIMES, Latents, NoisifyCB, Process, make_latents, prefetch,
                                 save_process, weights_hash)
@@ -462,6 +462,10 @@ def test_latents_of_before_there_were_crops_stay_as_they_are(images, tmp_path, m
     monkeypatch.undo()
     after = cache(small_ae(), Fails(images, 0), tmp_path, seed=7) # would raise if it read an image
     assert len(after.views) == 2 and after.fingerprint == before.fingerprint
+    shutil.rmtree(tmp_path/'latents')   # lost, as a message advises: the denoiser that was trained on them stays what it is
+    artefact(tmp_path/'unet', lambda o: {}, dict(latents=before.fingerprint), {})
+    again = cache(small_ae(), images, tmp_path, seed=7)
+    assert len(again.views) == 2 and again.fingerprint == before.fingerprint
 
 def test_grey_pictures_are_not_mirrored(tmp_path):
     torch.manual_seed(0)
