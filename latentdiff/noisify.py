@@ -13,12 +13,12 @@ import functools, hashlib, inspect, json, math, os, shutil, time, warnings
 import numpy as np, torch
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
-from fastai.basics import Callback, patch
+from fastai.basics import Callback, Path, patch
 from .autoencoder import fit_bs
-from .core import UserError, agreed, artefact, check_contents, checked, default_device, first_ahead, made, number, numbers
-from .core import fingerprint, one_of, positions, progress, rank, read_json, sealed, share, stream, unsealed, world
+from .core import UserError, agreed, artefact, check_contents, checked, default_device, fingerprint
+from .core import first_ahead, made, number, numbers, one_of, positions, progress, rank
+from .core import read_json, sealed, share, stream, unsealed, world
 from .data import CROPS, FEW, cropped, from_uint8, kind_of, leeway, like
 from .disk import NOWHERE, on_disk, place, remove, reserve, write_json
 
