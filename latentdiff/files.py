@@ -80,10 +80,9 @@ def _patiently(sockets):
     def watch():
         while not over.wait(PATIENCE/10):
             if time.monotonic() - last[0] < PATIENCE: continue
-            late.append(f'nothing came for {PATIENCE:g} seconds')
-            for o in sockets:
+            late[:] = [f'nothing came for {PATIENCE:g} seconds']
+            for o in sockets:   # also one that is opened only now
                 with suppress(OSError): o.shutdown(socket.SHUT_RDWR)
-            return
     Thread(target=watch, daemon=True).start()
     try: yield lambda: last.append(time.monotonic()) or last.pop(0)
     except (OSError, ValueError, http.client.HTTPException) as e: raise TimeoutError(*late) if late else e

@@ -1,6 +1,6 @@
 """Malformed arguments, files and networks at the doors of the library, whatever is called first in a lesson:
 one line that names what is wrong. `python tests/test_trust.py` counts the calls that answer otherwise."""
-import bz2, http.server, io, itertools, json, lzma, math, os, pickle, random, re, tarfile, tempfile, threading, time, warnings, zipfile
+import bz2, http.server, io, itertools, json, lzma, math, os, pickle, random, re, socket, tarfile, tempfile, threading, time, warnings, zipfile
 from functools import partial
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -624,6 +624,16 @@ def test_a_proxy_that_never_comes_to_the_point_is_one_line(liar, tmp_path, monke
     liar.answer, start = without_end(b'HTTP/1.1 200 OK\r\n', b'X: a\r\n'), time.monotonic()
     assert 'could not download' in one_line(F.download, 'https://nowhere.test/a.bin', tmp_path/'a.bin')
     assert liar.asked and time.monotonic() - start < 9
+
+def test_a_line_that_is_opened_late_is_hung_up_too(monkeypatch):
+    monkeypatch.setattr(F, 'PATIENCE', .05)
+    (here, there), ended, found = socket.socketpair(), [], []
+    here.settimeout(5)
+    with pytest.raises(TimeoutError, match='nothing came for'), F._patiently(found):
+        time.sleep(.3)
+        found.append(here)
+        ended.append(here.recv(1))
+    assert ended == [b''] and there.recv(1) == b''
 
 def test_a_server_that_sends_us_elsewhere_sends_us_to_http_alone(liar, tmp_path):
     liar.answer = 302, {'Location': f'ftp://127.0.0.1:{liar.server_port}/a.bin'}, b''
