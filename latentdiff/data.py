@@ -323,7 +323,7 @@ class FileImages(Images):
         if len(other) == len(captions):
             raise UserError(f'{folder}: no file_name in its metadata is that of a picture in it: mend the names')
         print(f'{folder}: {len(other):,} of {len(captions):,} names in its metadata are of no picture in it '
-              f'(first {name_below(folder, min(other))})', flush=True)
+              f'(first {min(other).name!r:.200})', flush=True)
 
     def read(self, idxs):
         if self.raw is not None: return super().read(idxs)

@@ -665,10 +665,11 @@ def test_a_comma_at_the_end_of_each_row_is_no_caption(tmp_path):
     put(tmp_path/'s'/'a.png', png()), (tmp_path/'s'/'metadata.csv').write_text('file_name,text\na.png,a bed,\n')
     assert open_images(tmp_path/'s', 16).captions == ['a bed']
 
-@pytest.mark.parametrize('names,said', [('a.png b.png', None), ('a.png b.jpg c.PNG', '2 of 3 names in its metadata are of no picture in it (first x/b.jpg)')])
+@pytest.mark.parametrize('names,said', [('a.png b.png', None), ('a.png b.jpg c.PNG', "2 of 3 names in its metadata are of no picture in it (first 'b.jpg')"),
+    ('a.png /elsewhere/b.png', "1 of 2 names in its metadata are of no picture in it (first 'b.png')")])
 def test_names_of_a_table_that_are_of_no_picture_are_said(tmp_path, capsys, names, said):
     for name in ('x/a.png', 'x/b.png', 'x/c.png'): put(tmp_path/'s'/name, png(len(name)))
-    (tmp_path/'s'/'metadata.csv').write_text('file_name,text\n' + ''.join(f'x/{o},a bed\n' for o in names.split()))
+    (tmp_path/'s'/'metadata.csv').write_text('file_name,text\n' + ''.join(f'{o if o[0] == "/" else "x/" + o},a bed\n' for o in names.split()))
     open_images(tmp_path/'s', 16)
     out = capsys.readouterr().out
     assert said in out if said else 'metadata' not in out
