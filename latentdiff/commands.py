@@ -379,7 +379,7 @@ def go(self:Run, goals=GOALS):
         if not whole or read_json(self.folder/'run.json', 'delete it').get('settings') != self.settings: self.write()
         for k in goals:
             getattr(self, k)
-            still_there(self.folder/'run.json')
+            with first_ahead(): still_there(self.folder/'run.json')
     done = 'is finished: nothing to do' if before == stamp() else f'{training.peak_gb(self.device):.1f} GB at most'
     print(f'{self.folder} {done}')
 

@@ -152,6 +152,12 @@ def test_what_is_not_finite_in_one_process_stops_all(several):
     r = several(2, SICK)
     assert r.rc == 1 and 'ENDS 1' in r.out and r.err.count('\n') == 1 and 'not a finite number' in r.err, r
 
+def test_two_processes_begin_a_run(several, tmp_path):
+    "The others ask for run.json only when the first has written it"
+    slow = 'import time, latentdiff.commands as C\nwrite = C.Run.write\nC.Run.write = lambda run: (C.rank() or time.sleep(1), write(run))\n'
+    r = several(2, 'run', '--data', 'rooms', '--preset', 'tiny', '--n', 120, '--ae-steps', 2, '--steps', 2, '--out', tmp_path/'run', before=slow)
+    assert r.rc == 0 and 'ENDS 0' in r.out and (tmp_path/'run'/'report.html').exists(), r
+
 def test_a_batch_that_cannot_be_shared(several, run, tmp_path):
     r = several(3, 'train', half_done(run, tmp_path, 'latents'))
     assert 'ENDS 1 1' in r.out
