@@ -165,7 +165,9 @@ class Images(torch.utils.data.Dataset):
         none, copies = 0 if self.labels is None else int((self.labels < 0).sum()), len(self) - len({*self.contents})
         classes = f', no classes: the only first-level folder is {self.alone}' if self.alone else ''
         if self.classes: classes = f', {len(self.classes)} classes'
-        more = ''.join(f', {n:,} {what}' for n, what in ((none, 'without a class'), (copies, 'exact copies')) if n)
+        bare = sum(not o for o in self.captions or ())
+        told = (none, 'without a class'), (bare, 'without a caption'), (copies, 'exact copies')
+        more = ''.join(f', {n:,} {what}' for n, what in told if n)
         left = [f'{name} ({why})' for name, why in self.skipped if name.endswith('/')]
         if left: more += f"; left out: {', '.join(left[:3])}{f' and {len(left) - 3:,} more'*(len(left) > 3)}"
         return (f'{self.kind}: {len(self):,} images, {self.channels}x{self.size}x{self.size}{classes}; '

@@ -159,7 +159,7 @@ class _Header(tarfile.TarInfo):
         raise UserError(f'a name or note in it takes {size_of(head.size)}: pack it again with other names')
 
 def _members(archive):
-    "Yield (name, bytes, open file) for every file in a tar or zip but links; raises `UserError` for a path out of it"
+    "Yield (name, bytes, open file, None for links and folders) from a tar or zip; `UserError` for a path out of it"
     def check(name, target=''):
         path = os.path.normpath(os.path.join(os.path.dirname(name), target)) if target else name.replace('\\', '/')
         p = PurePosixPath(path)
@@ -174,13 +174,13 @@ def _members(archive):
                 if link and m.file_size > 4096: raise UserError(f"{archive.name}: '{m.filename}' is no link: unpack it")
                 check(m.filename, z.read(m).decode() if link else '')
                 links += link
-                if not (link or m.is_dir()): yield m.filename, m.file_size, z.open(m)
+                yield m.filename, m.file_size, None if link or m.is_dir() else z.open(m)
     else:
         with tarfile.open(archive, tarinfo=_Header) as t:
             for m in t:
                 check(m.name, m.linkname if m.issym() else '')
                 links += m.issym() or m.islnk()
-                if m.isreg(): yield m.name, m.size, t.extractfile(m)
+                yield m.name, m.size, t.extractfile(m) if m.isreg() else None
             while t.fileobj.read(1 << 20): pass                   # the checksum of a .tgz is its last word
     if links: print(f'{archive.name}: {links:,} links are left out: tar -h --hard-dereference packs files', flush=True)
 
@@ -205,7 +205,8 @@ def unpacked(archive): # path of a .tar, .tgz, .tar.gz or .zip
         with whole_folder(folder, first=True) as new:
             for i, (name, size, f) in enumerate(_members(archive)):
                 if i >= (many := max(FILES, about.st_size//256)):
-                    raise UserError(f'{archive.name} holds over {many:,} files: unpack it yourself')
+                    raise UserError(f'{archive.name} holds over {many:,} files and folders: unpack it yourself')
+                if f is None: continue
                 held, most = held + max(size, 4096), max(UNPACKED, 100*about.st_size)
                 if held > most: raise UserError(f'{archive.name} holds over {most/1e9:,.3g} GB: unpack it yourself')
                 (new/name).parent.mkdir(parents=True, exist_ok=True)

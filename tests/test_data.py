@@ -670,9 +670,10 @@ def test_a_comma_at_the_end_of_each_row_is_no_caption(tmp_path):
 def test_names_of_a_table_that_are_of_no_picture_are_said(tmp_path, capsys, names, said):
     for name in ('x/a.png', 'x/b.png', 'x/c.png'): put(tmp_path/'s'/name, png(len(name)))
     (tmp_path/'s'/'metadata.csv').write_text('file_name,text\n' + ''.join(f'{o if o[0] == "/" else "x/" + o},a bed\n' for o in names.split()))
-    open_images(tmp_path/'s', 16)
+    images = open_images(tmp_path/'s', 16)
     out = capsys.readouterr().out
     assert said in out if said else 'metadata' not in out
+    assert f'{sum(not o for o in images.captions)} without a caption' in repr(images)   # as when a quote swallows rows
 
 def test_as_images():
     x = rooms(2, 16)

@@ -498,15 +498,16 @@ def test_a_bomb_is_capped_and_the_cap_named(name, tmp_path, home, monkeypatch):
     monkeypatch.setattr(F, 'UNPACKED', 5e6)
     assert '0.005 GB' in one_line(D.open_images, tmp_path/'again'/name, 16) and not [*(tmp_path/'other').glob('*')]
 
-@pytest.mark.parametrize('name', ['many.tgz', 'many.zip', 'large.tgz'])
+@pytest.mark.parametrize('name', ['many.tgz', 'many.zip', 'many folders.tgz', 'many folders.zip', 'large.tgz'])
 def test_the_files_of_an_archive_are_capped_and_the_cap_named(name, tmp_path, home, monkeypatch):
-    "A thousand empty ones take no room and much time; as many that are not empty are a data set, and unpacked"
-    size = 0 if name[0] == 'm' else 300
-    members = [('a.png', PNG), *((f'{i}', random.randbytes(size)) for i in range(1000))]
+    "A thousand empty ones, or folders, take no room and much time; as many that are not empty are a data set, and unpacked"
+    size, folders = 0 if name[0] == 'm' else 300, 'folders' in name
+    other = [(f'{i}{"/"*folders}', None if folders and name[-1] == 'z' else random.randbytes(size)) for i in range(1000)]
+    members = [('a.png', PNG), *other]
     (tmp_path/name).write_bytes(zip_of(members) if name[-1] == 'p' else tar_of(members, 'w:gz'))
     monkeypatch.setattr(F, 'FILES', 600)
     if size: assert len(D.open_images(tmp_path/name, 16)) == 1
-    else: assert 'holds over 600 files' in one_line(D.open_images, tmp_path/name, 16) and not [*home.glob('*')]
+    else: assert 'holds over 600 files and folders' in one_line(D.open_images, tmp_path/name, 16) and not [*home.glob('*')]
 
 @pytest.mark.parametrize('kind', [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE], ids=str)
 def test_a_name_without_end_is_not_read(kind, tmp_path, home):
