@@ -57,9 +57,10 @@ class Run:
         before, asked = ({**o, 'from': o.get('from') or 'none'} for o in (old, settings))
         free = {'minutes', 'steps', 'chosen', *RATES, *(['ae_steps'] if settings.get('ae_steps') is None else [])}
         if old.get('chosen') and settings.get('from') is None: free |= {'from', 'autoencoder'}
-        for k in (o for o in settings.keys() - free if before.get(o) != asked[o]):
+        here = source.moved(self.folder, settings, old, lambda: self.opened(preset_of(settings), settings['seed']))
+        for k in sorted((o for o in {*asked} - free - {*here} if before.get(o) != asked[o]), key='data'.__eq__):
             raise UserError(f'{self.folder} was made with {k} {before.get(k)}, not {asked[k]}: repeat that, or {other}')
-        return check_settings(f, {**settings, **old, **source.told_anew(self.folder, settings, old, self.more)})
+        return check_settings(f, {**settings, **old, **here, **source.told_anew(self.folder, settings, old, self.more)})
 
     def once(self, name, make):
         "What `make()` returns, made at the first call and kept"
@@ -81,12 +82,14 @@ class Run:
         return {k: v for k, v in self.settings.items() if v is not None and k not in left}
 
 # %% ../nbs/90_commands.ipynb #c013
+@patch
+def opened(self:Run, p, seed): return self.once('opened', lambda: source.pictures(self.folder, p, seed))
+
 @patch(as_prop=True)
 def images(self:Run):
     "The data, opened once; `UserError` if there are too few to test on"
     d, classes = self.settings['data'], self.settings.get('start', {}).get('classes')
-    opened = lambda: data.open_images(d, self.p.size, n=self.p.n, seed=self.seed)
-    found = self.once('images', lambda: source.counted_as(classes, opened()) if classes else opened())
+    found = self.once('images', lambda: source.counted_as(classes, self.opened(self.p, self.seed)))
     if len(found.valid_idxs) >= 8: return found
     n, few = len(found), len(found.valid_idxs)
     raise UserError(f'{d} has {n} images, {few} of them to test on, by chance: give {max(100, 2*n)} or more.')
@@ -176,14 +179,12 @@ def told(self:Run, n): # of the first `n` samples, what each was asked to show, 
 def denoiser(self:Run):
     "(network with averaged weights, process), trained on the latents"
     given = self.folder, self.latents, self.p
-    kw = dict(seed=self.seed, device=self.device, remake=True,
-              cbs=[pipeline.KIDCurve(self.score), *self.trackers])
+    kw = dict(seed=self.seed, device=self.device, remake=True, cbs=[pipeline.KIDCurve(self.score), *self.trackers])
     start = self.settings.get('start')
     if start: kw |= source.going_on(self.images, self.condition, start, lambda: self.source)
     if start or not self.condition: return self.once('denoiser', lambda: unet.make_denoiser(*given, **kw))
     tell = conditioning.class_conditioner if self.condition == 'class' else conditioning.text_conditioner
-    make = lambda: conditioning.make_conditional(*given, *tell(self.images, self.seed), **kw)
-    return self.once('denoiser', make)
+    return self.once('denoiser', lambda: conditioning.make_conditional(*given, *tell(self.images, self.seed), **kw))
 
 @patch(as_prop=True)
 def pipeline(self:Run):

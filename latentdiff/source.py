@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['NETWORK', 'ENOUGH', 'told_of', 'channels_of', 'check_told', 'listed', 'opened_once', 'opened', 'fitting', 'as_there',
            'counted_as', 'mark', 'description', 'take_autoencoder', 'said_already', 'strangeness', 'going_on',
-           'trained', 'begun', 'told_anew', 'kept_by', 'fits', 'choice', 'proposal', 'ae_alone', 'refusal']
+           'trained', 'begun', 'made_of', 'check_there', 'pictures', 'moved', 'told_anew', 'kept_by', 'fits', 'choice',
+           'proposal', 'ae_alone', 'refusal']
 
 # %% ../nbs/parts/source.ipynb #c004
-import csv, json, os, safetensors, torch, warnings
+import csv, json, os, safetensors, shlex, torch, warnings
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from functools import lru_cache
 from .core import RATES, UNFIT, UserError, artefact, checked, default_device, fingerprint, load_component, made
 from .core import number, save_component
 from .disk import by_option, matching
-from .data import CROPS, FEW, some_pixels
+from .data import CROPS, FEW, open_images, some_pixels
 from .autoencoder import batches_for, channel_stats, quality
 from .noisify import Process, weights_hash
 from .few_step import Shortcut
@@ -152,6 +153,30 @@ def begun(folder): # as above
         with suppress(safetensors.SafetensorError, OSError, *UNFIT), safetensors.safe_open(f, 'pt') as o:
             kept.append(int(json.loads(o.metadata()['note'])['k']))
     return max(kept)
+
+def made_of(folder): # of a run, a Path
+    "The fingerprint of the pictures that its parts were made of, None if there are none yet"
+    notes = (made(folder/o).get('parents') for o in ('latents', *_PARTS))
+    return next((o['images'] for o in notes if isinstance(o, dict) and 'images' in o), None)
+
+def check_there(folder, data): # of a run, a Path; its data
+    "`UserError` that says what to do where parts of a run are there, and its data, a path, are not"
+    if not os.path.isabs(data) or '{' in data or os.path.exists(data) or not made_of(folder): return
+    again = shlex.join(['latentdiff-encode', '--config', f'{folder}/config.toml', '--out', str(folder), '--data'])
+    raise UserError(f'no folder or file {data!r:.200}; if the pictures of {folder} lie elsewhere now: {again} PLACE')
+
+def pictures(folder, p, seed): # of a run, a Path; its `Preset`
+    "Its data, opened; raises `UserError` if they are not where they were"
+    check_there(folder, p.data)
+    return open_images(p.data, p.size, n=p.n, seed=seed)
+
+def moved(folder, told, old, opened): # of a run, a Path; settings as for `told_anew`; () -> `Images`
+    "The place of its data, in a dict, if that has changed and the pictures are the same; else {}"
+    new, was = (str(o.get('data')) for o in (told, old))
+    if new == was: return {}
+    if not os.path.isabs(new): check_there(folder, was)   # no place that is there, or a data set
+    elif os.path.isabs(was) and (of := made_of(folder)) and opened().fingerprint == of: return dict(data=new)
+    return {}
 
 def told_anew(folder, told, old, # of a run, a Path; its settings as this call gives them, and as they stand, dicts
               more=0):           # steps beyond those of the finished denoiser

@@ -151,6 +151,29 @@ def test_changed_pictures_are_never_mixed_with_old_results(cli, bad, tmp_path):
     one_line(cli('run', '--data', pics, '--preset', 'tiny', '--out', tmp_path/'run'), 'other images')
     assert (tmp_path/'run/autoencoder/autoencoder.safetensors').read_bytes() == weights
 
+def test_pictures_that_lie_elsewhere_are_those_that_have_the_same_fingerprint(cli, tmp_path):
+    "A run whose folder of pictures was renamed says how it goes on, and goes on; with others, or others of that name, it does not"
+    pics, new, folder = tmp_path/'pics', tmp_path/'new', tmp_path/'a run'
+    pics.mkdir()
+    rng = np.random.default_rng(1)
+    for i in range(120): Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(pics/f'{i}.png')
+    assert cli('encode', '--data', pics, '--preset', 'tiny', '--ae-steps', 4, '--steps', 4, '--from', 'none', '--out', folder).rc == 0
+    shutil.copytree(pics, tmp_path/'other')
+    png(tmp_path/'other'/'0.png', 32)
+    pics.rename(new)
+    notes = {o: o.read_bytes() for o in folder.glob('*/made.json')}
+    settings = lambda: json.loads((folder/'run.json').read_text())['settings']
+    one_line(r := cli('train', folder), f"no folder or file '{pics}'; ")
+    way = shlex.split(r.err.split('elsewhere now: latentdiff-')[1])[:-1]
+    for o in (pics, 'pics', 'rooms'): one_line(cli(*way, o), f"no folder or file '{pics}'; ")
+    one_line(cli(*way, tmp_path/'nowhere'), f"no folder or file '{tmp_path}/nowhere'; ")
+    one_line(cli(*way, tmp_path/'other'), f'made with data {pics}, not {tmp_path}/other')
+    one_line(cli(*way, new, '--seed', 1), 'made with seed 0, not 1')
+    assert settings()['data'] == str(pics)
+    assert (r := cli(*way, new)).rc == 0 and settings()['data'] == str(new), r
+    assert {o: o.read_bytes() for o in folder.glob('*/made.json')} == notes
+    assert (r := cli('train', folder)).rc == 0 and (folder/'unet'/'made.json').exists(), r
+
 def weights(folder): return (folder/'unet/diffusion_pytorch_model.safetensors').read_bytes()
 
 def test_minutes_become_steps_once(cli, tmp_path):
