@@ -340,7 +340,7 @@ def fix_steps(self:Run):
         share = 60*self.settings['minutes']/(self.p.ae_steps*a + self.p.steps*d)
     given = self.p.ae_pretrained or 'start' in self.settings   # then no autoencoder is trained
     steps = {k: max(1, round(getattr(self.p, k)*share)) for k in STEPS[bool(given):]}
-    above_zero(**steps)   # also of so many minutes
+    above_zero('so many --minutes are too many: ', **steps)
     self.settings |= agreed(steps)
     self.p = preset_of(self.settings)
 

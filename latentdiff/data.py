@@ -9,8 +9,9 @@ __all__ = ['FITS', 'FEW', 'CROPS', 'LSUN_HUB', 'to_uint8', 'from_uint8', 'as_ima
            'side_of', 'some_pixels', 'Picture', 'image_dls']
 
 # %% ../nbs/00_data.ipynb #c004
-import hashlib, math, os, unicodedata, zlib, gzip
+import hashlib, math, os, sys, unicodedata, zlib, gzip
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import matplotlib.pyplot as plt, numpy as np, torch, torch.nn.functional as F, torchvision.transforms.functional as TF
@@ -18,8 +19,8 @@ from PIL import Image
 from fastai.data.all import Categorize, Datasets, TensorImage, URLs, show_image
 from torchvision.datasets import FashionMNIST, MNIST
 from torchvision.utils import make_grid
-from .core import UserError, checked, data_home, default_device, fingerprint, first_ahead, number, one_of, positions
-from .core import progress, stream
+from .core import DATASETS, UserError, checked, data_home, default_device, fingerprint, first_ahead, number, one_of
+from .core import positions, progress, stream
 from .disk import enough, matching
 from .files import (at_hand, bytes_of, captions_in, files_below, hub_folder, is_picture, known_folder, name_below,
                               no_file, npz_pixels, one_line, pixels_or_why, shard_names, shard_samples, there, unpacked)
@@ -365,6 +366,12 @@ class ArrayImages(Images):
         super().__init__(Path(path).stem, [f'{i:06d}' for i in keep], size, channels or x.shape[1], contents)
 
 # %% ../nbs/00_data.ipynb #c240
+@lru_cache(16)
+def _say_which(name): # of `DATASETS`
+    "Say once that it is not the folder of that name, if there is one here"
+    if not os.path.exists(name): return
+    print(f'{name} is the data set of that name: for what lies here, say ./{name}', file=sys.stderr, flush=True)
+
 @first_ahead()
 def open_images(
     data,                  # of `DATASETS`, folder, archive, .npz, URL, 'x/{00..17}.tar', 'hub:owner/name'
@@ -374,6 +381,7 @@ def open_images(
     "Open a data set; raises `UserError` for what is missing, empty, damaged or unsafe"
     data, how = str(data), dict(size=number(1, 2048, size=size), n=n, seed=number(seed=seed))
     how |= dict(channels=one_of((None, 1, 3), channels=channels), n=None if n is None else number(1, 10**7, n=n))
+    if data in DATASETS: _say_which(data)
     if data == 'rooms': return RoomImages(**how)
     if data in _IDX: return IdxImages(data, **how)
     if data == 'lsun_bedroom':

@@ -46,10 +46,17 @@ def _stop(n, frame):
     if first and not frame: raise Stopped(n)
     os._exit(last_words(n))
 
+def _not_begun(kind, e, trace): # as `sys.excepthook` is called
+    "One line, where the imports of a command have ended it"
+    if isinstance(e, Exception) and (why := refused(e)): sys.stderr.write(printable(f'latentdiff: {why}') + '\n')
+    else: sys.__excepthook__(kind, e, trace)
+
 def stop_politely():
-    "In a command, let signals raise `Stopped`; of several processes, only Ctrl-C"
-    command = Path(sys.argv[0]).name.startswith('latentdiff-') or sys.argv[0] == '-m' and 'latentdiff' in sys.orig_argv
-    for n in (_SIGNALS if world() == 1 else _SIGNALS[:1]) if command else ():
+    "In a command, let signals raise `Stopped`; of several processes, only Ctrl-C. What cannot be imported is one line"
+    program = Path(sys.argv[0])   # the second: of python -m latentdiff
+    if not program.name.startswith('latentdiff-') and program.parts[-2:] != ('latentdiff', '__main__.py'): return
+    sys.excepthook = _not_begun
+    for n in _SIGNALS if world() == 1 else _SIGNALS[:1]:
         if signal.getsignal(n) in (signal.SIG_DFL, signal.default_int_handler): signal.signal(n, _stop)
 
 stop_politely()
@@ -208,11 +215,12 @@ def matching(folder, pattern): # as for glob
     with suppress(PermissionError): yield from Path(folder).glob(pattern)
 
 def clear_away(path, *kinds): # 'part', 'new', 'old'
-    "Delete what killed processes have left half made beside `path`, and what any has moved out of the way"
-    for o in matching(path.parent, f'.{glob.escape(path.name)}.*') if not rank() else ():
-        writer, _, kind = o.name.removeprefix(f'.{path.name}.').partition('.')
-        ours = kind in kinds and re.fullmatch(r'[0-9a-f]{8}-\d+', writer)
-        if ours and (kind == 'old' or _gone(writer)): remove(o)
+    "Delete what killed processes have left half made beside `path` or in it, and what any has moved out of the way"
+    beside, inside = (path.parent, re.escape(path.name), '|'.join(kinds), '.*'), (path, '.+', 'part', '**/.*.part')
+    for folder, name, kind, pattern in (beside, inside) if not rank() else ():
+        for o in [*matching(folder, pattern)]:
+            told = re.fullmatch(rf'\.{name}\.([0-9a-f]{{8}}-\d+)\.({kind})', o.name)
+            if told and (told[2] == 'old' or _gone(told[1])): remove(o)
 
 def put_beside(new, path): # what is finished, and the place that was free when it was begun
     "Put `new` at `path`; if somebody has taken that meanwhile, under another name, which a `UserError` tells"

@@ -356,7 +356,7 @@ def test_bad_data(cli, bad, data, words):
         one_line(cli(verb, '--data', bad/data, '--preset', 'tiny', '--out', bad/'out'), *words)
     assert sorted(bad.rglob('*')) == before
 
-@pytest.mark.parametrize('args,words', [(('--preset', 'huge'), ['huge', 'tiny, cpu, gpu']), (('--minutes', '-1'), ['--minutes']),
+@pytest.mark.parametrize('args,words', [(('--preset', 'huge'), ['huge', 'tiny, cpu, gpu']), (('--minutes', '-1'), ['--minutes']), (('--minutes', '1e8'), ['latentdiff-run: so many --minutes are too many: ']),
                                         (('--size', '0'), ['--size']),
                                         (('--autoencoder', 'nowhere'), ['nowhere']), (('--data', 'rooms', '--size', '33'), ['33'])])
 def test_bad_settings(cli, tmp_path, args, words):

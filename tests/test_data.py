@@ -561,6 +561,22 @@ def test_large_photographs_are_used(tmp_path):
     save(tmp_path/'s'/'large.jpg', Image.new('RGB', (9000, 9000), (0, 0, 255)))
     assert (open_images(tmp_path/'s', 64).pixels()[0, 2] > 250).all()
 
+def test_a_folder_with_the_name_of_a_data_set_is_said(tmp_path, monkeypatch, capsys):
+    "Once, and not on stdout, which may be read by a program; nothing where there is none, or where its place is given"
+    from latentdiff import data
+    monkeypatch.chdir(tmp_path)
+    data._say_which.cache_clear()
+    open_images('rooms', 32, n=10)
+    assert capsys.readouterr() == ('', '')
+    data._say_which.cache_clear()
+    (tmp_path/'rooms').mkdir()
+    Image.new('RGB', (32, 32)).save(tmp_path/'rooms'/'a.png')
+    assert len(open_images('./rooms', 32)) == 1 and capsys.readouterr() == ('', '')
+    for _ in range(2): assert len(open_images('rooms', 32, n=10)) == 10
+    assert capsys.readouterr() == ('', 'rooms is the data set of that name: for what lies here, say ./rooms\n')
+    data._say_which.cache_clear()
+
+
 @pytest.mark.parametrize('mode', ('w', 'w:gz'))
 def test_inner_links_are_skipped(tmp_path, home, mode):
     "The link is left out, the pictures are kept; one that leads out is refused as ever"

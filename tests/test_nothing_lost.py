@@ -47,7 +47,12 @@ def test_only_what_nobody_is_at_is_cleared_away(tmp_path):
         for kind in kinds: (tmp_path/f'.a.{writer}.{kind}').write_text('half')
     (tmp_path/f'.ab.{here}-{dead.pid}.part').write_text('of another file')
     for o in ('.a.backup.old', '.a.2025.old', '.a.old'): (tmp_path/o).write_text("the user's own")
+    inside = [f'.{o}.{here}-{dead.pid}.part' for o in ('b', 'c.png')], [f'.b.{here}-{me}.part', f'.b.{here}-{dead.pid}.new', '.b.x.part', 'b']
+    (path/'deep').mkdir(parents=True)
+    for o in [*inside[0], *inside[1], f'deep/{inside[0][0]}']: (path/o).write_text('half')
     clear_away(path, 'part', 'old')
+    assert {o.name for o in path.rglob('*')} == {*inside[1], 'deep'}
+    shutil.rmtree(path)
     stays = {f'.a.{here}-{dead.pid}.new', f'.a.{here}-{me}.part', f'.a.{"0"*8}-{dead.pid}.part', '.a.123.part', f'.ab.{here}-{dead.pid}.part', '.a.backup.old', '.a.2025.old', '.a.old'}
     assert {o.name for o in tmp_path.iterdir()} == stays
 
@@ -606,6 +611,14 @@ def test_a_variable_that_a_library_refuses_is_one_line(tmp_path):
     r = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(MPLBACKEND='nosuch'), cwd=Path(__file__).parents[1])
     assert r.returncode == 1 and r.stderr.startswith('latentdiff-sample: matplotlib cannot be imported (ValueError: Key backend') and r.stderr.count('\n') == 1 and not r.stdout
 
+@pytest.mark.parametrize('how', [['-m', 'latentdiff', 'run'], ['-c', "import sys; sys.argv = ['/bin/latentdiff-run', '--help']; import latentdiff.commands"]])
+@pytest.mark.parametrize('library', ['numpy', 'fastcore'])
+def test_a_library_that_ends_the_first_imports_is_one_line(library, how, tmp_path):
+    "Those that a command needs before it begins, as with a file of that name in the current folder."
+    (tmp_path/f'{library}.py').write_text('raise ValueError("my own")')
+    r = subprocess.run([sys.executable, *how], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(Path(__file__).parents[1])), cwd=tmp_path)
+    assert r.returncode == 1 and r.stderr.startswith(f'latentdiff: {library} cannot be imported (ValueError: my own): ') and r.stderr.count('\n') == 1 and not r.stdout, r
+
 @pytest.mark.parametrize('raw,says', [('猫'.encode(), "Class is '猫', which this shell's locale cannot say: set PYTHONUTF8=1."), (b'caf\xe9', 'not UTF-8: rename it.')])
 def test_a_name_that_the_locale_cannot_say(raw, says):
     "As Python gives it in the C locale, where every other letter is an escaped byte: only what is not UTF-8 shall be renamed."
@@ -899,6 +912,21 @@ def test_a_finished_run_is_rid_of_what_a_killed_process_left(tmp_path):
     for o in left + living: o.write_text('half')
     r.go(())
     assert not any(o.exists() for o in left) and all(o.exists() for o in living)
+
+@pytest.mark.parametrize('begun', [False, True])
+def test_a_part_is_rid_of_what_a_killed_process_left_in_it(begun, tmp_path):
+    "Of a file that was written once more: the part is whole, finished or still to be put in place"
+    def make(folder): write_whole(folder/'grid.png', 'grid')
+    part = core.artefact(tmp_path/'samples', make, {}, {}, cheap=True)
+    dead = subprocess.Popen([sys.executable, '-c', ''])
+    dead.wait()
+    left, living = (part/f'.grid.png.{disk._HERE}-{k}.part' for k in (dead.pid, os.getpid()))
+    for o in (left, living): o.write_text('half')
+    if begun:
+        write_json(part/'making.json', dict(settings={}, parents={}, version=1))
+        part.rename(core._work(part))
+    core.artefact(part, make, {}, {}, cheap=True)
+    assert {o.name for o in part.iterdir()} == {'grid.png', 'made.json', living.name}
 
 @pytest.mark.parametrize('part,text', [('process', '{'), ('process', '{"schedule": "flow"}'), ('process', None), ('scheduler', '{'), ('scheduler', None)])
 def test_damaged_noise_is_made_again(tmp_path, part, text):
