@@ -139,8 +139,8 @@ class Autoencoder(nn.Module, AsGiven, ConfigMixin):
         super().__init__()
         self.latent_channels = n = number(1, 10**5, latent_channels=latent_channels)
         if latent_mean is latent_std is None: latent_mean, latent_std = [0.]*n, [1.]*n
-        self.register_buffer('latent_mean', torch.tensor(numbers(n, latent_mean=latent_mean)), False)
         self.register_buffer('latent_std', torch.tensor(numbers(n, 0, latent_std=latent_std)), False)
+        self.register_buffer('latent_mean', torch.tensor(numbers(n, latent_mean=latent_mean)), False)
 
     def encode_raw(self, images): raise NotImplementedError # -> (mean, logvar or None) before standardising
     def decode_raw(self, z): raise NotImplementedError      # -> images, not yet clamped
@@ -350,7 +350,7 @@ class PretrainedKL(Autoencoder):
 def _hub(load, spec, **kw):
     try: return load(spec, **kw)
     except (OSError, *UNFIT) as e:
-        raise UserError(f'cannot load the autoencoder {spec} ({one_line(e)}): check the name, or give a folder') from e
+        raise UserError(f'cannot load the autoencoder {spec} ({one_line(e)}): check the name and its config') from e
 
 @patch(cls_method=True)
 def from_pretrained(cls:PretrainedKL, spec): # Hub id, or a folder in diffusers' layout
@@ -358,7 +358,7 @@ def from_pretrained(cls:PretrainedKL, spec): # Hub id, or a folder in diffusers'
     options = dict(use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True)
     model, d = _hub(cls.model_class.from_pretrained, spec, **options)
     if o := [*d['missing_keys'], *d['unexpected_keys']]: raise UserError(f'{spec} is not whole in {o[0]}: get it again')
-    ae = cls.from_config(model.config)
+    ae = _hub(lambda _: cls.from_config(model.config), spec)
     ae.model = model
     return ae.eval().requires_grad_(False)
 

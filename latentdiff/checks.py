@@ -85,7 +85,8 @@ def numbers(n, low=-math.inf, **given): # how many; what they exceed; one argume
     try: a = np.asarray(v.tolist() if hasattr(v, 'tolist') else v, float)
     except (TypeError, ValueError): a = np.empty(0)
     if a.shape == (n,) and np.isfinite(a).all() and (a > low).all(): return a.tolist()
-    raise UserError(f'{k} is {v!r:.80}: give {n} finite numbers above {low:g}')
+    above = f' above {low:g}' if low > -math.inf else ''
+    raise UserError(f'{k} is {v!r:.80}: give {n} finite numbers{above}')
 
 def not_finite(state): # a dict of tensors
     "The names of those with numbers that are not finite"

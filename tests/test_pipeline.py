@@ -546,6 +546,14 @@ def test_a_vae_whose_config_leaves_out_what_it_has_learned_is_refused(tmp_path, 
     (tmp_path/'config.json').write_text(json.dumps({**json.loads((tmp_path/'config.json').read_text()), k: False}))
     with pytest.raises(UserError, match='is not whole in .*: get it again'): PretrainedKL.from_pretrained(tmp_path)
 
+@pytest.mark.parametrize('k,v,words', [('latents_std', [1, 1, 1, 0], r'vae \(latent_std is \[1, 1, 1, 0\]: give 4 finite numbers above 0\)'), ('latents_mean', [0, 0], r'latent_mean is \[0, 0\]: give 4 finite numbers\)')])
+def test_a_vae_whose_scale_is_none_names_what_is_wrong(tmp_path, k, v, words):
+    vae = small_vae()
+    vae.register_to_config(latents_mean=None, latents_std=[1.]*4 if k == 'latents_mean' else None)
+    vae.register_to_config(**{k: v})
+    vae.save_pretrained(tmp_path/'vae')
+    with pytest.raises(UserError, match=words): open_autoencoder(tmp_path/'vae')
+
 def target(f): (f/'process/config.json').write_text((f/'process/config.json').read_text().replace('velocity', 'eps'))
 def noise(f): DDPMScheduler().save_pretrained(f/'scheduler')
 def long_name(f): index(f, unet=['diffusers', 'X'*5000])
