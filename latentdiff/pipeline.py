@@ -287,7 +287,8 @@ def save_pretrained(self:LatentDiffusionPipeline, folder, safe_serialization=Tru
     folder = place(folder=folder)
     if os.path.exists(folder/'run.json') or any(os.path.exists(folder/k/'made.json') for k in self.parts()):
         raise UserError(f'{folder} is a run, which would forget how it was trained: choose another folder')
-    for part in self.parts().values(): sound(part)   # before an earlier pipeline is touched
+    LatentDiffusionPipeline(**self.components).sampler_of()   # what is refused is so before an earlier one is touched
+    for part in self.parts().values(): sound(part)
     with on_disk(folder, more=NOWHERE):
         folder.mkdir(parents=True, exist_ok=True)
         (folder/'model_index.json').unlink(missing_ok=True)
@@ -471,8 +472,7 @@ def their_parts(folder, d): # of a pipeline of diffusers; its model_index.json, 
     has = {k for k, v in d.items() if names_class(v)}
     ae = has & {'vae', 'vqvae'}
     if has - ae != {'unet', 'scheduler'} or len(ae) > 1:
-        found = ', '.join(sorted(has)) or 'no parts'
-        raise UserError(f'{folder} has {found}: a unet, a scheduler and maybe a vae can be loaded')
+        raise UserError(f"{folder} has {', '.join(sorted(has)) or 'no parts'}: give a unet, a scheduler, maybe a vae")
     denoiser, scheduler = load_part(folder/'unet', d['unet'][1]), load_scheduler(folder)
     side = read_json(folder/'unet/config.json', 'copy the whole folder').get('sample_size')
     number(1, _MOST, **{f'sample_size in {folder}/unet/config.json': side})

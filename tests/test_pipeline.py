@@ -328,6 +328,11 @@ def test_their_names_elsewhere(tmp_path):
     next(ill.denoiser.parameters()).data[0] = float('nan')
     before = {o: o.read_bytes() for o in (tmp_path/'a').rglob('*.*') if o.is_file()}
     assert 'not finite' in one_line(ill.save_pretrained, tmp_path/'a') and before == {o: o.read_bytes() for o in (tmp_path/'a').rglob('*.*') if o.is_file()}
+    for k, v in dict(scheduler=DDPMScheduler(), size=30, own_scheduler=3, process=Process('cosine', 'v')).items():
+        ill = quiet(small())
+        if k == 'process': ill.scheduler = ill.process.to_diffusers()              # which the new one does not fit
+        setattr(ill, k, v)
+        assert one_line(ill.save_pretrained, tmp_path/'a') and before == {o: o.read_bytes() for o in (tmp_path/'a').rglob('*.*') if o.is_file()}, k
     assert 'variant' in one_line(LatentDiffusionPipeline.from_pretrained, tmp_path/'a', variant='fp16')
     assert LatentDiffusionPipeline.from_pretrained(tmp_path/'a', 'cpu', torch_dtype=torch.float16).dtype == torch.float16
     assert 'terms' in one_line(p.push_to_hub, 'us/rooms')
