@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT',
            'run_folder', 'above_zero', 'preset_of', 'check_settings', 'settings_of', 'stream', 'Bar', 'progress',
            'every', 'agreed', 'share', 'gathered', 'first_ahead', 'to_toml', 'check_kinds', 'read_toml', 'beside_file',
            'either_way', 'fingerprint', 'sealed', 'unsealed', 'made', 'seals', 'check_contents', 'artefact', 'locked',
-           'weights_name', 'sound', 'save_component', 'AsGiven', 'find_class', 'read_weights', 'check_fit',
+           'weights_name', 'sound', 'save_component', 'AsGiven', 'find_class', 'read_weights', 'shapes', 'check_fit',
            'load_weights', 'network_config', 'load_component', 'exercise']
 
 # %% ../nbs/parts/core.ipynb #c004
@@ -414,9 +414,11 @@ def weights_name(module): return getattr(module, 'weights_name', 'weights.safete
 
 def sound(module):
     "Its weights by name; raises `UserError` if one is not finite"
-    state = checked(module=module).state_dict()
+    state, name = checked(module=module).state_dict(), type(module).__name__
+    if any(v.is_meta for v in state.values()):
+        raise UserError(f'{name} is on the meta device, without its weights, so it is not saved: load them first')
     if bad := not_finite(state):
-        raise UserError(f'{bad[0]} of {type(module).__name__} is not finite, so it is not saved: train at a lower rate')
+        raise UserError(f'{bad[0]} of {name} is not finite, so it is not saved: train at a lower rate')
     return state
 
 def save_component(module, folder): # with diffusers' `ConfigMixin`; written in one step, an earlier one is replaced
@@ -477,9 +479,13 @@ def _kinds(path): # .safetensors
         parts = {k: f.get_slice(k) for k in f.keys()}
         return {k: (o.get_shape(), o.get_dtype() in ('F64', 'F32', 'F16', 'BF16')) for k, o in parts.items()}
 
+def shapes(module): # a network
+    "{name: (shape, whether it holds floats)} of its weights"
+    return {k: (list(o.shape), o.is_floating_point()) for k, o in module.state_dict().items()}
+
 def check_fit(module, path): # .safetensors
     "`UserError` if the file is missing or damaged, or holds other tensors than `module`"
-    have, want = _kinds(path), {k: (list(o.shape), o.is_floating_point()) for k, o in module.state_dict().items()}
+    have, want = _kinds(path), shapes(module)
     bad = [k for k in sorted(want.keys() | have.keys()) if want.get(k) != have.get(k)] # float16 may become float32
     if bad: raise UserError(f'{path} does not fit its {type(module).__name__} in {len(bad)} tensors, first {bad[0]}')
 

@@ -120,7 +120,8 @@ def make_in(home, folder): # what the folder `lies_in`, asked when the work on i
 
 def room_at(path): # where something is to be written
     "(bytes free, the folder that is there already, what to set to write on another disk)"
-    path, home = (Path(os.path.abspath(o)) for o in (path, data_home()))
+    try: path, home = (Path(os.path.abspath(o)) for o in (path, data_home()))
+    except FileNotFoundError: raise UserError('the current folder is gone: go to one that is there') from None
     there, out = lies_in(path), f'choose one{by_option("out")}, or set LATENTDIFF_RUNS'
     way = 'set LATENTDIFF_DATA' if home in path.parents else out
     return shutil.disk_usage(there).free, there, f'go to another disk: {way}'

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'NAMED', 'no_more', 'LatentDiffusionPipeline', 'check_channels', 'several', 'answering', 'layers_of',
-           'path_of', 'after_steps', 'scheduler_in', 'load_scheduler', 'load_part', 'zoo', 'folder_of', 'our_parts',
-           'scheduled', 'Pixels', 'with_their_scale', 'their_parts', 'expectation', 'KIDCurve']
+           'path_of', 'after_steps', 'scheduler_in', 'load_part', 'zoo', 'folder_of', 'our_parts', 'loop_of',
+           'scheduled', 'tried', 'Pixels', 'with_their_scale', 'their_parts', 'expectation', 'KIDCurve']
 
 # %% ../nbs/80_pipeline.ipynb #c006
-import importlib.resources, inspect, os, re, tempfile, time
+import copy, importlib.resources, inspect, os, re, tempfile, time
 from contextlib import nullcontext, suppress
 from pathlib import Path
 import diffusers, torch
@@ -20,14 +20,14 @@ from fastcore.basics import patch
 from huggingface_hub import create_repo, snapshot_download, upload_folder
 from huggingface_hub.errors import HTTPError
 from .core import UNFIT, WEIGHTS, UserError, checked, default_device, gathered, load_component, number
-from .core import numbers, read_json, save_component, share, sound, weights_name, write_json, write_whole
+from .core import numbers, read_json, save_component, share, weights_name, write_json, write_whole
 from .data import check_images, image_grid, to_uint8
 from .disk import NOWHERE, enough, on_disk, place
 from .autoencoder import Autoencoder, fit_bs, open_autoencoder
 from .noisify import Process, load_process, other_noise, process_of, save_process
 from .files import ON_HUB, OURS, one_line
 from .unet import AnyUNet2D, OtherNetwork
-from .card import PIPELINES, SCHEDULERS, check_index, check_size, model_card, names_class
+from .card import PIPELINES, check_index, check_saved, check_size, load_scheduler, model_card, names_class
 from .conditioning import guide
 from .sampling import SAMPLER, SAMPLERS, denoise_path, evaluations, levels, sample, start_noise, time_steps
 from .few_step import Shortcut, shortcut, unipc
@@ -75,7 +75,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         return self.own_scheduler or self.process.to_diffusers()
 
     @scheduler.setter
-    def scheduler(self, value): self.own_scheduler = value
+    def scheduler(self, value): self.own_scheduler = None if value is None else tried(value)
 
     @property
     def components(self):
@@ -112,6 +112,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
 def check_channels(denoiser, channels):
     "Raise `UserError` if `denoiser` says that it works on another number of latent channels"
+    if isinstance(denoiser, diffusers.ModelMixin):
+        raise UserError(f'the denoiser is a {type(denoiser).__name__} of diffusers itself: give AnyUNet2D(unet)')
     for k in ('in_channels', 'out_channels'):
         c = getattr(denoiser, 'config', {}).get(k)
         if c not in (None, channels):
@@ -175,7 +177,7 @@ def how(self:LatentDiffusionPipeline, steps=None, sampler=None, guidance=None):
 def sampler_of(self:LatentDiffusionPipeline, sampler=None): # name in `NAMED`, a function, a diffusers scheduler
     "The sampler's function; None: as `how` says"
     s = self.how(sampler=sampler)['sampler']
-    if hasattr(s, 'set_timesteps'): return scheduled(s, self.process)
+    if hasattr(s, 'set_timesteps'): return scheduled(s if s is self.own_scheduler else tried(s), self.process)
     if callable(s): return s
     if s not in tuple(NAMED):
         raise UserError(f"sampler is one of {', '.join(NAMED)}, or a diffusers scheduler, not {s!r:.80}")
@@ -288,7 +290,7 @@ def save_pretrained(self:LatentDiffusionPipeline, folder, safe_serialization=Tru
     if os.path.exists(folder/'run.json') or any(os.path.exists(folder/k/'made.json') for k in self.parts()):
         raise UserError(f'{folder} is a run, which would forget how it was trained: choose another folder')
     LatentDiffusionPipeline(**self.components).sampler_of()   # what is refused is so before an earlier one is touched
-    for part in self.parts().values(): sound(part)
+    for part in self.parts().values(): check_saved(part)
     with on_disk(folder, more=NOWHERE):
         folder.mkdir(parents=True, exist_ok=True)
         (folder/'model_index.json').unlink(missing_ok=True)
@@ -324,24 +326,6 @@ def scheduler_in(folder, process): # of a pipeline; the `Process` of its network
     if not os.path.exists(folder/'scheduler'): return
     scheduler = load_scheduler(folder)
     if differs := other_noise(scheduler, process): raise UserError(f'{folder}: {differs}: take both from one run')
-    return scheduler
-
-def load_scheduler(folder): # of a pipeline
-    "The scheduler in it; raises `UserError` if it is none that can be had, or not for noise of ours"
-    folder = folder/'scheduler'
-    again = 'copy the whole folder, or run latentdiff-run on it again'
-    c = read_json(folder/'scheduler_config.json', again)
-    name = c.get('_class_name')
-    if name not in SCHEDULERS or not hasattr(diffusers, name):
-        raise UserError(f'{folder} is for a {name!s:.80}, which cannot be had here: install the newest diffusers')
-    number(1, 10**6, **{f'num_train_timesteps in {folder}': c.get('num_train_timesteps', 1)})
-    number(1e-6, 1e6, False, **{f'shift in {folder}': c.get('shift', 1)})
-    try:
-        scheduler = getattr(diffusers, name).from_pretrained(folder)
-        process_of(scheduler)
-    except UserError: raise
-    except (OSError, *UNFIT) as e:
-        raise UserError(f'{folder} does not describe a {name} ({one_line(e)}): delete it, and {again}') from e
     return scheduler
 
 # %% ../nbs/80_pipeline.ipynb #c033
@@ -429,9 +413,8 @@ def push_to_hub(self:LatentDiffusionPipeline, repo_id, # owner/name
     return str(url)
 
 # %% ../nbs/80_pipeline.ipynb #p010
-def scheduled(scheduler, process): # of diffusers; the `Process` that the network was trained with
-    "diffusers' loop as a sampler: all that `scheduler` says is kept; `UserError` if it is made for other noise"
-    if differs := other_noise(scheduler, process): raise UserError(f'{differs}: use process.to_diffusers')
+def loop_of(scheduler): # of diffusers
+    "diffusers' loop as a sampler: all that `scheduler` says is kept"
     takes, scale = inspect.signature(scheduler.step).parameters, getattr(scheduler, 'scale_model_input', lambda x, t: x)
     torchs = lambda g: g if isinstance(g, torch.Generator) else torch.Generator().manual_seed(int(g.integers(2**63)))
     def loop(net, process, x, ts, callback=None, generator=None):
@@ -448,6 +431,24 @@ def scheduled(scheduler, process): # of diffusers; the `Process` that the networ
             x = out.prev_sample
         return x
     return loop
+
+def scheduled(scheduler, process): # as above; the `Process` that the network was trained with
+    "The same; `UserError` if the scheduler is made for other noise"
+    if differs := other_noise(scheduler, process): raise UserError(f'{differs}: use process.to_diffusers')
+    return loop_of(scheduler)
+
+def tried(scheduler): # as above
+    "It; `UserError` if it cannot draw, which it may notice in the middle of a drawing only"
+    c = checked(scheduler=scheduler).config
+    try:
+        n = min(8, *(c.get(k, 8) for k in ('num_train_timesteps', 'original_inference_steps')))
+        loop, x, ts = loop_of(copy.deepcopy(scheduler)), torch.zeros(1, 1, 2, 2), torch.linspace(1, 0, n + 1)
+        with torch.random.fork_rng([]): loop(lambda x, t: x, Process(), x, ts, generator=torch.Generator())
+    except UserError: raise
+    except UNFIT as e:
+        name = type(scheduler).__name__
+        raise UserError(f'{name} cannot draw as its config says ({one_line(e)}): change that, or take another') from e
+    return scheduler
 
 # %% ../nbs/80_pipeline.ipynb #p012
 class Pixels(Autoencoder):

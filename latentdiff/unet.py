@@ -17,6 +17,7 @@ from fastai.callback.all import ActivationStats, GradientClip
 from .core import UNFIT, WEIGHTS, UserError, artefact, default_device, fingerprint, first_ahead, load_component
 from .core import checked, multiples, network_config, number, positions, save_component
 from .core import AsGiven, place, spread, world, write_json
+from .disk import check_unchanged
 from .data import kind_of, like
 from .files import one_line
 from .training import Checkpoint, DeviceLoader, EMA, Graphed, Learner, fit_steps, largest_divisor
@@ -276,6 +277,7 @@ def from_pretrained(cls:AnyUNet2D, folder): # of a `UNet2DModel`
     if model.class_embedding is not None: raise UserError(f'{folder} is told classes: only diffusers can do that')
     for k in ('missing_keys', 'unexpected_keys'):
         if o := sorted(info[k]): raise UserError(f'{folder} has {k} {o[0]}: save or download it again')
+    check_unchanged(folder)
     return cls(model.eval().requires_grad_(False)).tried(folder)
 
 @patch

@@ -320,6 +320,7 @@ def test_a_place_in_a_folder_that_is_gone(tmp_path, monkeypatch):
     (tmp_path/'here').rmdir()
     with pytest.raises(UserError, match='x cannot be written .*: choose another place'):
         with disk.on_disk(Path('x'), more=disk.NOWHERE): Path('x').mkdir()
+    with pytest.raises(UserError, match='the current folder is gone: go to one'): disk.enough('x', 'y', disk=1)
 
 @pytest.mark.skipif(not hasattr(os, 'posix_fallocate'), reason='needs posix_fallocate')
 def test_a_file_gets_its_room_and_keeps_what_it_holds(tmp_path, monkeypatch):

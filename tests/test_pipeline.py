@@ -20,10 +20,10 @@ from latentdiff.core import UserError, artefact, load_component, made, save_comp
 from latentdiff.few_step import shortcut, unipc, with_steps
 from latentdiff.files import npz_pixels
 from latentdiff.noisify import Process
-from latentdiff.pipeline import KIDCurve, LatentDiffusionPipeline, expectation, model_card, path_of, zoo
+from latentdiff.pipeline import KIDCurve, LatentDiffusionPipeline, expectation, load_part, model_card, path_of, zoo
 from latentdiff.report import guidance_curves, kid_curve, training_curves
 from latentdiff.sampling import SAMPLER, SAMPLERS, sample, start_noise, time_steps
-from latentdiff.unet import UNet, train_denoiser
+from latentdiff.unet import AnyUNet2D, UNet, train_denoiser
 from processes import ROOT
 
 def small(latent_channels=4, process=Process('flow', 'velocity', 'logit_normal'), seed=0):
@@ -333,6 +333,12 @@ def test_their_names_elsewhere(tmp_path):
         if k == 'process': ill.scheduler = ill.process.to_diffusers()              # which the new one does not fit
         setattr(ill, k, v)
         assert one_line(ill.save_pretrained, tmp_path/'a') and before == {o: o.read_bytes() for o in (tmp_path/'a').rglob('*.*') if o.is_file()}, k
+    spoilt = dict(zero=lambda o: o.autoencoder.register_to_config(latent_std=[1., 1., 0., 1.]), nan=lambda o: o.autoencoder.latent_std.fill_(float('nan')),
+                  key=lambda o: o.denoiser.register_to_config(nosuch=3), meta=lambda o: o.to('meta'), other=lambda o: setattr(o.denoiser, 'conv_in', torch.nn.Conv2d(4, 16, 1)),
+                  theirs=lambda o: setattr(o, 'denoiser', small_unet(4)))
+    for k, words in dict(zero='latent_std is', nan='latent_std is', key="'nosuch'", meta='meta device', other='first in conv_in.weight', theirs='give AnyUNet2D').items():
+        spoilt[k](ill := quiet(small()))
+        assert words in one_line(ill.save_pretrained, tmp_path/'a') and before == {o: o.read_bytes() for o in (tmp_path/'a').rglob('*.*') if o.is_file()}, k
     assert 'variant' in one_line(LatentDiffusionPipeline.from_pretrained, tmp_path/'a', variant='fp16')
     assert LatentDiffusionPipeline.from_pretrained(tmp_path/'a', 'cpu', torch_dtype=torch.float16).dtype == torch.float16
     assert 'terms' in one_line(p.push_to_hub, 'us/rooms')
@@ -522,6 +528,16 @@ def test_a_scheduler_for_our_own_network(tmp_path):
     p.scheduler = p.process.to_diffusers(DDPMScheduler)
     assert torch.equal(p.draw(3, 4, seed=5, bs=3)[:2], p.draw(2, 4, seed=5, bs=3)) and (p.draw(3, 4, seed=5, bs=3) - want).abs().max() > .01
 
+def test_a_scheduler_that_fails_in_the_middle_of_a_drawing_is_refused_as_it_is_given():
+    "And a trial changes nothing: neither the scheduler nor what torch draws next"
+    p, bad = small(process=Process('cosine', 'v', 'uniform')), dict(clip_sample=True, clip_sample_range='no')
+    wrong, right = (DDPMScheduler.from_config({**p.process.to_diffusers(DDPMScheduler).config, **kw}) for kw in (bad, {}))
+    torch.manual_seed(0)
+    for give in (setattr, lambda p, k, v: LatentDiffusionPipeline(**p.components | {k: v}), lambda p, k, v: p.draw(1, 2, v)): assert 'DDPMScheduler cannot draw' in one_line(give, p, 'scheduler', wrong)
+    assert p.own_scheduler is None
+    p.scheduler = right
+    assert p.own_scheduler is right and right.num_inference_steps is None and torch.initial_seed() == 0 and torch.equal(torch.rand(3), torch.rand(3, generator=seeded()))
+
 def index(f, **kw): (f/'model_index.json').write_text(json.dumps({**json.loads((f/'model_index.json').read_text()), **kw}))
 def other_vae(f): index(f, vqvae=['diffusers', 'VQModel'])
 def text_too(f): index(f, text_encoder=['transformers', 'CLIPTextModel'])
@@ -534,15 +550,34 @@ def use(**kw): return lambda f: DDIMScheduler(**kw).save_pretrained(f/'scheduler
 def dynamic(f): FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(f/'scheduler')
 def unclip(f): UnCLIPScheduler().save_pretrained(f/'scheduler')
 def learned(f): DDPMScheduler(variance_type='learned').save_pretrained(f/'scheduler')
+def another(Class, **kw):   # what its constructor does not look at
+    def spoil(folder):
+        Class().save_pretrained(folder/'scheduler')
+        f = folder/'scheduler/scheduler_config.json'
+        f.write_text(json.dumps(json.loads(f.read_text()) | kw))
+    return spoil
 def told_sigma(f): EulerDiscreteScheduler(timestep_type='continuous', prediction_type='v_prediction').save_pretrained(f/'scheduler')
 
 @pytest.mark.parametrize('spoil,words', [(other_vae, 'vqvae VQModel'), (text_too, 'CLIPTextModel'), (no_size, 'sample_size'), (odd_size, 'unet cannot be asked'), (no_safe_weights, 'safetensors'), (told_sigma, 'continuous'),
-    (with_classes, 'classes'), (no_scheduler, 'newest'), (use(rescale_betas_zero_snr=True), 'rescale_betas_zero_snr'), (use(trained_betas=[.1]*9), 'betas'), (dynamic, 'dynamic'), (unclip, 'UnCLIPScheduler'), (learned, 'variance_type')])
+    (with_classes, 'classes'), (no_scheduler, 'newest'), (use(rescale_betas_zero_snr=True), 'rescale_betas_zero_snr'), (use(trained_betas=[.1]*9), 'betas'), (dynamic, 'dynamic'), (unclip, 'UnCLIPScheduler'), (learned, 'variance_type'),
+    *((another(c, **kw), f'{c.__name__} cannot draw .*: ') for c, kw in [(DDPMScheduler, dict(steps_offset=5000)), (DDPMScheduler, dict(timestep_spacing='no')), (UniPCMultistepScheduler, dict(solver_order=0)),
+        (DDPMScheduler, dict(clip_sample_range='no')), (DDPMScheduler, dict(thresholding=True, dynamic_thresholding_ratio=2.))])])
 def test_what_cannot_be_the_same_here_is_refused(tmp_path, spoil, words):
     DDPMPipeline(small_unet(), DDPMScheduler()).save_pretrained(tmp_path)
     spoil(tmp_path)
     with pytest.raises(UserError, match=words) as e: LatentDiffusionPipeline.from_pretrained(tmp_path, 'cpu')
     assert '\n' not in str(e.value)
+
+def test_a_flipped_bit_of_a_unet_of_diffusers_is_noticed(tmp_path):
+    "Where our own save left a note beside it; a folder of theirs has none"
+    f = save_component(AnyUNet2D(small_unet()), tmp_path)/'diffusion_pytorch_model.safetensors'
+    load_part(tmp_path, 'UNet2DModel')
+    b = bytearray(f.read_bytes())
+    b[len(b)//2] ^= 4
+    f.write_bytes(b)
+    assert f'{f} has changed since it was saved' in one_line(load_part, tmp_path, 'UNet2DModel')
+    (tmp_path/'contents.json').unlink()
+    load_part(tmp_path, 'UNet2DModel')
 
 @pytest.mark.parametrize('k', ['use_quant_conv', 'use_post_quant_conv', 'mid_block_add_attention'])
 def test_a_vae_whose_config_leaves_out_what_it_has_learned_is_refused(tmp_path, k):
