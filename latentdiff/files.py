@@ -152,11 +152,9 @@ def _fetch_all(url, path, part, tag, tries=3):
 # %% ../nbs/parts/files.ipynb #f014
 class _Header(tarfile.TarInfo):
     "A member's head, whose long name and notes tarfile reads whole, before anybody could look at their size"
-    @classmethod
-    def frombuf(cls, *args):
-        head = super().frombuf(*args)
-        if head.type not in b'LKxgX' or head.size < 1 << 20: return head
-        raise UserError(f'a name or note in it takes {size_of(head.size)}: pack it again with other names')
+    def _proc_member(self, tar): # what subclasses are to override, says tarfile
+        if self.type not in b'LKxgX' or self.size < 1 << 20: return super()._proc_member(tar)
+        raise UserError(f'a name or note in it takes {size_of(self.size)}: pack it again with other names')
 
 def _members(archive):
     "Yield (name, bytes, open file, None for links and folders) from a tar or zip; `UserError` for a path out of it"
