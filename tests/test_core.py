@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest, torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from safetensors.torch import load_file, save_file
 from latentdiff import core
 from latentdiff.core import *
 from latentdiff.disk import *
@@ -196,10 +197,11 @@ def damage(folder, what):
     if what == 'other widths': c.write_text(json.dumps({**json.loads(c.read_text()), 'wide': 4}))
     if what == 'other depth': c.write_text(json.dumps({**json.loads(c.read_text()), 'deep': 2}))
     if what == 'nonsense': c.write_text(json.dumps({**json.loads(c.read_text()), 'wide': 'three'}))
+    if what == 'too large for float32': save_file({k: v.double() + 1e39 for k, v in load_file(f).items()}, f), (folder/'contents.json').unlink()
     if what == 'nan': f.write_bytes(f.read_bytes()[:-4] + b'\x00\x00\xc0\x7f')
 
 @pytest.mark.parametrize('what', ['no config', 'bad config', 'no class', 'no class name', 'no weights', 'cut off', 'empty', 'other widths',
-                                  'other depth', 'nonsense', 'nan'])
+                                  'other depth', 'nonsense', 'nan', 'too large for float32'])
 def test_damaged_components_are_one_line(what, tmp_path):
     save_component(Toy(), tmp_path/'toy')
     load_component(tmp_path/'toy')
