@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['PIPELINES', 'SCHEDULERS', 'PARTS', 'CARD', 'names_class', 'check_index', 'load_scheduler', 'check_saved', 'notes_of',
-           'said_of', 'check_size', 'found_on_hub', 'model_card']
+           'outdated', 'said_of', 'check_size', 'found_on_hub', 'model_card']
 
 # %% ../nbs/parts/card.ipynb #k904
-import diffusers, os, re, tempfile, torch
+import diffusers, os, re, shlex, tempfile, torch
 from pathlib import Path
 from huggingface_hub import ModelCardData
-from .core import UNFIT, UserError, find_class, network_config, number, numbers, place, read_json, shapes
-from .core import sound, unsealed
+from .core import UNFIT, UserError, find_class, made, network_config, number, numbers, place, read_json
+from .core import shapes, sound, unsealed
 from .files import ON_HUB, one_line
 from .noisify import process_of
 from .unet import OtherNetwork
@@ -100,9 +100,18 @@ def notes_of(folder): # of a run
     "What latentdiff-run has written down there, row by row: a dict of words, empty where it has not run"
     if not all(os.path.isfile(folder/o) for o in ('run.json', 'metrics.json')): return {}
     s, m = (unsealed(folder/o, f'delete {folder/o}') for o in ('run.json', 'metrics.json'))
-    try: return said_of(s['settings'], m)
+    n = made(folder/'latents').get('facts', {}).get('n')   # as many as there were; the setting, at most
+    try: rows = said_of({**s['settings'], **({'n': n} if n else {})}, m)
     except UNFIT as e:
         raise UserError(f'{folder}: run.json or metrics.json is damaged ({one_line(e)}): delete it') from e
+    return {k: v for k, v in rows.items() if k not in ('KID', 'protocol') or not outdated(folder)}
+
+def outdated(folder): # of a run, a Path
+    "What to say of scores in it that are those of networks before, '' unless there are such"
+    of = made(folder/'samples').get('parents')
+    of = {k: v for k, v in (of if isinstance(of, dict) else {}).items() if made(folder/k).get('fingerprint') != v}
+    again = shlex.join(['latentdiff-run', '--config', f'{folder}/config.toml', '--out', str(folder)])
+    return f'; samples, scores and report are of the {" and ".join(of)} before: {again}' if of else ''
 
 def said_of(s, m): # the settings of a run; what was measured; dicts
     "The same from what these two say"

@@ -513,5 +513,5 @@ class KIDCurve(Callback):
         self.model.train()
         self.learn.ema.swap()
         self.curve = self.learn.keeper.history.setdefault('kid', [])   # a checkpoint keeps it
-        self.curve.append((at, kid, se))
+        self.curve.append((self.learn.step_by_step.k, kid, se))   # a longer training has other shares
         print(f'KID after {at:.0%} of the training: {kid:.4f} ± {se:.4f}', flush=True)

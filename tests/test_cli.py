@@ -6,6 +6,7 @@ from fastcore.basics import AttrDict
 from PIL import Image
 from pathlib import Path
 import latentdiff
+from latentdiff.card import model_card
 from latentdiff.commands import Run, settings_of
 from latentdiff.core import UserError, locked, preset, sealed
 from latentdiff.data import open_images
@@ -231,7 +232,11 @@ def test_a_busy_machine_and_a_killed_run_give_the_same_weights_to_the_bit(server
 def test_training_on_ends_where_the_longer_training_ends(cli, run, tmp_path):
     "40 steps and --more 20 are 60 steps, and latentdiff-run then draws and scores anew."
     folder = shutil.copytree(run.folder, tmp_path/'run')
-    assert cli('train', folder, '--more', 20).rc == 0
+    told = lambda: model_card('us/rooms', 'drawn by a program', folder)
+    assert '| KID |' in told() and f"rooms, {json.loads((folder/'latents'/'made.json').read_text())['facts']['n']:,} at " in told()
+    r = cli('train', folder, '--more', 20)
+    assert r.rc == 0 and 'samples, scores and report are of the unet before: latentdiff-run' in r.out
+    assert '| KID |' not in told() and '60 steps' in told()
     written = (folder/'run.json').read_bytes()
     one_line(cli('train', folder, '--more', 10**9), '--more', '1,000,000,000')
     assert (folder/'run.json').read_bytes() == written
@@ -243,7 +248,8 @@ def test_training_on_ends_where_the_longer_training_ends(cli, run, tmp_path):
     assert weights(folder) == weights(long) != weights(run.folder)
     before = (folder/'report.html').read_text()
     r = cli('run', *run.args, '--out', folder)
-    assert r.rc == 0 and (folder/'report.html').read_text() != before
+    assert r.rc == 0 and (folder/'report.html').read_text() != before and 'before' not in r.out and '| KID |' in told()
+    assert [o[0] for o in json.loads((folder/'metrics.json').read_text())['kid_curve']] == [10, 20]   # of 40 steps, not of 60
 
 def test_two_commands_in_one_folder(server, run):
     "The second leaves in one line while the first is at work."
