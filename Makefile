@@ -31,8 +31,8 @@ test: $(BIN)/.dev
 
 # Hours, and 16 GB in .versions for two more environments.
 test-long: $(BIN)/.dev
-	OMP_NUM_THREADS=1 LATENTDIFF_LONG=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
-	$(BIN)/python scripts/versions.py oldest newest
+	OMP_NUM_THREADS=1 LATENTDIFF_LONG=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal; long=$$?; \
+	$(BIN)/python scripts/versions.py oldest newest && exit $$long
 
 # Needs the extra `browser` and a Chromium, and says so where they are missing.
 test-browser: $(BIN)/.dev

@@ -1,16 +1,20 @@
 "`python -m latentdiff VERB ...` is `latentdiff-VERB ...`, for where the commands are not on the PATH"
 import sys
 from latentdiff import commands
-from latentdiff.disk import UserError, printable
+from latentdiff.disk import UserError, one_line_errors, printable
 
 VERBS = {k.removesuffix('_cli'): f for k, f in vars(commands).items() if k.endswith('_cli')}
+
+@one_line_errors
+def list_cli():
+    print('usage: python -m latentdiff VERB [options]; VERB --help lists the options\n')
+    for k, f in VERBS.items(): print(f'  {k:8} {f.__doc__}')
 
 def chosen():
     "The command that the first argument names, to find its options in the rest; without one, or with --help, a list"
     verb, *options = sys.argv[1:] or ['--help']
     if verb in ('-h', '--help'):
-        print('usage: python -m latentdiff VERB [options]; VERB --help lists the options\n')
-        for k, f in VERBS.items(): print(f'  {k:8} {f.__doc__}')
+        list_cli()
         sys.exit()
     if verb not in VERBS:
         why = UserError(f"python -m latentdiff: no verb '{verb}', only {', '.join(VERBS)}")   # which shortens words

@@ -25,7 +25,7 @@ from fastai.callback.training import GradientClip
 from .core import UNFIT, WEIGHTS, AsGiven, UserError, agreed, artefact, checked, data_home, default_device, file_md5
 from .core import find_class, fingerprint, first_ahead, load_component, load_weights, multiples, network_config
 from .core import number, numbers, place, save_component, stream, write_whole
-from .data import FEW, as_images, check_images, kind_of, like, some_pixels
+from .data import as_images, check_images, kind_of, leeway, like, some_pixels
 from .files import download, one_line, there
 from .training import Checkpoint, DeviceLoader, Graphed, Learner, adamw, fit_steps, muon, randn_rows, zero_init
 
@@ -313,7 +313,7 @@ def train_autoencoder(ae, x_train, x_valid,                    # as for `ae_lear
                       lr=2e-3, seed=0, checkpoint=None, **kw): # highest rate; of chance; to go on from if killed
     "Train in place, keep the best weights, measure the scale of the latents over the training set; returns the Learner"
     if isinstance(ae, KLAutoencoder): pca_start(ae, x_train)
-    learn = ae_learner(ae, x_train, x_valid, seed=seed, **kw)
+    learn = ae_learner(checked(ae=ae).requires_grad_(True), x_train, x_valid, seed=seed, **kw)
     fit_steps(learn, steps, epochs, minutes, lr, seed, checkpoint, rounds=5, keep_best=True)
     ae.to(memory_format=torch.contiguous_format).fit_scale(x_train).eval().requires_grad_(False)
     return learn
@@ -356,8 +356,8 @@ def _hub(load, spec, **kw):
 def from_pretrained(cls:PretrainedKL, spec): # Hub id, or a folder in diffusers' layout
     "The published model, in eval mode"
     options = dict(use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True)
-    model, info = _hub(cls.model_class.from_pretrained, spec, **options)
-    if lost := info['missing_keys']: raise UserError(f'{spec} is not whole: it has no {lost[0]}, so download it again')
+    model, d = _hub(cls.model_class.from_pretrained, spec, **options)
+    if o := [*d['missing_keys'], *d['unexpected_keys']]: raise UserError(f'{spec} is not whole in {o[0]}: get it again')
     ae = cls.from_config(model.config)
     ae.model = model
     return ae.eval().requires_grad_(False)
@@ -459,7 +459,7 @@ def make_autoencoder(folder, images, p, seed=0, device=None): # of the run; `Ima
     path = folder/(found or ('vae' if isinstance(ready, PretrainedKL) else 'autoencoder'))
     settings, kw = dict(seed=seed, pretrained=p.ae_pretrained), dict(bs=p.bs, kl_weight=p.ae_kl)
     if not p.ae_pretrained:
-        kw |= dict(flip=images.channels == 3) | ({'crop': max(1, images.size//16)} if len(images) < FEW else {})
+        kw |= dict(flip=images.channels == 3) | ({'crop': most} if (most := leeway(images)) else {})
         settings |= dict(kw, widths=p.ae_widths, patch=p.ae_patch, latent_channels=p.latent_channels, optimizer='Muon')
         begun = Checkpoint(folder/'checkpoints'/'autoencoder', fingerprint(**settings, **parents))
         kw |= dict(seed=seed, device=device, lr=p.ae_lr, checkpoint=begun)

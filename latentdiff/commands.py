@@ -8,8 +8,9 @@ __all__ = ['data', 'training', 'autoencoder', 'noisify', 'unet', 'sampling', 'ki
            'told_by', 'write_pngs', 'sample_cli', 'eval_cli']
 
 # %% ../nbs/90_commands.ipynb #c004
-from .disk import enough, matching, new_place, new_places, one_line_errors, put_beside   # it minds Ctrl-C
-import dataclasses, importlib, io, itertools, json, math, os, platform, sys
+from .disk import by_option, clear_away, enough, matching, new_place, new_places, one_line_errors, put_beside
+from .disk import still_there
+import dataclasses, importlib, io, itertools, json, math, os, platform, sys   # after disk, which minds Ctrl-C
 from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
@@ -35,14 +36,15 @@ pipeline, report, source = map(_Lazy, ('pipeline', 'report', 'source'))
 # %% ../nbs/90_commands.ipynb #c010
 class Run:
     "A run folder: its settings, and the artefacts that are made from them, each when it is first asked for"
-    def __init__(self, folder, settings): # where everything goes, dict from `settings_of`
-        self.folder, self.device, self.kept, self.trackers = Path(folder), default_device(), {}, []
+    def __init__(self, folder, settings, more=0): # of all; from `settings_of`; steps to train what is trained on
+        self.device, self.kept, self.trackers, self.given, self.more = default_device(), {}, [], settings, more
+        self.folder = Path(os.path.abspath(folder) if '..' in Path(folder).parts else folder)   # parts are made anew
         self.settings = agreed(self.read(settings))
         self.p, self.seed = preset_of(self.settings), self.settings['seed']
 
     def read(self, settings):
         "The settings in run.json, or these if the folder is new; `UserError` if the folder belongs to something else"
-        f, other = self.folder/'run.json', 'choose another folder with --out.'
+        f, other = self.folder/'run.json', f"choose another folder{by_option('out')}."
         if not os.path.exists(f):
             begun = {'config.toml', 'skipped.json'} | {o.name for o in matching(self.folder, '.*')} # and killed at once
             foreign = {o.name for o in matching(self.folder, '*')} - begun and not [*self.folder.glob('*/made.json')]
@@ -57,7 +59,7 @@ class Run:
         if old.get('chosen') and settings.get('from') is None: free |= {'from', 'autoencoder'}
         for k in (o for o in settings.keys() - free if before.get(o) != asked[o]):
             raise UserError(f'{self.folder} was made with {k} {before.get(k)}, not {asked[k]}: repeat that, or {other}')
-        return check_settings(f, {**settings, **old, **source.told_anew(self.folder, settings, old)})
+        return check_settings(f, {**settings, **old, **source.told_anew(self.folder, settings, old, self.more)})
 
     def once(self, name, make):
         "What `make()` returns, made at the first call and kept"
@@ -107,9 +109,9 @@ def condition(self:Run):
 
 @patch(as_prop=True)
 def latents(self:Run):
-    "Of every image, and of its mirror image where that is as good: a caption may say 'left'"
+    "Of every image, and of its mirror image where that is as good (a caption may say 'left'), and of crops of few"
     flip = False if self.condition == 'text' else None
-    make = lambda: noisify.make_latents(self.folder, self.images, self.autoencoder, self.p, flip)
+    make = lambda: noisify.make_latents(self.folder, self.images, self.autoencoder, self.p, flip, self.seed)
     return self.once('latents', source.said_already(make) if 'start' in self.settings else make)
 
 @patch(as_prop=True)
@@ -124,7 +126,7 @@ def source(self:Run):
     name, start = self.settings['from'], self.settings.get('start')
     pipe = self.once('source', lambda: source.fitting(name, self.images, self.condition))
     if start is None or start['fingerprint'] == source.mark(pipe): return pipe
-    raise UserError(f'{name} has changed since this run began: choose another folder with --out.')
+    raise UserError(f"{name} has changed since this run began: choose another folder{by_option('out')}.")
 
 @patch
 def begin(self:Run):
@@ -239,12 +241,12 @@ def grid(self:Run, px):
 @patch
 def neighbours(self:Run, n=8, k=3):
     "PIL image: `n` samples, and under each the `k` training images whose latents are nearest"
-    import torch
     fake, train = self.samples[:n], self.images.train_idxs
-    with torch.no_grad(): z = self.autoencoder.encode(data.from_uint8(fake).to(self.device)).cpu()
-    found = kid_eval.nearest_neighbours(z, self.latents.tensor('train', 'cpu'), k=k)[0].T.flatten()
+    z = self.autoencoder.encode(data.from_uint8(fake).to(self.device)).detach().cpu()
+    known = self.latents.tensor('train', 'cpu')[:len(train)*(1 + self.latents.manifest['mirrored'])]   # without crops
+    found = kid_eval.nearest_neighbours(z, known, k=k)[0].T.flatten()
     px = self.images.pixels(train[found % len(train)])
-    px = torch.where((found < len(train))[:, None, None, None], px, px.flip(-1))
+    px = px.where((found < len(train))[:, None, None, None], px.flip(-1))
     return report.picture_rows({'sample': fake, **{f'nearest {j + 1}': o for j, o in enumerate(px.chunk(k))}})
 
 @patch(as_prop=True)
@@ -288,13 +290,13 @@ SCORES = 'kid kid_se kid_floor kid_floor_se fid fid_floor n_fake n_real psnr ssi
 def metrics(self:Run):
     "Everything that was measured, in one dict"
     import torch
-    notes = {o.parent.name: made(o.parent) for o in sorted(self.folder.glob('*/made.json'))}
+    notes = {k: made(self.folder/k) for k in sorted({*self.pipeline.parts(), 'judge', 'latents', 'samples', 'scores'})}
     ae, net = (notes[k]['facts'] for k in self.pipeline.parts())
     d = self.scores | dict(psnr=ae.get('psnr'), ssim=ae.get('ssim'), n_reconstructed=ae.get('n'))
     for k in SCORES: number(whole=False, **{f'{k}, in a made.json in {self.folder},': d.get(k)})
     return d | dict(kid_curve=net.get('kid', []), told=self.asked and {**self.asked, 'cond': self.told(64)},
         **{k: notes['samples']['settings'][k] for k in ('sampler', 'steps')}, threads=torch.get_num_threads(),
-        seconds={k: v['seconds'] for k, v in notes.items()}, peak_gb=round(training.peak_gb(self.device), 2))
+        seconds={k: v['seconds'] for k, v in notes.items() if v}, peak_gb=round(training.peak_gb(self.device), 2))
 
 @patch(as_prop=True)
 def report(self:Run):
@@ -350,7 +352,7 @@ def announce(self:Run):
     gb = 1.3*training.peak_gb(self.device) + 2*min(1.5e9, len(self.images)*self.images.channels*p.size**2)/1e9
     print(f'training takes about {(p.ae_steps*a + p.steps*d)/60:.1f} min and {gb:.1f} GB on this machine as it is now: '
           f'{p.ae_steps if a else 0:,} steps of the autoencoder, {p.steps:,} of the denoiser', flush=True)
-    latents = 4*len(self.images)*p.latent_channels*(p.size//8)**2   # two bytes each, and mirrored
+    latents = 4*(1 + data.CROPS*bool(data.leeway(self.images)))*len(self.images)*p.latent_channels*(p.size//8)**2
     memory = 1e9*(gb - training.peak_gb()) if self.device.type == 'cpu' else 0
     with first_ahead(): enough('This run', self.folder/'run.json', latents, memory)
 
@@ -368,13 +370,16 @@ def go(self:Run, goals=GOALS):
     stamp = lambda: {o: o.stat().st_mtime_ns for o in self.folder.glob('**/*.json')}   # each part has its made.json
     may = os.access(self.folder, os.W_OK)   # else nothing can be made, but what is finished can be seen
     with locked(self.folder) if may else nullcontext():
-        self.settings = agreed(self.read(self.settings))   # somebody may have begun, or trained on, meanwhile
+        self.settings = agreed(self.read(self.settings if fresh else self.given))   # as they have become meanwhile
+        self.p = preset_of(self.settings)
         before = stamp()
+        for o in ('run.json', 'metrics.json'): clear_away(self.folder/o, 'part')   # what need not be written again
         if fresh and self.images.skipped: write_json(self.folder/'skipped.json', self.images.skipped, indent=1)
         whole = not fresh and os.path.exists(self.folder/'config.toml')
         if not whole or read_json(self.folder/'run.json', 'delete it').get('settings') != self.settings: self.write()
-        for k in goals: getattr(self, k)
-    if not os.path.exists(self.folder/'run.json'): raise UserError(f'{self.folder} is gone: repeat the command.')
+        for k in goals:
+            getattr(self, k)
+            with first_ahead(): still_there(self.folder/'run.json')
     done = 'is finished: nothing to do' if before == stamp() else f'{training.peak_gb(self.device):.1f} GB at most'
     print(f'{self.folder} {done}')
 
@@ -428,13 +433,10 @@ def train_cli(
     above_zero(more=more)
     hint = 'make one with latentdiff-run or latentdiff-encode.'
     if not os.path.isdir(run): raise UserError(f'There is no run folder {run}: {hint}')
-    r = Run(run, read_json(Path(run)/'run.json', f'this is not a run folder; {hint}').get('settings', {}))
+    s = read_json(Path(run)/'run.json', f'this is not a run folder; {hint}').get('settings')
+    s = {k: v for k, v in s.items() if k not in ('steps', *RATES)} if isinstance(s, dict) else {}   # as they stand
+    r = Run(run, s, more)
     if not made(r.folder/'latents'): raise UserError(f'{run} has no latents: run latentdiff-encode on it first.')
-    if more:
-        had = source.trained(r.folder)
-        if not had: raise UserError(f'{run} has no finished denoiser: run latentdiff-train without --more first.')
-        r.settings['steps'] = number(1, 10**9, **{'steps, with --more,': had + more})
-        r.p = preset_of(r.settings)
     r.go(('denoiser', 'pipeline'))
 
 # %% ../nbs/90_commands.ipynb #c046

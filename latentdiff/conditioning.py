@@ -9,7 +9,7 @@ __all__ = ['CrossAttention', 'ConditionalUNet', 'conditional', 'ClassConditioner
            'StyleConditioner']
 
 # %% ../nbs/60_conditioning.ipynb #c005
-import json, re, torch, torch.nn.functional as F
+import json, re, torch, torch.nn.functional as F, unicodedata
 from functools import lru_cache
 from importlib.util import find_spec
 from threading import RLock
@@ -112,10 +112,14 @@ class ClassConditioner(nn.Module, AsGiven, ConfigMixin):
     def number(self, label): # a class's name or number
         classes = list(self.config.classes)
         if label in classes: return classes.index(label)
+        plain = lambda o: unicodedata.normalize('NFC', str(o)).strip()   # as people type it
+        alike = [k for k, o in enumerate(classes) if isinstance(label, str) and plain(o) == plain(label)]
+        if len(alike) == 1: return alike[0]
         if isinstance(label, str) and label.isdecimal() and len(label) < 10: label = int(label)
         if isinstance(label, int) and 0 <= label < len(classes): return label
         names = ', '.join(f'"{o}"' if ',' in str(o) else str(o) for o in classes)
-        raise UserError(f'no class {label!r}: give 0 to {len(classes)-1} or one of {names}')
+        if len(names) > 600: names = f'{names[:600]} ...'
+        raise UserError(f'no class {label!r:.80}: give 0 to {len(classes)-1} or one of {names}')
 
     def forward(self, labels): # (b,) int64, -1: of no class; or a list of names or numbers -> tokens (b, 1, dim), mask
         if not hasattr(labels, '__len__') or isinstance(labels, str) or not len(labels):

@@ -6,17 +6,18 @@
 __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT', 'default_device', 'Preset', 'preset',
            'run_folder', 'above_zero', 'preset_of', 'check_settings', 'settings_of', 'stream', 'Bar', 'progress',
            'every', 'agreed', 'share', 'gathered', 'first_ahead', 'to_toml', 'check_kinds', 'read_toml', 'beside_file',
-           'either_way', 'fingerprint', 'sealed', 'unsealed', 'made', 'seals', 'altered', 'check_contents', 'artefact',
-           'locked', 'weights_name', 'not_finite', 'save_component', 'AsGiven', 'find_class', 'read_weights',
-           'check_fit', 'load_weights', 'network_config', 'load_component', 'exercise']
+           'either_way', 'fingerprint', 'sealed', 'unsealed', 'made', 'seals', 'check_contents', 'artefact', 'locked',
+           'weights_name', 'sound', 'save_component', 'AsGiven', 'find_class', 'read_weights', 'check_fit',
+           'load_weights', 'network_config', 'load_component', 'exercise']
 
 # %% ../nbs/parts/core.ipynb #c004
-from .disk import NOWHERE, UserError, clear_away, content_of, data_home, file_md5, on_disk, patience, place
-from .disk import rank, read_json, read_text, remove, replace_folder, runs_home, utf8, whole_folder, world
-from .disk import write_json, write_whole
-from .checks import checked, largest_divisor, multiples, number, numbers, one_of, positions, spread # all pass on
+from .disk import NOWHERE, UserError, altered, check_unchanged, clear_away, content_of, contents_of, data_home
+from .disk import file_md5, on_disk, patience, place, rank, read_json, read_text, readable, remove
+from .disk import replace_folder, runs_home, utf8, whole_folder, world, write_json, write_whole
+from .checks import checked, largest_divisor, multiples, not_finite, number, numbers # all are
+from .checks import one_of, positions, spread                                             # passed on
 import argparse, hashlib, importlib, json, os, sys, time, tomllib   # after disk, which minds Ctrl-C
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -122,11 +123,11 @@ STEPS = 'ae_steps', 'steps'  # what minutes become
 RATES = 'ae_lr', 'lr'        # what may be lowered where a training diverged
 SEEDS = -2**63, 2**63 - 1    # smallest and largest
 
-def above_zero(**kw):
+def above_zero(before='--', /, **kw): # of a name, in what is said of it
     "`UserError` for an option that is given and not above 0, or beyond reason"
     for k, v in kw.items():
         if v is None or isinstance(v, (int, float)) and 0 < v <= 1e9: continue
-        raise UserError(f'--{k} is {v!s:.80}: give a number above 0, of a billion at most.')
+        raise UserError(f'{before}{k} is {v!s:.80}: give a number above 0, of a billion at most.')
 
 def preset_of(s):
     "The `Preset` that the settings `s` stand for"
@@ -145,7 +146,7 @@ def check_settings(path, s): # run.json; the settings in it
     check_kinds(path, {k: s[k] for k in _KINDS.keys() & s.keys() if s[k] is not None}, _KINDS)
     start, lost = s.get('start'), [k for k in ('data', 'preset', 'size', 'seed') if s.get(k) is None]
     if lost: raise UserError(f'{path} has no {lost[0]}: delete the folder, or take the file from the run again')
-    above_zero(**{k: s.get(k) for k in ('size', 'minutes', 'n', *STEPS, *RATES)})
+    above_zero(f'{path}: ', **{k: s.get(k) for k in ('size', 'minutes', 'n', *STEPS, *RATES)})
     number(*SEEDS, **{f'seed in {path}': s['seed']})
     parts = dict(fingerprint=str, parts=list, network=dict)
     sound = isinstance(start, dict) and all(isinstance(start.get(k), o) for k, o in parts.items())
@@ -205,11 +206,10 @@ class Bar:
 
 def progress(it, total=None, what=''): # anything to go through; how many there are, None: its length; as in `Bar`
     "The items of `it`, with a bar if they take longer than two seconds"
-    bar = Bar(len(it) if total is None else total, what)
-    for o in it:
-        yield o
-        bar.step()
-    bar.close()
+    with closing(Bar(len(it) if total is None else total, what)) as bar: # also where who asks has enough
+        for o in it:
+            yield o
+            bar.step()
 
 # %% ../nbs/parts/core.ipynb #L911
 def every(o):
@@ -331,17 +331,6 @@ def _difference(old, new):
     kinds = isinstance(old.get('facts'), dict) and type(old.get('seconds')) in (int, float)
     if not kinds or old.get('fingerprint') != fingerprint(**{k: old.get(k) for k in new}): return 'a damaged made.json'
 
-def _contents(folder):
-    "{name: fingerprint} of the files in it, but not of hidden ones and notes"
-    files = (o for o in sorted(folder.glob('*')) if o.name[0] != '.' and o.name not in ('made.json', 'making.json'))
-    return {o.name: content_of(o) for o in files if os.path.isfile(o)}
-
-def altered(path, note): # an artefact's folder; what `made` says of it
-    "The names of its files that are not the ones that were made; none where an earlier version has not noted them"
-    told = note.get('contents')
-    is_it = lambda o, mark: os.path.isfile(o) and content_of(o) == mark
-    return [k for k, mark in (told if isinstance(told, dict) else {}).items() if not is_it(Path(path)/k, mark)]
-
 def check_contents(path): # of a folder that may be an artefact
     "`UserError` if a file in it is not the one that was made there, such as the weights of another run"
     lost = ['made.json']*(not made(path) and seals(Path(path).parent))   # beside what it was made with
@@ -380,9 +369,9 @@ def _work(path): return path.with_name(f'.{path.name}.making')
 def _reopen(path, want, lost): # the names of its files that shall be made again
     "Make the artefact one that was begun, and still lacks these"
     write_json(path/'making.json', want)
+    for o in lost: remove(path/o)   # what says so, made.json, stays: without it this would be nobody's folder
     remove(_work(path))
     path.rename(_work(path))
-    for o in (*lost, 'made.json'): remove(_work(path)/o)
 
 def _begin(work, want):
     "An empty folder with a note of what it is for, unless an earlier call has begun just that"
@@ -397,9 +386,9 @@ def _make(path, make, want):
     work, start = _work(path), time.monotonic()
     with first_ahead(), on_disk(path):
         if not rank(): _begin(work, want)
-    if not agreed(made(work)):
+    if not agreed((there := made(work)) and not altered(work, there)):   # else it is done, but not in place
         note = {**want, 'fingerprint': fingerprint(**want), 'facts': make(work) or {}}
-        if not rank(): note |= dict(contents=_contents(work), seconds=round(time.monotonic() - start, 1))
+        if not rank(): note |= dict(contents=contents_of(work), seconds=round(time.monotonic() - start, 1))
         write_json(work/'made.json', sealed(note), indent=1)
     with first_ahead(), on_disk(path): replace_folder(work, path)   # now it is there for all
 
@@ -423,20 +412,21 @@ _OURS = dict(UNet2DModel='UNet', AutoencoderKL='PretrainedKL', AutoencoderTiny='
 
 def weights_name(module): return getattr(module, 'weights_name', 'weights.safetensors')  # WEIGHTS: for diffusers too
 
-def not_finite(state): # a dict of tensors
-    "The names of those with numbers that are not finite"
-    wide = lambda v: v if v.element_size() > 1 else v.float()   # torch does not look into float8
-    return [k for k, v in state.items() if v.is_floating_point() and not wide(v).isfinite().all()]
+def sound(module):
+    "Its weights by name; raises `UserError` if one is not finite"
+    state = checked(module=module).state_dict()
+    if bad := not_finite(state):
+        raise UserError(f'{bad[0]} of {type(module).__name__} is not finite, so it is not saved: train at a lower rate')
+    return state
 
 def save_component(module, folder): # with diffusers' `ConfigMixin`; written in one step, an earlier one is replaced
     "Save config and weights; returns the folder. Raises `UserError` if a weight is not finite"
     from safetensors.torch import save
-    state = {k: v.detach().cpu().contiguous() for k, v in checked(module=module).state_dict().items()}
-    if bad := not_finite(state):
-        raise UserError(f'{bad[0]} of {type(module).__name__} is not finite, so it is not saved: train at a lower rate')
+    state = {k: v.detach().cpu().contiguous() for k, v in sound(module).items()}
     with on_disk(place(folder=folder), more=NOWHERE), whole_folder(folder) as new:
         module.save_config(new)
         write_whole(new/weights_name(module), save(state, metadata={'format': 'pt'}))
+        write_json(new/'contents.json', contents_of(new, '*.safetensors'), indent=1)   # for `check_unchanged`
     return Path(folder)
 
 # %% ../nbs/parts/core.ipynb #c028
@@ -468,7 +458,7 @@ def _opened(path): # .safetensors
     from safetensors import SafetensorError, safe_open
     if not os.path.isfile(place(path=path)): raise UserError(f'{path} is missing: save or download it again')
     try:
-        with safe_open(path, 'pt') as f:
+        with readable(path), safe_open(path, 'pt') as f:
             small = [k for k in f.keys() if f.get_slice(k).get_dtype().startswith(('F8_', 'F6_', 'F4'))]
             if small: raise UserError(f'{path} holds {small[0]} in float8 or less: save it in float16 or float32')
             yield f
@@ -527,6 +517,7 @@ def load_component(folder): # as `save_component` left it
     if plan: check_fit(plan, Path(folder)/weights_name(plan))
     module = _built(folder, config, 'cpu')
     load_weights(module, Path(folder)/weights_name(module))
+    check_unchanged(folder)
     return module.eval().requires_grad_(False)
 
 # %% ../nbs/parts/core.ipynb #c040

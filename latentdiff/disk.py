@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['FULL', 'NOWHERE', 'world', 'rank', 'Stopped', 'last_words', 'stop_politely', 'UserError', 'data_home', 'runs_home',
-           'DiskError', 'place', 'size_of', 'room_at', 'on_disk', 'enough', 'free_memory', 'reserve', 'remove',
-           'matching', 'clear_away', 'put_beside', 'write_whole', 'write_json', 'read_text', 'read_json', 'crc_of',
-           'file_md5', 'content_of', 'replace_folder', 'whole_folder', 'new_place', 'new_places', 'refused', 'utf8',
+           'DiskError', 'place', 'size_of', 'lies_in', 'still_there', 'make_in', 'room_at', 'by_option', 'on_disk',
+           'enough', 'free_memory', 'reserve', 'remove', 'matching', 'clear_away', 'put_beside', 'write_whole',
+           'write_json', 'readable', 'read_text', 'read_json', 'crc_of', 'file_md5', 'content_of', 'contents_of',
+           'altered', 'check_unchanged', 'replace_folder', 'whole_folder', 'new_place', 'new_places', 'refused', 'utf8',
            'check_call', 'printable', 'patience', 'plain_output', 'one_line_errors']
 
 # %% ../nbs/parts/disk.ipynb #k001
@@ -54,7 +55,8 @@ def stop_politely():
 stop_politely()
 
 # %% ../nbs/parts/disk.ipynb #d006
-import atexit, errno, glob, hashlib, io, itertools, json, math, platform, re, shutil, tempfile, zlib
+import atexit, errno, glob, hashlib, inspect, io, itertools, json, logging, math, platform, re, shutil, tempfile, zlib
+import traceback
 from contextlib import contextmanager, suppress
 from functools import wraps
 from threading import Timer
@@ -96,12 +98,31 @@ def place(**given): # one argument by its name: of a file or a folder
 
 def size_of(n): return f'{n/1e9:,.1f} GB' if n >= 1e9 else f'{n/1e6:,.1f} MB'  # bytes, in words
 
+def lies_in(path):
+    "The first folder above `path` that is there"
+    return next((o for o in Path(path).parents if os.path.isdir(o)), Path())
+
+def still_there(path):
+    "`UserError` if a file or folder that the work began with is not where it was"
+    if not os.path.exists(path): raise UserError(f'{path} is gone, or was moved: repeat the command where it is now')
+
+def make_in(home, folder): # what the folder `lies_in`, asked when the work on it began
+    "Make it, unless `home` is not there any more: then raises `UserError`"
+    still_there(home)
+    folder.mkdir(parents=True, exist_ok=True)
+
 def room_at(path): # where something is to be written
     "(bytes free, the folder that is there already, what to set to write on another disk)"
     path, home = (Path(os.path.abspath(o)) for o in (path, data_home()))
-    there = next(o for o in path.parents if os.path.isdir(o))
-    way = 'set LATENTDIFF_DATA' if home in path.parents else 'choose one with --out, or set LATENTDIFF_RUNS'
+    there, out = lies_in(path), f'choose one{by_option("out")}, or set LATENTDIFF_RUNS'
+    way = 'set LATENTDIFF_DATA' if home in path.parents else out
     return shutil.disk_usage(there).free, there, f'go to another disk: {way}'
+
+_options = []   # of the command that runs
+
+def by_option(name, how=' with '): # without its dashes
+    "Words with which a refusal advises an option; none where a command runs that does not have it"
+    return f'{how}--{name}' if not _options or name in _options else ''
 
 @contextmanager
 def on_disk(path, size=None, more=()): # as above; bytes, None: not known; other numbers of errors, such as `NOWHERE`
@@ -109,10 +130,14 @@ def on_disk(path, size=None, more=()): # as above; bytes, None: not known; other
     try: yield
     except OSError as e:
         if isinstance(e, UserError) or e.errno not in FULL + _SHUT + more: raise
-        (free, there, way), needs = room_at(path), f'{size_of(size)} to be written, ' if size else ''
-        why = f'{e.strerror}; {needs}{size_of(free)} free in {there}' if e.errno in FULL else e.strerror
-        do = 'make room and repeat the command, or ' if e.errno in FULL else ''
-        if e.errno in NOWHERE: way = 'choose another place'
+        why, do, way = e.strerror, '', 'choose another place'
+        if e.errno not in NOWHERE: free, there, way = room_at(path)   # else the current folder may be gone
+        if e.errno in FULL:
+            needs = f'{size_of(size)} to be written, ' if size else ''
+            count = os.statvfs(there) if hasattr(os, 'statvfs') else None
+            none = count and count.f_files and not count.f_favail   # where files are counted, as they are not by btrfs
+            left = 'no more files are' if none else size_of(free)
+            why, do = f'{why}; {needs}{left} free in {there}', 'make room and repeat the command, or '
         raise DiskError(f'{str(path):.200} cannot be written ({why}): {do}{way}') from None
 
 def enough(what, path, disk=0, memory=0): # in words; where it writes; bytes of each
@@ -214,11 +239,21 @@ def write_json(path, d, indent=None): # of the file; a dict or list; spaces a le
     "Write `d` as JSON in one step"
     write_whole(path, json.dumps(d, indent=indent))
 
+@contextmanager
+def readable(path): # of a file
+    "`UserError` if it may not be read: nothing has to be made again, or deleted"
+    try:
+        with open(path, 'rb'): yield   # safetensors says of such a file that it is not there
+    except OSError as e:
+        if isinstance(e, (UserError, FileNotFoundError)) or e.errno is None: raise
+        raise UserError(f'{path} cannot be read ({e.strerror}): see to it that it can') from None
+
 def read_text(path):
     "The text of a file, without its byte order mark; raises `OSError`, or `UserError` for more than memory holds"
     if not os.path.isfile(path) and os.path.exists(path): raise OSError('no file, but something else')
-    enough(f'Reading {path}', path, memory=8*os.stat(path).st_size)
-    return Path(path).read_text(encoding='utf-8-sig')
+    with readable(path):
+        enough(f'Reading {path}', path, memory=8*os.stat(path).st_size)
+        return Path(path).read_text(encoding='utf-8-sig')
 
 def read_json(path, hint): # of the file; what to do if there is none
     "The dict in a JSON file; `UserError` that ends in `hint` if there is none"
@@ -244,11 +279,30 @@ def content_of(path): # of a file
     "A fingerprint of its bytes, of which 64 MB are read at most; its size counts too"
     size = os.path.getsize(path)
     h = hashlib.sha256(str(size).encode())
-    with open(path, 'rb') as f:
+    with readable(path), open(path, 'rb') as f:
         for i in range(min(_PIECES, -(-size//_PIECE))):
             f.seek(i*_PIECE if size <= _PIECE*_PIECES else i*(size - _PIECE)//(_PIECES - 1))
             h.update(f.read(_PIECE))
     return h.hexdigest()[:16]
+
+def contents_of(folder, pattern='*'):
+    "{name: fingerprint} of the files in it, but not of hidden ones and notes"
+    notes = 'made.json', 'making.json', 'contents.json'
+    files = (o for o in sorted(folder.glob(pattern)) if o.name[0] != '.' and o.name not in notes)
+    return {o.name: content_of(o) for o in files if os.path.isfile(o)}
+
+def altered(path, note): # an artefact's folder; what `made` says of it
+    "The names of its files that are not the ones that were made; none where an earlier version has not noted them"
+    told = note.get('contents')
+    is_it = lambda o, mark: os.path.isfile(o) and content_of(o) == mark
+    return [k for k, mark in (told if isinstance(told, dict) else {}).items() if not is_it(Path(path)/k, mark)]
+
+def check_unchanged(folder): # of a network
+    "`UserError` if its weights are others than the note beside them says, as after a flipped bit"
+    note = Path(folder)/'contents.json'
+    told = dict(contents=read_json(note, f'delete {note}')) if os.path.isfile(note) else {}
+    for k in altered(folder, told)[:1]:
+        raise UserError(f'{Path(folder)/k} has changed since it was saved: get it again, or delete {note} to keep it')
 
 # %% ../nbs/parts/disk.ipynb #d015
 def replace_folder(new, path): # a finished folder, and the place it takes, beside it
@@ -304,6 +358,20 @@ def _deserted(e): # an exception
     "Whether it says that one of the processes that share the work has gone"
     return world() > 1 and isinstance(e, RuntimeError) and re.search('gloo|nccl|connection|TCPStore', str(e), re.I)
 
+def _not_imported(e): # an exception
+    "A `UserError` that names the library whose import it has ended; None: it has not, or a module of ours is at fault"
+    root = e
+    while root.__cause__: root = root.__cause__
+    way = [o for x in (e, root) for o, _ in traceback.walk_tb(x.__traceback__)]
+    package = lambda o: o.f_globals.get('__name__', '').split('.')[0]
+    theirs = [*itertools.takewhile(lambda o: package(o) != 'latentdiff', reversed(way))][::-1]
+    bodies = [package(o) for o in theirs if o.f_code.co_name == '<module>']   # those of modules
+    if isinstance(e, ImportError) and not f'{e.name}'.startswith('latentdiff'): bodies = bodies or [e.name]
+    if not bodies: return
+    why = 'the memory does not suffice' if 'failed to map segment' in str(root) else ' '.join(str(root).split())[:200]
+    return UserError(f"{bodies[-1]} cannot be imported ({type(root).__name__}: {why}): look at Python's options, at "
+                     "variables and limits of this shell; python -c 'import latentdiff.pipeline' shows where")
+
 def refused(e): # an exception
     "What the system has refused, and where, as a `UserError`; None if it is something else"
     if isinstance(e, UserError): return e
@@ -313,7 +381,9 @@ def refused(e): # an exception
         return UserError(f'{said}, and the same command goes on from there')
     if isinstance(e, MemoryError) or isinstance(e, RuntimeError) and re.search('allocate|out of memory', str(e)):
         return UserError('the memory does not suffice: ask for fewer or smaller images, or for fewer at a time')
-    if not isinstance(e, OSError): return
+    if isinstance(e, RuntimeError) and 'start new thread' in str(e):
+        return UserError('no further thread may be started here: raise the limit of processes, as with ulimit -u')
+    if (why := _not_imported(e)) or not isinstance(e, OSError): return why
     where = e.filename if e.filename is not None else 'the current folder, or what is printed'
     return UserError(f'{where}: {e.strerror or e}: choose another place, or see to it that it can be read and written')
 
@@ -321,8 +391,10 @@ def utf8(**given): # a text or a path, by its name
     "It, if it is UTF-8; else raises `UserError`"
     (k, v), = given.items()
     try: str(v).encode()
-    except UnicodeEncodeError: raise UserError(f'{k} is {str(v)!r:.200}, which is not UTF-8: rename it.') from None
-    return v
+    except UnicodeEncodeError: why = 'is not UTF-8: rename it.'
+    else: return v
+    with suppress(UnicodeError): v, why = os.fsencode(v).decode(), "this shell's locale cannot say: set PYTHONUTF8=1."
+    raise UserError(f'{k} is {str(v)!r:.200}, which {why}')
 
 def check_call(options): # dict
     "`UserError` for an empty place, for a name that no other program could write down, and for a number that is none"
@@ -350,8 +422,9 @@ def patience(words, seconds=10): # what is waited for
     finally: late.cancel()
 
 def plain_output():
-    "In a file or a pipe: whole lines at once, and no progress bars; nowhere the tries of huggingface_hub"
+    "In a file or a pipe: whole lines at once, and no progress bars; nowhere what libraries say of tries and caches"
     os.environ.setdefault('HF_HUB_VERBOSITY', 'error')   # it reads that when it is imported
+    logging.getLogger('matplotlib').setLevel(logging.ERROR)   # it warns where it finds no place in $HOME
     from fastprogress import fastprogress as bars
     sys.stdout = sys.stdout or open(os.devnull, 'w')   # it is closed, as by >&-
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -368,10 +441,12 @@ def _leave(code): # for the shell
 
 def one_line_errors(f):
     "A `UserError`, and what the system refuses, become one line on stderr and exit code 1; a signal, code 128+n"
+    names = [o.lower() for o in inspect.signature(f).parameters]
     @wraps(f)
     def _f(*args, **kwargs):
         plain_output()
         stop_politely()
+        _options[:] = names
         try:
             check_call(kwargs)
             return f(*args, **kwargs)
@@ -383,4 +458,5 @@ def one_line_errors(f):
             raise SystemExit(f"latentdiff-{f.__name__.removesuffix('_cli')}: {printable(str(why))}") from None
         except Stopped as e: _leave(last_words(*e.args))
         except KeyboardInterrupt: raise SystemExit(last_words()) from None   # in a notebook
+        finally: _options.clear()
     return _f

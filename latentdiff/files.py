@@ -22,7 +22,7 @@ from fastai.data.external import untar_data
 from filelock import FileLock
 from .core import DATASETS, Bar, UserError, content_of, data_home, fingerprint, progress, rank, whole_folder
 from .core import checked, number, one_of
-from .disk import FULL, enough, matching, on_disk, place, size_of
+from .disk import FULL, enough, matching, on_disk, patience, place, size_of
 
 # %% ../nbs/parts/files.ipynb #f007
 def one_line(e): # an exception
@@ -80,10 +80,9 @@ def _patiently(sockets):
     def watch():
         while not over.wait(PATIENCE/10):
             if time.monotonic() - last[0] < PATIENCE: continue
-            late.append(f'nothing came for {PATIENCE:g} seconds')
-            for o in sockets:
+            late[:] = [f'nothing came for {PATIENCE:g} seconds']
+            for o in sockets:   # also one that is opened only now
                 with suppress(OSError): o.shutdown(socket.SHUT_RDWR)
-            return
     Thread(target=watch, daemon=True).start()
     try: yield lambda: last.append(time.monotonic()) or last.pop(0)
     except (OSError, ValueError, http.client.HTTPException) as e: raise TimeoutError(*late) if late else e
@@ -232,8 +231,9 @@ def to_rgb(im): # PIL image of any mode
         a = np.asarray(im, np.float32)
         if not np.isfinite(a).all(): raise ValueError('some values are not finite')
         full, low, high = 65535 if im.mode[0] == 'I' else 1 if a.max() < 1.05 else 255, a.min(), a.max()
-        if low < -.05*full or high > 1.05*full or full == 255 and high < 2:
-            raise ValueError(f'values from {low:.4g} to {high:.4g}, neither 0 to 1 nor 0 to {max(full, 255)}')
+        unsure = 0 < high <= (255 if full == 65535 else 1) and (a == a.round()).all()   # or nearly black
+        if unsure or low < -.05*full or high > 1.05*full or full == 255 and high < 2:
+            raise ValueError(f'values from {low:.4g} to {high:.4g}, not surely of 1 or of {max(full, 255)}: use 8 bits')
         im = Image.fromarray((a*(255/full)).round().clip(0, 255).astype(np.uint8))
     if im.mode in ('LA', 'La', 'PA', 'RGBA', 'RGBa') or 'transparency' in im.info:
         im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im.convert('RGBA'))
@@ -325,15 +325,16 @@ def captions_in(folder):
         try:
             if why := no_file(path): raise OSError(why)
             with path.open(newline='', encoding='utf-8-sig') as f:
-                columns = {}
-                for row in csv.DictReader(f) if path.suffix == '.csv' else map(json.loads, filter(str.strip, f)):
+                columns, table = {}, csv.DictReader(f, strict=True)
+                for row in table if path.suffix == '.csv' else map(json.loads, filter(str.strip, f)):
+                    if any(row.pop(None, ())): raise ValueError(f'line {table.line_num}: put "quotes" round its commas')
                     columns |= row
                     found[path.parent/row['file_name']] = said = row.get('text') or row.get('caption') or ''
                     said.encode()   # half a surrogate pair, which JSON can hold, is no text
             if columns and not {'text', 'caption'} & {*columns}:
                 print(f"{path} has no column text or caption, only {', '.join(map(repr, columns)):.200}", flush=True)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as e:
-            raise UserError(f'{path} is no table with file_name and text ({e!r}): mend it, or remove it') from None
+            raise UserError(f'{path} is no table with file_name and text ({one_line(e)}): mend or remove it') from None
     return found
 
 # %% ../nbs/parts/files.ipynb #f031
@@ -406,8 +407,8 @@ def _classes_of(features, column):
 
 def _state(folder):
     "Where a folder is, and the name, size and time of each file in it: another one, or a changed one, has others"
-    files = ((o, o.stat()) for o in files_below(os.path.realpath(folder))[0] if not no_file(o))
-    return [(str(o), about.st_size, about.st_mtime_ns) for o, about in files]
+    with patience(f'looking at every file in {folder}', 2): found = files_below(os.path.realpath(folder))[0]
+    return [(str(o), s.st_size, s.st_mtime_ns) for o in found if not no_file(o) for s in [o.stat()]]
 
 def hub_folder(spec, n): # 'owner/name', '?image=..&label=..&caption=..&split=..' behind it if need be; how many
     "The first `n` pictures of a data set on the Hub, or of a local folder of its files; raises `UserError`"
@@ -472,7 +473,7 @@ def shard_samples(shards):
                 elif not caption or '\ufffd' in caption: picture = 'caption is not UTF-8' if caption else 'no caption'
                 yield f"{PurePosixPath(shard).name.split('.')[0]}/{k}", picture, caption
             raw = getattr(last, 'raw', None)                          # a whole tar goes on behind its last file
-            if raw and raw.fileobj.tell() == raw.offset + -(-raw.size//512)*512: yield shard, 'shard has no end: cut?'
+            if raw and raw.fileobj.tell() < raw.offset + (raw.size + 1023)//512*512: yield shard, 'it has no end: cut?'
         except (OSError, ClientError, MemoryError, *DAMAGED) as e:
             yield shard, f'shard damaged or missing ({one_line(e)})'
 

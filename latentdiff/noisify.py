@@ -13,13 +13,13 @@ import functools, hashlib, inspect, json, math, os, shutil, time, warnings
 import numpy as np, torch
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
-from fastai.basics import Callback, patch
+from fastai.basics import Callback, Path, patch
 from .autoencoder import fit_bs
-from .core import UserError, agreed, artefact, check_contents, checked, default_device, first_ahead, made, number
-from .core import numbers, one_of, positions, progress, rank, read_json, sealed, share, stream, unsealed, world
-from .data import from_uint8, kind_of, like
+from .core import UserError, agreed, artefact, check_contents, checked, default_device, fingerprint
+from .core import first_ahead, made, number, numbers, one_of, positions, progress, rank
+from .core import read_json, sealed, share, stream, unsealed, world
+from .data import CROPS, FEW, cropped, from_uint8, kind_of, leeway, like
 from .disk import NOWHERE, on_disk, place, remove, reserve, write_json
 
 # %% ../nbs/20_noisify.ipynb #c076
@@ -264,8 +264,8 @@ def weights_hash(ae): # an `Autoencoder` -> 64 hex digits
     return h.hexdigest()
 
 # %% ../nbs/20_noisify.ipynb #c019
-def _manifest(images, shape, flip):
-    return dict(shape=list(shape), mirrored=flip, names=images.names, classes=images.classes, captions=images.captions,
+def _manifest(images, shape, how): # see `make_latents`
+    return dict(shape=list(shape), **how, names=images.names, classes=images.classes, captions=images.captions,
                 labels=None if images.labels is None else images.labels.tolist(), valid=images.valid_idxs.tolist())
 
 # %% ../nbs/20_noisify.ipynb #c030
@@ -281,25 +281,28 @@ def prefetch(images, starts, bs, ahead=4): # `Images`, first row of each batch, 
             yield i, queue.pop(0).result()
 
 # %% ../nbs/20_noisify.ipynb #c037
-def _encode_batch(ae, pixels, flip):
-    "float16 latents of the pictures and, if `flip`, of their mirror images: a list of one array or two"
+def _encode_batch(ae, pixels, first, how): # number of the first; see `make_latents`
+    "float16 latents of the pictures and of some crops, and maybe of the mirror images of these: a list of arrays"
     x = from_uint8(pixels.to(next(ae.parameters()).device))
+    crops = (cropped(x, how['leeway'], how['seed'], k*FEW+first) for k in range(how.get('crops', 0)))
     with torch.no_grad(), torch.autocast(x.device.type, torch.float16, enabled=x.is_cuda):
-        z = [ae.encode(o).half().cpu() for o in (x, x.flip(-1))[:1+flip]]
+        z = [ae.encode(o).half().cpu() for v in (x, *crops) for o in (v, v.flip(-1))[:1+how['mirrored']]]
     if all(o.isfinite().all() for o in z): return [o.numpy() for o in z]
     raise UserError(f"{type(ae).__name__} gives latents that float16 cannot hold: fit its scale first")
 
 # %% ../nbs/20_noisify.ipynb #c041
-FILES = 'latents.f16', 'mirrored.f16'
+FILES = 'latents', 'mirrored'
 
-def _encode_rest(ae, images, folder, shape, flip, bs, save_every=5.):
+def _files(how): return (f'{o}{k or ""}.f16' for k in range(1+how.get('crops', 0)) for o in FILES[:1+how['mirrored']])
+
+def _encode_rest(ae, images, folder, shape, how, bs, save_every=5.):
     "Fill the files in `folder`, from the row where an earlier call stopped; of several processes each its batches"
     count,n = folder/'done.json', len(images)
     said = read_json(count, f'delete {folder}').get('done') if os.path.isfile(count) else 0
     done = agreed(number(0, n, **{f'done in {count}': said}))
     with first_ahead():
-        for f in FILES[:1+flip]: reserve(folder/f, 2*math.prod(shape))
-        files = [np.memmap(folder/f, np.float16, 'r+', shape=shape) for f in FILES[:1+flip]]
+        for f in _files(how): reserve(folder/f, 2*math.prod(shape))
+        files = [np.memmap(folder/f, np.float16, 'r+', shape=shape) for f in _files(how)]
     def checkpoint():
         for f in files: f.flush()
         agreed()
@@ -309,7 +312,7 @@ def _encode_rest(ae, images, folder, shape, flip, bs, save_every=5.):
     mine = [*share(starts)]
     try:
         for i,pixels in progress(prefetch(images, mine, bs), len(mine), f'encoding {n:,} images'):
-            for f,z in zip(files, _encode_batch(ae, pixels, flip)): f[i:i+len(z)] = z
+            for f,z in zip(files, _encode_batch(ae, pixels, i, how)): f[i:i+len(z)] = z
             end = i + (world()-rank())*bs    # of the batches that all encode meanwhile
             if end-bs > starts[-1]: continue # not all have one
             done = min(end, n)
@@ -326,6 +329,7 @@ def _sound(m): # a manifest
         whole = all(type(o) is int and o>0 for o in m['shape']) and {*m['valid']} <= {*range(len(m['names']))}
         whole = whole and all(type(o) is int and -1<=o<2**31 for o in m['labels'] or ())
         whole = whole and all(type(o) is str for o in (*m['names'], *(m['captions'] or ()), *(m['classes'] or ())))
+        whole = whole and type(k := m.get('crops', 0)) is int and k>=0
         return whole and {*each}=={m['shape'][0]} and type(m['mirrored']) is bool and 'classes' in m
     except (KeyError, TypeError, IndexError): return False
 
@@ -336,7 +340,8 @@ class Latents:
         self.manifest = m = unsealed(self.folder/'manifest.json', f'no latents in {folder}: delete and encode again')
         if not _sound(m): raise UserError(f'{self.folder}/manifest.json is not whole: delete and encode again')
         self.fingerprint = made(folder).get('fingerprint') # of what they were made of
-        self.mean,self.mirrored = (*(self._map(f) for f in FILES[:1+m['mirrored']]), None)[:2]
+        self.views = [self._map(f) for f in _files(m)]
+        self.mean,self.mirrored = self.views[0],self.views[1] if m['mirrored'] else None
         check_contents(self.folder)
         self.names,self.classes,self.captions = m['names'],m['classes'],m['captions']
         self.labels = None if m['labels'] is None else torch.tensor(m['labels'])
@@ -356,37 +361,37 @@ class Latents:
     def __len__(self): return self.manifest['shape'][0]
 
     def __repr__(self):
-        twice = '' if self.mirrored is None else ', and as many mirrored'
+        more = {1: '', 2: ', and as many mirrored'}.get(len(self.views), f', each in {len(self.views)} views')
         split = f'{len(self.train_idxs):,} train, {len(self.valid_idxs):,} valid'
-        return f'{len(self):,} latents {tuple(self.mean.shape[1:])}{twice}; {split}'
+        return f'{len(self):,} latents {tuple(self.mean.shape[1:])}{more}; {split}'
 
     def idxs(self, split):
         "The image that each row of `tensor(split)` was made from"
-        one_of(('train', 'valid', 'all'), split=split)
-        if split=='train' and self.mirrored is not None: return self.train_idxs.repeat(2)
-        return dict(train=self.train_idxs, valid=self.valid_idxs, all=torch.arange(len(self)))[split]
+        each = dict(train=self.train_idxs.repeat(len(self.views)), valid=self.valid_idxs, all=torch.arange(len(self)))
+        return each[one_of(tuple(each), split=split)]
 
-    def tensor(self, split='train', device=None): # 'train' (mirror images last), 'valid', 'all'; None: the default
+    def tensor(self, split='train', device=None): # 'train' (view after view), 'valid', 'all'; None: the default
         "One split on the device: float32 (n,...), per-channel mean 0 std 1"
-        both = [self.mean, self.mirrored] if split=='train' and self.mirrored is not None else [self.mean]
-        rows = self.idxs(split).view(len(both), -1).numpy()
-        z = np.concatenate([m[r] for m,r in zip(both, rows)])
+        views = self.views if split=='train' else [self.mean]
+        z = np.concatenate([m[r] for m,r in zip(views, self.idxs(split).view(len(views), -1).numpy())])
         return torch.from_numpy(z).to(default_device(device)).float()
 
 # %% ../nbs/20_noisify.ipynb #c051
 def make_latents(folder, images, ae, p, # of the run; `Images`; an `Autoencoder` on the device to work on; a `Preset`
-                 flip=None):            # encode the mirror images too? None: of colour pictures
+                 flip=None, seed=0):    # encode the mirror images too? None: of colour pictures; of the crops of few
     "Encode every image once, on disk -> `Latents`; goes on where a call stopped; UserError if others lie in `folder`"
     checked(images=images, ae=ae, p=p)
-    flip = bool(images.channels==3 if flip is None else flip)
-    shape = (len(images), *ae.latent_shape(images.size))
+    shape,path,most = (len(images), *ae.latent_shape(images.size)),place(folder=folder)/'latents',leeway(images)
+    how,had = dict(mirrored=bool(images.channels==3 if flip is None else flip)),made(path).get('settings', 'crops')
+    of,nets = dict(images=images.fingerprint, autoencoder=weights_hash(ae)),map(path.with_name, ('unet', 'denoiser'))
+    kept = fingerprint(settings=how, parents=of, version=1) in [made(o).get('parents', {}).get('latents') for o in nets]
+    if most and 'crops' in str(had) and not kept: how |= dict(crops=CROPS, leeway=most, seed=number(seed=seed))
     def make(work):
-        _encode_rest(ae.eval(), images, work, shape, flip, fit_bs(images.size, p.bs))
-        write_json(work/'manifest.json', sealed(_manifest(images, shape, flip)))
+        _encode_rest(ae.eval(), images, work, shape, how, fit_bs(images.size, p.bs))
+        write_json(work/'manifest.json', sealed(_manifest(images, shape, how)))
         (work/'done.json').unlink(missing_ok=True)
         return dict(n=len(images), shape=shape[1:])
-    made_of = dict(images=images.fingerprint, autoencoder=weights_hash(ae))
-    return Latents(artefact(place(folder=folder)/'latents', make, made_of, dict(mirrored=flip)))
+    return Latents(artefact(path, make, of, how))
 
 # %% ../nbs/20_noisify.ipynb #c141
 class NoisifyCB(Callback):
@@ -459,13 +464,12 @@ OF_THE_NOISE = 'use_dynamic_shifting', 'use_flow_sigmas', 'invert_sigmas', 'sigm
 def process_of(scheduler): # of diffusers
     "The `Process` of its noise. How its loop clips, and where it puts the steps, is left out"
     c = {k: v for k, v in checked(scheduler=scheduler).config.items() if k != '_use_default_values'}   # see `AsGiven`
-    told_sigma = c.get('timestep_type') == 'continuous'
     flow = c.get('prediction_type') == 'flow_prediction' and c.get('use_flow_sigmas') and c.get('flow_shift')
     if (flow or type(scheduler).__name__ == 'FlowMatchLCMScheduler') and not c.get('use_dynamic_shifting'):
         return Process('flow', 'velocity', 'uniform', steps=c['num_train_timesteps'])
-    of_the_loop = {k: v[0] for k, v in NEUTRAL.items() if k in c and k not in OF_THE_NOISE}
-    if 'use_karras_sigmas' in c and not told_sigma: of_the_loop['use_karras_sigmas'] = False
-    return Process.from_diffusers(type(scheduler).from_config(c, **of_the_loop))
+    loop = {k: v[0] for k, v in NEUTRAL.items() if k in c and k not in OF_THE_NOISE and 'learned' not in str(c[k])}
+    if 'use_karras_sigmas' in c and c.get('timestep_type') != 'continuous': loop['use_karras_sigmas'] = False
+    return Process.from_diffusers(type(scheduler).from_config(c, **loop))
 
 def other_noise(scheduler, process): # of diffusers; the `Process` that the network was trained with
     "How the noise of the scheduler differs from that of the network, in words; None: it does not"

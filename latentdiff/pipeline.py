@@ -20,12 +20,12 @@ from fastcore.basics import patch
 from huggingface_hub import create_repo, snapshot_download, upload_folder
 from huggingface_hub.errors import HTTPError
 from .core import UNFIT, WEIGHTS, UserError, checked, default_device, gathered, load_component, number
-from .core import numbers, read_json, save_component, share, weights_name, write_json, write_whole
+from .core import numbers, read_json, save_component, share, sound, weights_name, write_json, write_whole
 from .data import check_images, image_grid, to_uint8
 from .disk import NOWHERE, enough, on_disk, place
 from .autoencoder import Autoencoder, fit_bs, open_autoencoder
 from .noisify import Process, load_process, other_noise, process_of, save_process
-from .files import ON_HUB, one_line
+from .files import ON_HUB, OURS, one_line
 from .unet import AnyUNet2D, OtherNetwork
 from .card import PIPELINES, SCHEDULERS, check_index, check_size, model_card, names_class
 from .conditioning import guide
@@ -287,6 +287,7 @@ def save_pretrained(self:LatentDiffusionPipeline, folder, safe_serialization=Tru
     folder = place(folder=folder)
     if os.path.exists(folder/'run.json') or any(os.path.exists(folder/k/'made.json') for k in self.parts()):
         raise UserError(f'{folder} is a run, which would forget how it was trained: choose another folder')
+    for part in self.parts().values(): sound(part)   # before an earlier pipeline is touched
     with on_disk(folder, more=NOWHERE):
         folder.mkdir(parents=True, exist_ok=True)
         (folder/'model_index.json').unlink(missing_ok=True)
@@ -364,12 +365,12 @@ def folder_of(name, **hub): # a folder, a name in `zoo()`, or owner/name on the 
     if not isinstance(name, (str, os.PathLike)) or not str(name):
         raise UserError(f'name is {name!r:.80}: give a folder, or a name')
     folder = Path(name)
-    if not os.path.exists(folder/'model_index.json'): folder = zoo().get(str(name), folder)
+    if not any(os.path.exists(folder/o) for o in OURS): folder = zoo().get(str(name), folder)
     if os.path.isdir(folder): return folder
     hint = f"make one with latentdiff-run, or take one of {', '.join(zoo())}"
     if not re.fullmatch(ON_HUB, str(name)): raise UserError(f'There is no run folder {folder}: {hint}.')
     try: return Path(snapshot_download(str(name), allow_patterns=['*.json', '*.safetensors'], **hub))
-    except (OSError, ValueError, HTTPError) as e:
+    except (OSError, ValueError, RuntimeError, HTTPError) as e:   # hf_xet's are RuntimeErrors
         raise UserError(f'There is no run folder {folder}, and none on the Hub ({one_line(e)}): {hint}.') from e
 
 # %% ../nbs/80_pipeline.ipynb #c035
@@ -399,8 +400,7 @@ def our_parts(folder, d): # as `save_pretrained` left it; its model_index.json, 
     number(1, _MOST, **{f"size in {folder/'model_index.json'}": d.get('size')})
     check_size(folder, d['size'])
     autoencoder, denoiser = (load_part(folder/k, d[k][1]) for k in names)
-    process = load_process(folder, folder/names[1])
-    scheduler = scheduler_in(folder, process)
+    scheduler = scheduler_in(folder, process := load_process(folder, folder/names[1]))
     return autoencoder, denoiser, process, d['size'], scheduler if d.get('sampler') == 'scheduler' else None
 
 # %% ../nbs/80_pipeline.ipynb #L105
@@ -416,15 +416,15 @@ def push_to_hub(self:LatentDiffusionPipeline, repo_id, # owner/name
     if not terms: raise UserError('say in a sentence whose pictures it has seen, and under which terms: terms=...')
     with tempfile.TemporaryDirectory() as d:
         self.save_pretrained(d)
-        write_whole(f'{d}/README.md', model_card(repo_id, terms, folder or self.name_or_path or d, license, d))
+        run = place(folder=folder or self.name_or_path or d)
+        write_whole(f'{d}/README.md', model_card(repo_id, terms, run, license, d))
         image_grid(self.draw(16, **told)).save(f'{d}/grid.png')
         try:
             url = create_repo(repo_id, private=private, token=token, exist_ok=True)
             kw = dict(commit_message=commit_message, delete_patterns=['*.safetensors', '*.json'])
             upload_folder(repo_id=repo_id, folder_path=d, token=token, **kw)
-        except (OSError, ValueError, HTTPError) as e:
-            hint = 'check the name, and log in with `hf auth login`'
-            raise UserError(f'the Hub does not take {repo_id} ({one_line(e)}): {hint}') from e
+        except (OSError, ValueError, RuntimeError, HTTPError) as e:
+            raise UserError(f'the Hub does not take {repo_id} ({one_line(e)}): check the name, `hf auth login`') from e
     return str(url)
 
 # %% ../nbs/80_pipeline.ipynb #p010

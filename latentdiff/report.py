@@ -13,6 +13,7 @@ import base64, io, shlex
 from html import escape
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
+from matplotlib import style
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.linear_model import LogisticRegression, RidgeCV
@@ -97,8 +98,9 @@ def kid_curve(ax, curve, scores):
     ax.errorbar(at, k, yerr=se, marker='.', capsize=2)
     floor = scores['kid_floor']
     ax.axhline(floor, ls='--', c='grey', lw=1)
-    ax.text(1, floor, 'real against real', ha='right', va='bottom', fontsize=8, color='grey')
+    ax.text(1, floor, 'real against real', ha='right', va='bottom', fontsize=9, color='grey')
 
+@style.context('latentdiff.lesson')
 def training_curves(autoencoder, denoiser, scores):
     "PIL image: the losses of both networks, from their histories, and the denoiser's KID"
     fig = Figure((10, 2.8), dpi=100, layout='constrained')
@@ -161,6 +163,7 @@ def by_guidance(draw, extractor, real, # guidance -> uint8 (n,c,h,w); pixels -> 
         d['rows'].append((g, *kid(f, real), share(f, asked) if see else None))
     return dict(**d, n=len(f))
 
+@style.context('latentdiff.lesson')
 def guidance_curves(d): # as `by_guidance` returns it
     "PIL image: KID over guidance, and beside it how often the class or caption asked for is seen"
     g, k, se, seen = zip(*d['rows'])
@@ -170,10 +173,10 @@ def guidance_curves(d): # as `by_guidance` returns it
     axs[0].set(title=f"KID of {d['n']} samples", xlabel='guidance')
     if d['right'] is None: return to_pil(fig)
     axs[1].plot(g, seen, marker='.')
-    for y, ls, at in ((d['right'], '--', 'on real pictures'), (d['luck'], ':', 'by luck')):
+    for y, s, at, x, h in ((d['right'], '--', 'on real pictures', 0, 'left'), (d['luck'], ':', 'by luck', -1, 'right')):
         if y is None: continue
-        axs[1].axhline(y, ls=ls, c='grey', lw=1)
-        axs[1].text(g[-1], y, at, ha='right', va='bottom', fontsize=8, color='grey')
+        axs[1].axhline(y, ls=s, c='grey', lw=1)
+        axs[1].text(g[x], y, at, ha=h, va='bottom', fontsize=9, color='grey')
     axs[1].set(title=f"{d['of']} asked for is seen in", xlabel='guidance', ylim=(0, 1.12))
     return to_pil(fig)
 

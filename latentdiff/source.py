@@ -15,8 +15,8 @@ from dataclasses import asdict
 from functools import lru_cache
 from .core import RATES, UNFIT, UserError, artefact, checked, default_device, fingerprint, load_component, made
 from .core import number, save_component
-from .disk import matching
-from .data import FEW, some_pixels
+from .disk import by_option, matching
+from .data import CROPS, FEW, some_pixels
 from .autoencoder import batches_for, channel_stats, quality
 from .noisify import Process, weights_hash
 from .few_step import Shortcut
@@ -61,7 +61,7 @@ def opened(name): # run folder, name in the zoo, or owner/name on the Hub
 
 def fitting(name, images, condition): # as for `opened`; `Images`; 'class', 'text' or None
     "The pipeline `name`; raises `UserError` unless its training can go on with such images"
-    pipe, other = opened(name), 'take another --from, or none.'
+    pipe, other = opened(name), f"take another{by_option('from', ' ')}, or none."
     ae, net = pipe.autoencoder, pipe.denoiser
     has = dict(size=pipe.size, channels=channels_of(ae), condition=told_of(pipe))
     for k, v in dict(size=images.size, channels=images.channels, condition=condition).items():
@@ -153,18 +153,22 @@ def begun(folder): # as above
             kept.append(int(json.loads(o.metadata()['note'])['k']))
     return max(kept)
 
-def told_anew(folder, told, old): # of a run, a Path; its settings as this call gives them, and as they stand, dicts
+def told_anew(folder, told, old, # of a run, a Path; its settings as this call gives them, and as they stand, dicts
+              more=0):           # steps beyond those of the finished denoiser
     "The rates and steps that may still change; raises `UserError` where the training that they are for is finished"
     new = {k: told[k] for k in RATES if k in told}
     for k, v in new.items():
         was = [made(folder/o) for o in (('autoencoder',) if k == 'ae_lr' else ('unet', 'denoiser'))]
         if any(o and o['settings'].get('lr') != v for o in was):
             raise UserError(f'{folder} has finished the training that --{k} is for: leave the option away.')
-    if (steps := told.get('steps')) in (None, old.get('steps')): return new
+    if not more and told.get('steps') in (None, old.get('steps')): return new
     had = max(done := trained(folder), begun(folder))
+    if more and not done: raise UserError(f'{folder} has no finished denoiser: run this without --more first.')
+    steps = number(1, 10**9, **{'steps, with --more,': done + more}) if more else told['steps']
     if steps >= had or steps == done: return {**new, 'steps': steps}   # what is finished stays as it is
     kept = f'{done}, or ' if 0 < done < had else ''
-    raise UserError(f'{folder} has a denoiser of {had:,} steps: give --steps {kept}{had} or more, or another --out.')
+    way = f'--more {had - done} or more.' if more else f'--steps {kept}{had} or more, or another --out.'
+    raise UserError(f'{folder} has a denoiser of {had:,} steps: give {way}')
 
 # %% ../nbs/parts/source.ipynb #s018
 ENOUGH = 20.  # dB of PSNR
@@ -194,7 +198,8 @@ def choice(images, condition, seed=0, # `Images`; 'class', 'text' or None; of th
     found, said = {'from': 'none'}, refusal(images, why, given)
     if kept[whole] >= ENOUGH: found, said = {'from': whole}, proposal(images, condition, whole, kept[whole])
     elif kept[alone] >= ENOUGH and not given: found['autoencoder'], said = alone, ae_alone(why, alone, kept[alone])
-    print(f'{len(images)} pictures are few to learn everything from, {said}', flush=True)
+    crops = f'The denoiser is also shown {CROPS} crops of each.'
+    print(f'{len(images)} pictures are few to learn everything from, {said} {crops}', flush=True)
     return found
 
 def proposal(images, condition, name, db): # ...; a name in the zoo; PSNR of its reconstructions

@@ -19,7 +19,7 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision
 from .core import UNFIT, UserError, agreed, default_device, fingerprint, first_ahead, not_finite, number
 from .core import checked, largest_divisor, rank, read_weights, sealed, stream, world, write_whole
 from .data import as_images, kind_of, like, shifted, show_images
-from .disk import crc_of, enough, matching
+from .disk import crc_of, enough, lies_in, make_in, matching, readable
 from .muon import Muon, muon, orthogonalise   # other modules ask for them here
 
 # %% ../nbs/parts/training.ipynb #c007
@@ -101,7 +101,7 @@ class DeviceLoader(DataLoader):
         "The same loader over the same or other tensors, with some settings changed"
         own = {k: getattr(self, k) for k in ('bs', 'shuffle', 'flip', 'seed', 'device', 'transform', 'crop')}
         own |= {k: v for k, v in kwargs.items() if k in own}
-        return type(self)(*(dataset or self.dataset).tensors, **own)
+        return type(self)(*getattr(dataset or self.dataset, 'tensors', [dataset]), **own)
 
 # %% ../nbs/parts/training.ipynb #c013
 class EMA(Callback):
@@ -159,8 +159,7 @@ def no_sync(learn): # a fastai Learner
 # %% ../nbs/parts/training.ipynb #s704
 def _memory(opt): # a fastai optimizer, its own or a wrapped one of torch
     "What it remembers of its parameters, {'number.name': tensor}"
-    state = opt.state_dict()['state']
-    each = state.items() if isinstance(state, dict) else enumerate(state)
+    each = o.items() if isinstance(o := opt.state_dict()['state'], dict) else enumerate(o)
     return {f'{i}.{k}': torch.as_tensor(v) for i, s in each for k, v in s.items()}
 
 def _remind(opt, memory): # a fastai optimizer; what `_memory` said of one of its kind with such parameters
@@ -313,13 +312,13 @@ def rate(k, steps): # step, from 0, and steps of the whole training
 class Checkpoint:
     "Where a training writes down how far it is; it goes on from there only if it is the same training"
     def __init__(self, folder, made_from, every=40.): # of two files; fingerprint of all but the steps; seconds
-        self.folder, self.made_from, self.every = Path(folder), made_from, every
+        self.folder, self.made_from, self.every, self.home = Path(folder), made_from, every, lies_in(folder)
 
     def path(self, name): return self.folder/f'{name}.safetensors'
 
     def save(self, name, tensors, note):
         "Write tensors and a note (a dict) in one step, and clear away what a killed process left half written"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_in(self.home, self.folder)
         tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         note = dict(json.loads(json.dumps(note, default=float)), made_from=self.made_from, sums=crc_of(tensors))
         write_whole(self.path(name), safetensors.torch.save(tensors, {'note': json.dumps(sealed(note))}))
@@ -333,9 +332,10 @@ class Checkpoint:
         f = self.path(name)
         if not os.path.isfile(f): return None
         try:
-            with safetensors.safe_open(f, 'pt') as o: note = json.loads(o.metadata()['note'])
+            with readable(f), safetensors.safe_open(f, 'pt') as o: note = json.loads(o.metadata()['note'])
             if note['made_from'] == self.made_from and note.pop('seal') != fingerprint(**note): raise ValueError
             return note if note['made_from'] == self.made_from else None
+        except UserError: raise
         except (safetensors.SafetensorError, RecursionError, *UNFIT):
             raise UserError(f'{f} is not a whole checkpoint: delete it, and this training starts again') from None
 
@@ -459,8 +459,7 @@ class Keeper(Callback):
             print(f'the weights of step {at:,} of {steps:,} are kept: their validation was the best', flush=True)
         self.model.load_state_dict(self.best)
 
-    def check(self, tensors):
-        self.step_by_step.finite(not not_finite(tensors), 'not all its weights are finite numbers')
+    def check(self, state): self.step_by_step.finite(not not_finite(state), 'not all its weights are finite numbers')
 
     def write(self):
         "Write what is due"
@@ -507,16 +506,17 @@ def fit_steps(learn,                                 # a fastai Learner whose tr
     "Train for a number of steps; says beforehand how long it will take. Raises `UserError` if a loss is not finite"
     given = {k: v for k, v in dict(steps=steps, epochs=epochs, minutes=minutes).items() if v is not None}
     if len(given) != 1: raise UserError('say how long to train: steps=..., epochs=... or minutes=..., one of the three')
-    number(0 if 'epochs' in given else 1e-6, 1e9, 'steps' in given, **given)
+    number({'steps': 1, 'epochs': 0}.get(*given, 1e-6), 10**9, 'steps' in given, **given)
     number(0, 1e38, False, lr=lr), number(1, 10**4, rounds=rounds), number(seed=seed)
-    dl = checked(learn=learn).dls.train
+    dl, net, name = checked(learn=learn).dls.train, learn.model, type(learn.model).__name__
+    if all(not p.requires_grad for p in net.parameters()): raise UserError(f'{name} is frozen: call requires_grad_()')
     with torch.random.fork_rng():
         secs = step_time(no_sync(learn))
         if steps is None: steps = epochs*len(dl) if minutes is None else 60*minutes/secs
         steps = agreed(max(1, int(steps)))
         found = checkpoint and checkpoint.load(steps, exact=keep_best)
-        k, n = found[1]['k'] if found else 0, sum(p.numel() for p in learn.model.parameters())
-        print(f'training {type(learn.model).__name__}, {n/1e6:.2f}M parameters, on {learn.dls.device}: {steps:,} steps '
+        k, n = found[1]['k'] if found else 0, sum(p.numel() for p in net.parameters())
+        print(f'training {name}, {n/1e6:.2f}M parameters, on {learn.dls.device}: {steps:,} steps '
               f'of {dl.bs}, {steps*dl.bs/dl.n:.1f} passes over {dl.n:,}, about {(steps - k)*secs/60:.2g} min'
               + (f' from step {k:,} on' if k else ''), flush=True)
         each = StepByStep(steps, lr, seed, rounds, k)

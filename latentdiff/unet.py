@@ -282,7 +282,8 @@ def from_pretrained(cls:AnyUNet2D, folder): # of a `UNet2DModel`
 @torch.no_grad()
 def tried(self:AnyUNet2D, folder):
     "Itself, if it answers: its config may say what diffusers does not look at before"
-    side = 2**len(self.config.down_block_types)
+    told, n = self.config.sample_size, len(self.config.down_block_types)
+    side = 2**n + (told % 2**(n - 1) if isinstance(told, int) else 0)   # small, and as odd as what it is for
     try: y = self(torch.zeros(1, self.config.in_channels, side, side), torch.zeros(1))
     except UNFIT as e:
         raise UserError(f'{folder} cannot be asked ({one_line(e)}): save or download it again') from e

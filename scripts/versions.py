@@ -7,7 +7,8 @@ Python, each in an environment of its own.
 
 It prints the versions, and how many tests passed. uv makes the environments, since pip searches for more than ten minutes for a
 set of old versions that fit each other. A Python that is not on this machine is downloaded from GitHub. An environment takes about
-8 GB of .versions/, and is used again until the requirements change."""
+8 GB of .versions/, and is used again until the requirements change. Where one cannot be made, a line says what to do, and the tests
+run in the other."""
 import argparse, os, re, shutil, subprocess, sys
 from pathlib import Path
 from notebooks import ROOT, settings
@@ -18,12 +19,19 @@ SHOWN = 'torch', 'torchvision', 'fastai', 'fastcore', 'diffusers', 'numpy', 'dat
 CHOICE = dict(oldest='lowest-direct', newest='highest')
 PYTHON = dict(oldest='min_python', newest='max_python')
 
+class Lacking(Exception): "One line: why there is no environment, and what to do"
+
+def do(lack, *command):
+    "What a command that fails says stands above, on stderr; `lack` is the line that counts"
+    if subprocess.run(command).returncode: raise Lacking(lack)
+
 def tool():
     "The command uv, installed in .versions/uv unless it is there"
     uv = HOME/'uv'/'bin'/'uv'
     if not uv.exists():
-        subprocess.run([sys.executable, '-m', 'venv', HOME/'uv'], check=True)
-        subprocess.run([HOME/'uv'/'bin'/'python', '-m', 'pip', 'install', '-q', 'uv'], check=True)
+        lack = f'uv could not be installed in {HOME/"uv"} (see above): call again when the package index answers'
+        do(lack, sys.executable, '-m', 'venv', HOME/'uv')
+        do(lack, HOME/'uv'/'bin'/'python', '-m', 'pip', 'install', '-q', 'uv')
     return uv
 
 def environment(kind, python): # 'oldest' or 'newest'; a command, a path or a version like 3.11 -> the environment's Python
@@ -34,10 +42,13 @@ def environment(kind, python): # 'oldest' or 'newest'; a command, a path or a ve
     if made.exists() and made.read_text() == wanted: return own
     uv = tool()
     shutil.rmtree(home, ignore_errors=True)
-    subprocess.run([uv, 'venv', '-q', '--python', python, home], check=True)
+    name = f'Python {python}' if python[0].isdigit() else python
+    do(f'{name} is not on this machine, and uv could not fetch it (see above): install it, or name another Python that is here with '
+       f'`python scripts/versions.py {kind} --python NAME`', uv, 'venv', '-q', '--python', python, home)
     install = uv, 'pip', 'install', '-q', '--python', own
-    subprocess.run([*install, '--resolution', CHOICE[kind], '-e', f'{ROOT}[eval,dev]'], check=True)
-    subprocess.run([*install, 'pip'], check=True) # the tests ask it what an install would bring
+    lack = f'uv could not install what settings.ini asks for on {name} (see above): call again when that is mended'
+    do(lack, *install, '--resolution', CHOICE[kind], '-e', f'{ROOT}[eval,dev]')
+    do(lack, *install, 'pip') # the tests ask it what an install would bring
     made.write_text(wanted)
     return own
 
@@ -56,7 +67,7 @@ def test(python, args): # -> exit code, the last line of pytest
     for line in p.stdout:
         print(line, end='', flush=True)
         last = line if re.search(r'\d+ (passed|failed|error)', line) else last
-    return p.wait(), last.strip(' =\n')
+    return p.wait(), last.strip(' =\n') or f'pytest came to no end: exit code {p.wait()}'
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -66,9 +77,14 @@ def main():
     args = parser.parse_args()
     found = []
     for kind in args.kinds:
-        python = environment(kind, args.python or settings()[PYTHON[kind]])
-        found.append((kind, versions(python), *test(python, args.only)))
-    for kind, names, code, last in found: print(f'{kind}: {names}: {last}')
-    return any(code for _, _, code, _ in found)
+        try: python = environment(kind, args.python or settings()[PYTHON[kind]])
+        except Lacking as e:
+            found.append((1, f'{kind}: not tested: {e}'))
+            continue
+        names = versions(python)
+        code, last = test(python, args.only)
+        found.append((code, f'{kind}: {names}: {last}'))
+    for _, line in found: print(line)
+    return any(code for code, _ in found)
 
 if __name__ == '__main__': sys.exit(main())

@@ -186,6 +186,7 @@ def test_training_leaves_the_global_generator_alone(x):
     ae = KLAutoencoder(3, (8,), 4)
     torch.manual_seed(1); train_autoencoder(ae, x[:16], x[16:24], epochs=1, device='cpu')
     assert torch.equal(torch.rand(3), want)
+    train_autoencoder(ae, x[:16], x[16:24], epochs=1, device='cpu')   # and it can be trained again, as by a cell that is run twice
 
 def test_trained_latents_are_standard_and_better_than_pca(x):
     ae = quick(x, epochs=12)
@@ -304,7 +305,7 @@ def test_save_load_round_trip(make, tmp_path):
     again = load_component(tmp_path/'ae')
     assert type(again) is type(ae) and again.latent_channels == ae.latent_channels
     assert torch.equal(again.encode(images()), ae.eval().encode(images())) and again.latent_std[1] == 2
-    assert sorted(f.name for f in (tmp_path/'ae').iterdir()) == ['autoencoder.safetensors', 'config.json']
+    assert sorted(f.name for f in (tmp_path/'ae').iterdir()) == ['autoencoder.safetensors', 'config.json', 'contents.json']
     save_component(again, tmp_path/'ae')           # over an earlier one
     assert [f.name for f in tmp_path.iterdir()] == ['ae']
 
@@ -461,7 +462,7 @@ def test_few_pictures_are_moved_and_more_are_not(ims, tmp_path, monkeypatch):
     monkeypatch.setattr(A, 'train_autoencoder', lambda *args, crop=0, **kw: given.append(crop) or train_autoencoder(*args, crop=crop, **kw))
     note = lambda name: made(tmp_path/name/'autoencoder')['settings']
     make_autoencoder(tmp_path/'few', ims, small_preset(), device='cpu')
-    monkeypatch.setattr(A, 'FEW', len(ims))
+    monkeypatch.setattr('latentdiff.data.FEW', len(ims))
     make_autoencoder(tmp_path/'enough', ims, small_preset(), device='cpu')
     assert given == [1, 0] and note('few') == note('enough') | dict(crop=1) and 'crop' not in note('enough')
 

@@ -118,8 +118,11 @@ def test_interrupted_run_goes_on(cli, run, tmp_path, lost, says):
     for o in lost: shutil.rmtree(folder/o) if (folder/o).is_dir() else (folder/o).unlink()
     stamp = lambda k: (folder/k).stat().st_mtime_ns
     before = [*map(stamp, kept)]
+    shutil.copytree(folder/'unet', folder/'unet (1)')   # a copy, and a folder of the user's own, are no parts of the run
+    (folder/'notes').mkdir(), (folder/'notes'/'made.json').write_text('{}')
     r = cli('run', *run.args, '--out', folder)
     assert r.rc == 0 and (folder/'report.html').exists() and says in r.out, r
+    assert {*json.loads((folder/'metrics.json').read_text())['seconds']} == {'autoencoder', 'latents', 'samples', 'scores', 'unet'}
     assert [*map(stamp, kept)] == before
     for o in ('samples/grid.png', 'scores/pairs.png', 'process/config.json', 'scheduler/scheduler_config.json', 'model_index.json', 'config.toml'): assert (folder/o).read_bytes() == (run.folder/o).read_bytes()
     same = [json.loads((f/'metrics.json').read_text()) for f in (folder, run.folder)]
@@ -172,6 +175,13 @@ def test_a_mistyped_number_of_steps_is_taken_back(server, cli, run, tmp_path):
     r = cli('run', *run.args, '--steps', 40, '--out', folder)
     assert r.rc == 0 and steps() == 40 and weights(folder) == weights(run.folder), r
     assert cli('train', folder, '--more', 1).rc == 0 and steps() == 41
+
+def test_a_run_that_is_named_from_within_one_of_its_parts(server, run, tmp_path):
+    "The part is made anew, so the folder that one stands in is gone, and '..' leads nowhere"
+    folder = shutil.copytree(run.folder, tmp_path/'run')
+    code = "import os, sys\nos.chdir(sys.argv[1])\nsys.argv = ['latentdiff-train', '..', '--more', '1']\nfrom latentdiff.commands import train_cli\ntrain_cli()"
+    r = server.code(code, folder/'unet')
+    assert r.rc == 0 and 'lost' not in r.out and json.loads((folder/'unet'/'made.json').read_text())['settings']['steps'] == 41, r
 
 KILLED_AT = 'checkpoints/autoencoder/*', 'checkpoints/unet/*', '.samples.making' # as soon as one of these files is there, and a little later
 
@@ -249,6 +259,12 @@ def test_what_the_module_cannot_do_is_one_line(tmp_path, args, words):
     said = ''.join(l for l in p.stderr.splitlines(keepends=True) if not l.startswith('import time:'))
     one_line(AttrDict(rc=p.returncode, err=said), *words)
     assert not p.stdout and not [*tmp_path.iterdir()]
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
+def test_the_list_of_verbs_that_cannot_be_printed_is_one_line():
+    env = os.environ | dict(PYTHONPATH=str(Path(latentdiff.__file__).parents[1]))
+    with open('/dev/full', 'w') as full: p = subprocess.run([sys.executable, '-m', 'latentdiff'], stdout=full, stderr=subprocess.PIPE, text=True, env=env)
+    one_line(AttrDict(rc=p.returncode, err=p.stderr), 'No space left')
 
 @pytest.fixture(scope='session')
 def drawn(cli, run, tmp_path_factory):

@@ -144,6 +144,17 @@ def test_unknown_class(bad):
     with pytest.raises(UserError, match='give 0 to 2 or one of cat, dog, cow') as e: ClassConditioner(['cat', 'dog', 'cow'], 8)(bad)
     one_line(e)
 
+def test_many_classes_are_not_all_named():
+    with pytest.raises(UserError, match='give 0 to 998 or one of') as e: ClassConditioner([f'a kind of beetle, {i}' for i in range(999)], 8)(['a bird'])
+    assert len(str(e.value)) < 800
+
+@pytest.mark.parametrize('name,typed', [('cafe\u0301', 'caf\u00e9'), (' cat', 'cat'), ('cat', 'cat ')])
+def test_a_class_may_be_typed_as_it_is_read(name, typed):
+    "macOS takes letters apart, and spaces at an end are not seen; what two classes are called by then has to be exact"
+    c = ClassConditioner(['dog', name], 8)
+    assert c.number(typed) == c.number(name) == 1
+    with pytest.raises(UserError): ClassConditioner([' dog', 'dog '], 8).number('dog')
+
 def test_names_with_commas():
     "A list of classes can be read, and what it shows can be given"
     c = ClassConditioner(['a, b', 'c'], 8)

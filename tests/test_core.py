@@ -113,6 +113,10 @@ def test_a_bar_shows_itself_where_somebody_looks(clock, capsys, monkeypatch):
     monkeypatch.setattr(core, 'IN_NOTEBOOK', True)
     for _ in progress(range(5), what='five things'): clock.now += 1
     assert drawn == [5, 0, 3, 4, 5, 'end'] and capsys.readouterr().out == ''
+    for i in progress(range(9)):
+        clock.now += 1
+        if i == 6: break    # whoever has enough leaves no bar behind
+    assert drawn[6:] == [9, 0, 3, 4, 5, 6, 'end']
 
 # --- files
 
@@ -171,7 +175,7 @@ def test_component_round_trip(tmp_path):
     save_component(a, tmp_path/'toy')
     b = load_component(tmp_path/'toy')
     assert type(b) is Toy and b.config.wide == 4 and not b.training and not any(p.requires_grad for p in b.parameters())
-    assert all(torch.equal(u, v) for u, v in zip(a.parameters(), b.parameters())) and here(tmp_path/'toy') == ['config.json', 'weights.safetensors']
+    assert all(torch.equal(u, v) for u, v in zip(a.parameters(), b.parameters())) and here(tmp_path/'toy') == ['config.json', 'contents.json', 'weights.safetensors']
 
 def test_interrupted_save_leaves_the_old_one(tmp_path, monkeypatch):
     save_component(Toy(), tmp_path/'toy')
@@ -331,6 +335,35 @@ def test_what_was_deleted_or_changed_is_made_again_and_nothing_else(tmp_path, ca
     assert holds() == 'a2b2c1' and capsys.readouterr().out.count('x has lost a, b, or they were changed: made again') == 1 and here(tmp_path) == ['.lock', 'x'] and here(tmp_path/'x') == ['a', 'b', 'c', 'made.json']
     again(cheap=True)
     assert holds() == 'a2b2c1' and not core.check_contents(tmp_path/'x')
+
+def test_killed_while_what_was_lost_is_made_again(tmp_path, monkeypatch):
+    "Before any of its writes, renames and removals: the next call makes it whole, and the files that were not lost stay"
+    from pathlib import Path
+    class Killed(BaseException): pass
+    def draw(folder):
+        if not (folder/'a').exists(): (folder/'a').write_text('whole')
+        (folder/'b').write_text('b')
+    go = lambda: artefact(tmp_path/'x', draw, {}, {}, cheap=True)
+    def dying(do):
+        def f(*args, **kw):
+            left[0] -= 1
+            if left[0] < 0: raise Killed
+            return do(*args, **kw)
+        return f
+    left, whole = [10**6], False
+    for o, k in ((core, 'write_json'), (core, 'remove'), (core, 'replace_folder'), (Path, 'rename')): monkeypatch.setattr(o, k, dying(getattr(o, k)))
+    for at in range(20):
+        left[0] = 10**6
+        go()
+        (tmp_path/'x'/'a').write_text('damaged')
+        left[0] = at
+        try: whole = go()
+        except Killed: pass
+        left[0] = 10**6
+        go()
+        assert (tmp_path/'x'/'a').read_text() == 'whole' and here(tmp_path) == ['.lock', 'x'] and here(tmp_path/'x') == ['a', 'b', 'made.json'], at
+        if whole: break
+    assert at > 5
 
 def test_a_finished_artefact_asks_for_no_lock(tmp_path):
     "It may lie in a folder where one may only read"

@@ -265,9 +265,9 @@ def flat(mode, colour, **info):
 def test_modes(im, rgb):
     assert to_rgb(im).mode == 'RGB' and to_rgb(im).getpixel((5, 5)) == rgb
 
-@pytest.mark.parametrize('mode,values', [('F', (0., 1.5)), ('F', (0., 65535.)), ('F', (-1., 1.)), ('F', (0., 300.)), ('I', (0, 100_000)), ('I', (-9000, 9))])
+@pytest.mark.parametrize('mode,values', [('F', (0., 1.5)), ('F', (0., 65535.)), ('F', (-1., 1.)), ('F', (0., 300.)), ('F', (0., 1.)), ('F', (0., 0., 1.)), ('I', (0, 100_000)), ('I', (-9000, 9)), ('I', (0, 200))])
 def test_floats_of_no_known_range_are_skipped(tmp_path, mode, values):
-    "Neither black nor white; a little over the edge, as resizing leaves it, is the edge"
+    "Neither black nor white, also where it may be nearly black in the scale of its neighbours; a little over the edge, as resizing leaves it, is the edge"
     im = Image.fromarray(np.resize(np.array(values, dict(F=np.float32, I=np.int32)[mode]), (16, 16)))
     assert im.mode == mode
     save(tmp_path/'x'/'a.tif', im)
@@ -275,6 +275,19 @@ def test_floats_of_no_known_range_are_skipped(tmp_path, mode, values):
     save(tmp_path/'x'/'c.tif', Image.fromarray(np.resize(np.float32([0, 254]), (16, 16))))
     images = open_images(tmp_path/'x', 16)
     assert images.pixels().flatten(1).aminmax(dim=1).max.tolist() == [255, 254] and 'values from' in images.skipped[0][1]
+
+def test_a_black_float_picture_is_black():
+    assert to_rgb(flat('F', 0)).getpixel((5, 5)) == to_rgb(flat('I', 0)).getpixel((5, 5)) == (0, 0, 0)
+
+def test_looking_at_a_large_folder_is_said(tmp_path, monkeypatch, capsys):
+    "A local folder as a set of the Hub: every file below it is looked at before anything else is said"
+    from fastcore.basics import AttrDict
+    from latentdiff import disk, files
+    (tmp_path/'a.txt').write_text('x')
+    for come in (1, 3):
+        monkeypatch.setattr(disk, 'Timer', lambda seconds, f: AttrDict(start=f if seconds < come else len, cancel=lambda: 0) if come == 3 else AttrDict(start=lambda: 0, cancel=lambda: 0))
+        assert files._state(tmp_path)[0][0] == str(tmp_path/'a.txt')
+        assert (f'looking at every file in {tmp_path}' in capsys.readouterr().err) == (come == 3)
 
 def test_sixteen_bits_through_a_file(tmp_path):
     ramp = np.linspace(0, 65535, 32).astype(np.uint16)[None].repeat(32, 0)
@@ -413,6 +426,7 @@ def test_pixels_are_the_items(tmp_path):
         for i in (0, 5, -1): assert torch.equal(images[i], from_uint8(x[i]))
         assert torch.equal(images.pixels([4, 1]), x[[4, 1]]) and images[0].abs().max() <= 1
         with pytest.raises(IndexError): images[len(images)]
+        assert torch.equal(images[1:3], from_uint8(images.pixels([1, 2]))) and torch.equal(images[torch.tensor(1)], images[1])
 
 def test_fingerprint(tmp_path):
     for i in range(4): save(tmp_path/'s'/f'{i}.png')
@@ -637,9 +651,28 @@ def test_captions_of_a_folder(tmp_path, table):
     assert images.captions == ['a red bed', 'a blue bed, made', ''] and open_images(tmp_path/'s', 16, n=1).captions[0] in images.captions
     path.write_text('file_name,text\nc.png,a bed' if table == 'csv' else '{"file_name": "c.png", "text": "a bed"}')
     assert 'no file_name' in one_line(open_images, tmp_path/'s', 16)
-    for bad in (b'name,text\nx,y\n' if table == 'csv' else b'{"name": 1}\n', 'file_name,text\nx,\xe9\n'.encode('latin1') if table == 'csv' else b'[1]\n'):
+    for bad in (b'name,text\nx,y\n' if table == 'csv' else b'{"name": 1}\n', ('file_name,text\nx,\xe9\n'*999).encode('latin1') if table == 'csv' else b'[1]\n'):
         path.write_bytes(bad)
-        assert f'metadata.{table}' in one_line(open_images, tmp_path/'s', 16)
+        assert f'metadata.{table}' in (said := one_line(open_images, tmp_path/'s', 16)) and len(said) < 300 + len(str(path)), said
+
+@pytest.mark.parametrize('rows,said', [('x/a.png,a red, big bed', 'line 3: put "quotes"'), ('x/a.png,"a red bed', 'unexpected end of data'), ('x/a.png,"a red" bed', "',' expected after '\"'")])
+def test_captions_whose_quotes_are_missing_are_no_captions(tmp_path, rows, said):
+    for name in ('x/a.png', 'x/b.png', 'x/c.png'): put(tmp_path/'s'/name, png(len(name)))
+    (tmp_path/'s'/'metadata.csv').write_text(f'file_name,text\nx/b.png,a bed of 3" steel\n{rows}\nx/c.png,a bed\n')
+    assert said in one_line(open_images, tmp_path/'s', 16)
+
+def test_a_comma_at_the_end_of_each_row_is_no_caption(tmp_path):
+    put(tmp_path/'s'/'a.png', png()), (tmp_path/'s'/'metadata.csv').write_text('file_name,text\na.png,a bed,\n')
+    assert open_images(tmp_path/'s', 16).captions == ['a bed']
+
+@pytest.mark.parametrize('names,said', [('a.png b.png', None), ('a.png b.jpg c.PNG', "2 of 3 names in its metadata are of no picture in it (first 'b.jpg')"),
+    ('a.png /elsewhere/b.png', "1 of 2 names in its metadata are of no picture in it (first 'b.png')")])
+def test_names_of_a_table_that_are_of_no_picture_are_said(tmp_path, capsys, names, said):
+    for name in ('x/a.png', 'x/b.png', 'x/c.png'): put(tmp_path/'s'/name, png(len(name)))
+    (tmp_path/'s'/'metadata.csv').write_text('file_name,text\n' + ''.join(f'{o if o[0] == "/" else "x/" + o},a bed\n' for o in names.split()))
+    open_images(tmp_path/'s', 16)
+    out = capsys.readouterr().out
+    assert said in out if said else 'metadata' not in out
 
 def test_as_images():
     x = rooms(2, 16)
@@ -713,16 +746,14 @@ def test_broken_samples_are_counted(tmp_path, why, bad):
     assert [n for n, _ in images.skipped] == ['00000/x'] and images.skipped[0][1].startswith(why)
 
 def test_truncated_shards(tmp_path):
-    "At every place of the cut: what came before comes through, and a cut in a file is counted"
-    spec, raw, counted = shards_of(tmp_path/'s', [files_of(6), files_of(2, 10)]), tar_of(files_of(6), 'w'), 0
-    cuts = range(3000, len(raw.rstrip(b'\0')), 777)
-    for keep in cuts:
+    "At every place of the cut, in a file, its padding or a header: what came before comes through, and the cut is counted"
+    spec, raw = shards_of(tmp_path/'s', [files_of(6), files_of(2, 10)]), tar_of(files_of(6), 'w')
+    for keep in range(3000, len(raw.rstrip(b'\0')), 277):
         (tmp_path/'s'/'00000.tar').write_bytes(raw[:keep])
         images = open_images(spec, 16)
         n = len(images) - 2
         assert images.captions == [f'room {i}' for i in range(n)] + ['room 10', 'room 11'] and n <= 6
-        counted += bool(images.skipped)
-    assert counted > len(cuts)/2
+        assert images.skipped, f'a shard cut after {keep} bytes is called whole'
 
 def test_zipped_shards(tmp_path):
     for mode in ('w:gz', 'w'): assert len(open_images(shards_of(tmp_path/'s', [files_of(3)], mode), 16)) == 3

@@ -11,6 +11,7 @@ from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, F
 from diffusers import UniPCMultistepScheduler, UNet2DModel, UnCLIPScheduler
 from errors import one_line
 from huggingface_hub import ModelCard
+from matplotlib import style
 from matplotlib.figure import Figure
 from latentdiff.autoencoder import KLAutoencoder, PretrainedKL, open_autoencoder
 from latentdiff.conditioning import ClassConditioner, Conditioned, ConditionalUNet, guide
@@ -20,7 +21,7 @@ from latentdiff.few_step import shortcut, unipc, with_steps
 from latentdiff.files import npz_pixels
 from latentdiff.noisify import Process
 from latentdiff.pipeline import KIDCurve, LatentDiffusionPipeline, expectation, model_card, path_of, zoo
-from latentdiff.report import kid_curve
+from latentdiff.report import guidance_curves, kid_curve, training_curves
 from latentdiff.sampling import SAMPLER, SAMPLERS, sample, start_noise, time_steps
 from latentdiff.unet import UNet, train_denoiser
 from processes import ROOT
@@ -173,6 +174,14 @@ def test_the_floor_is_drawn_where_it_is():
     assert [o.get_ydata()[0] for o in ax.get_lines() if o.get_linestyle() == '--'] == [.02]
     assert [o.get_position()[1] for o in ax.texts] == [.02]
 
+def test_a_report_is_in_the_style_of_the_lessons():
+    "Whoever draws it: a lesson, or a command, which sets no style"
+    history = dict(rows=[(1, .5, .6), (2, .4, .5)], step=[1, 2], loss=[.5, .4], kid=[(.5, .3, .01), (1., .2, .01)])
+    told = dict(of='class', n=9, right=.9, luck=.1, rows=[(1., .2, .1, .5), (2., .3, .1, .8)])
+    def drawn(name):
+        with style.context(name): return [o.tobytes() for o in (training_curves(history, history, dict(kid_floor=0.)), guidance_curves(told))]
+    assert drawn('default') == drawn(['default', 'latentdiff.lesson'])
+
 # --- with conditions ------------------------------------------------------------------------------------------------
 
 def listening(seed=0):
@@ -315,6 +324,10 @@ def test_their_names_elsewhere(tmp_path):
     (tmp_path/'begun').mkdir(), (tmp_path/'begun'/'run.json').write_text('{}')   # nor is one written into that has none yet
     assert 'is a run' in one_line(p.save_pretrained, tmp_path/'begun') and [o.name for o in (tmp_path/'begun').iterdir()] == ['run.json']
     p.save_pretrained(tmp_path/'a', safe_serialization=True)
+    ill = quiet(small())                                                           # nor is a good one lost to one that is refused
+    next(ill.denoiser.parameters()).data[0] = float('nan')
+    before = {o: o.read_bytes() for o in (tmp_path/'a').rglob('*.*') if o.is_file()}
+    assert 'not finite' in one_line(ill.save_pretrained, tmp_path/'a') and before == {o: o.read_bytes() for o in (tmp_path/'a').rglob('*.*') if o.is_file()}
     assert 'variant' in one_line(LatentDiffusionPipeline.from_pretrained, tmp_path/'a', variant='fp16')
     assert LatentDiffusionPipeline.from_pretrained(tmp_path/'a', 'cpu', torch_dtype=torch.float16).dtype == torch.float16
     assert 'terms' in one_line(p.push_to_hub, 'us/rooms')
@@ -508,21 +521,30 @@ def index(f, **kw): (f/'model_index.json').write_text(json.dumps({**json.loads((
 def other_vae(f): index(f, vqvae=['diffusers', 'VQModel'])
 def text_too(f): index(f, text_encoder=['transformers', 'CLIPTextModel'])
 def no_size(f): small_unet(sample_size=None).save_pretrained(f/'unet')
+def odd_size(f): small_unet(sample_size=7).save_pretrained(f/'unet')
 def no_safe_weights(f): (f/'unet/diffusion_pytorch_model.safetensors').rename(f/'unet/diffusion_pytorch_model.bin')
 def with_classes(f): small_unet(num_class_embeds=3).save_pretrained(f/'unet')
 def no_scheduler(f): (f/'scheduler/scheduler_config.json').write_text('{"_class_name": "DiffusionPipeline"}')
 def use(**kw): return lambda f: DDIMScheduler(**kw).save_pretrained(f/'scheduler')
 def dynamic(f): FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(f/'scheduler')
 def unclip(f): UnCLIPScheduler().save_pretrained(f/'scheduler')
+def learned(f): DDPMScheduler(variance_type='learned').save_pretrained(f/'scheduler')
 def told_sigma(f): EulerDiscreteScheduler(timestep_type='continuous', prediction_type='v_prediction').save_pretrained(f/'scheduler')
 
-@pytest.mark.parametrize('spoil,words', [(other_vae, 'vqvae VQModel'), (text_too, 'CLIPTextModel'), (no_size, 'sample_size'), (no_safe_weights, 'safetensors'), (told_sigma, 'continuous'),
-    (with_classes, 'classes'), (no_scheduler, 'newest'), (use(rescale_betas_zero_snr=True), 'rescale_betas_zero_snr'), (use(trained_betas=[.1]*9), 'betas'), (dynamic, 'dynamic'), (unclip, 'UnCLIPScheduler')])
+@pytest.mark.parametrize('spoil,words', [(other_vae, 'vqvae VQModel'), (text_too, 'CLIPTextModel'), (no_size, 'sample_size'), (odd_size, 'unet cannot be asked'), (no_safe_weights, 'safetensors'), (told_sigma, 'continuous'),
+    (with_classes, 'classes'), (no_scheduler, 'newest'), (use(rescale_betas_zero_snr=True), 'rescale_betas_zero_snr'), (use(trained_betas=[.1]*9), 'betas'), (dynamic, 'dynamic'), (unclip, 'UnCLIPScheduler'), (learned, 'variance_type')])
 def test_what_cannot_be_the_same_here_is_refused(tmp_path, spoil, words):
     DDPMPipeline(small_unet(), DDPMScheduler()).save_pretrained(tmp_path)
     spoil(tmp_path)
     with pytest.raises(UserError, match=words) as e: LatentDiffusionPipeline.from_pretrained(tmp_path, 'cpu')
     assert '\n' not in str(e.value)
+
+@pytest.mark.parametrize('k', ['use_quant_conv', 'use_post_quant_conv', 'mid_block_add_attention'])
+def test_a_vae_whose_config_leaves_out_what_it_has_learned_is_refused(tmp_path, k):
+    vae = small_vae()
+    vae.save_pretrained(tmp_path)
+    (tmp_path/'config.json').write_text(json.dumps({**json.loads((tmp_path/'config.json').read_text()), k: False}))
+    with pytest.raises(UserError, match='is not whole in .*: get it again'): PretrainedKL.from_pretrained(tmp_path)
 
 def target(f): (f/'process/config.json').write_text((f/'process/config.json').read_text().replace('velocity', 'eps'))
 def noise(f): DDPMScheduler().save_pretrained(f/'scheduler')
@@ -611,7 +633,7 @@ def test_pushed_to_the_hub_and_loaded_from_it(tmp_path, server):
     assert where == f'{at}/us/rooms' and same == 'True'
     assert 'us/rooms' in refused and 'hf auth login' in refused and 'us/nothing' in missing and '<newline>' not in refused + missing
     names = {'README.md', 'grid.png', 'model_index.json', 'process/config.json', 'scheduler/scheduler_config.json', 'unet/config.json',
-             'unet/diffusion_pytorch_model.safetensors', 'autoencoder/config.json', 'autoencoder/autoencoder.safetensors'}
+             'unet/diffusion_pytorch_model.safetensors', 'autoencoder/config.json', 'autoencoder/autoencoder.safetensors', 'unet/contents.json', 'autoencoder/contents.json'}
     assert set(StandIn.files) == names | {'evil.py', 'unet/pytorch_model.bin'} and set(StandIn.asked) == names - {'README.md', 'grid.png'}
     assert Image.open(io.BytesIO(StandIn.files['grid.png'])).size == (8*33 - 1, 2*33 - 1)
     card = StandIn.files['README.md'].decode()
@@ -620,6 +642,13 @@ def test_pushed_to_the_hub_and_loaded_from_it(tmp_path, server):
     for o in ('library_name: latentdiff', 'drawn by a program, free for all', "from_pretrained('us/rooms')", '5,000', '32 px', 'preset tiny', 'seed 7', '3,400', '1,200',
               '0.5000 ± 0.1000', '0.0200 ± 0.0300', '640 samples', 'heun with 9 steps', '1,234', 'features of eyes', '30.2 dB', '(grid.png)'): assert o in card, o
     assert '/home' not in card
+
+@pytest.mark.parametrize('name,call', [('create_repo', lambda p: p.push_to_hub('us/rooms', 'ours', 'runs/rooms')), ('snapshot_download', lambda p: LatentDiffusionPipeline.from_pretrained('us/rooms'))])
+def test_what_the_hubs_carrier_of_large_files_raises_is_one_line(monkeypatch, name, call):
+    "hf_xet knows no errors but RuntimeError"
+    def gone(*a, **kw): raise RuntimeError('Data processing error: CAS service error')
+    monkeypatch.setattr(f'latentdiff.pipeline.{name}', gone)
+    assert 'CAS service error' in one_line(call, quiet(small()))
 
 def test_a_name_that_is_nowhere_is_one_line():
     "Without the network, too"

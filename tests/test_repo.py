@@ -1,8 +1,9 @@
 "The repository keeps its promises: one place for the metadata, clean notebooks, generated files up to date, a wheel that holds it all."
-import ast, inspect, json, os, random, re, shutil, subprocess, sys, tomllib, zipfile
+import ast, base64, inspect, io, json, os, random, re, shutil, subprocess, sys, tomllib, zipfile
 from importlib import import_module
 from pathlib import Path
-import numpy as np, pytest, yaml
+import nbformat, numpy as np, pytest, yaml
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/'scripts'))
@@ -134,6 +135,11 @@ def test_colab_keeps_its_torch(pins):
 # -- notebooks
 
 @pytest.mark.parametrize('name', NAMES)
+def test_notebook_is_as_its_format_says(name):
+    "Jupyter shows a list of lists as its letters and brackets"
+    nbformat.validate(nbformat.read(NBS/name, 4))
+
+@pytest.mark.parametrize('name', NAMES)
 def test_notebook_is_clean(name):
     "No errors, no execution counts, no foreign metadata, below 3 MB."
     nb = read(NBS/name)
@@ -201,6 +207,46 @@ def printed(name):
     "The text in the committed outputs of a notebook."
     return ' '.join(''.join(o.get('text', '') or o.get('data', {}).get('text/plain', '')) for c in code_cells(name) for o in c['outputs'])
 
+TRAINS = {'train_shortcut', 'train_denoiser', 'train_autoencoder', 'fit_steps', 'sharpen_decoder'}
+MADE_BY = {'Random', 'default_rng', 'Generator', 'RandomState'}
+
+def called(o):
+    "The names on the way into a call, as Generator and manual_seed of torch.Generator().manual_seed(0)"
+    while isinstance(o, ast.Call):
+        yield ast.unparse(o.func).split('.')[-1]
+        o = getattr(o.func, 'value', None)
+
+def drawn_on(cells):
+    """What another cell has made and a cell changes by running: a generator that it draws from, a network that it trains; who runs such a cell
+    again gets another result."""
+    trees, found = [ast.parse(re.sub(r'^[!%].*', '', o, flags=re.M)) for o in cells], []
+    plain = [[o for o in t.body if not isinstance(o, (ast.FunctionDef, ast.ClassDef))] for t in trees]
+    pairs = lambda o: zip(o.targets[0].elts, o.value.elts) if isinstance(o.value, ast.Tuple) and isinstance(o.targets[0], ast.Tuple) else [(o.targets[0], o.value)]
+    chance = {ast.unparse(k) for body in plain for o in body if isinstance(o, ast.Assign) for k, v in pairs(o) if MADE_BY & {*called(v)}}
+    for body in plain:
+        own = set()
+        for line in body:
+            parts = [*ast.walk(line)]
+            stored = {o.id for o in parts if isinstance(o, ast.Name) and isinstance(o.ctx, ast.Store)}
+            inner = {o.id for part in parts if isinstance(part, ast.comprehension) for o in ast.walk(part.target) if isinstance(o, ast.Name)}
+            loaded = {o.id for o in parts if isinstance(o, ast.Name) and isinstance(o.ctx, ast.Load)}
+            trained = {o.args[0].id for o in parts if isinstance(o, ast.Call) and {*called(o)} & TRAINS and o.args and isinstance(o.args[0], ast.Name)}
+            if isinstance(line, (ast.For, ast.With)): own |= stored
+            found += sorted((loaded & chance | trained) - own - inner)
+            own |= stored
+    return found
+
+def test_what_a_cell_draws_on_is_found():
+    rng, fit = 'rng = random.Random(0)', 'net = UNet(4)'
+    assert drawn_on([rng, 'x = f(rng)']) == ['rng'] and drawn_on([rng, fit, 'print(1)\nlearn = train_denoiser(net, p)']) == ['net']
+    assert drawn_on([rng, f'{rng}\nx = f(rng)', f'{fit}\ntrain_denoiser(net, p)', '[g for g in x]', 'g = torch.Generator().manual_seed(0)\ng.x']) == []
+    assert drawn_on(['a, g = 1, torch.Generator().manual_seed(0)', 'x = torch.randn(2, generator=g)']) == ['g'] == drawn_on(['g = torch.Generator()', 'for i in x: f(g)'])
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_cell_that_is_run_again_gives_the_same(name):
+    "No cell draws from a generator, or trains a network, that another one has made."
+    assert drawn_on([c['source'] for c in code_cells(name)]) == []
+
 @pytest.mark.parametrize('name', LESSONS)
 def test_lesson_says_how_it_was_run(name):
     "The committed outputs are of a full preset, with seed, device and numbers of steps."
@@ -251,11 +297,65 @@ def test_readme_links_lead_somewhere():
     readme = (ROOT/'README.md').read_text()
     assert [n for n in LESSONS if badge(NBS/n, CFG) not in readme] == []
 
-@pytest.mark.parametrize('name', LESSONS + LABS)
+def images(cell):
+    "The pictures in the outputs of a cell, [(kind, bytes)]; of what `show` displays twice, both"
+    outs = [o.get('data', {}) for o in cell['outputs']]
+    return [(k, base64.b64decode(''.join(d[k]))) for d in outs for k in d if k.startswith('image/') and k != 'image/svg+xml']
+
+def wordless(cells):
+    "Sources of the cells that show a picture, of whatever kind, also one inside HTML, and do not say what it is"
+    inside = lambda c: any('<img' in ''.join(o.get('data', {}).get('text/html', '')) for o in c['outputs'])
+    return [c['source'] for c in cells if not alt(c) and (images(c) or inside(c))]
+
+@pytest.mark.parametrize('name', NAMES)
 def test_pictures_have_words_for_who_cannot_see_them(name):
-    "Every cell with a picture says in `#| fig-alt:` what it shows"
-    drawn = [c for c in code_cells(name) if any('image/png' in o.get('data', {}) for o in c['outputs'])]
-    assert not [c['source'] for c in drawn if not alt(c)]
+    "Every cell with a picture says in `#| fig-alt:` what it shows, every picture in a text in its brackets"
+    assert not wordless(code_cells(name))
+    assert not [m[0] for c in read(NBS/name)['cells'] if c['cell_type'] == 'markdown' for m in re.finditer(r'!\[\]\(.*?\)', c['source'])]
+
+@pytest.mark.parametrize('kind', ['image/png', 'image/jpeg', 'image/gif', 'text/html'])
+def test_a_picture_without_words_is_found(kind):
+    "Whatever kind it is of"
+    cell = dict(cell_type='code', source='draw()', outputs=[dict(data={kind: '<img src="x">' if kind == 'text/html' else 'AAAA'})])
+    assert wordless([cell]) == ['draw()'] and not wordless([cell | dict(source='#| fig-alt: a room\ndraw()')])
+
+SMALL = r'\b(?:font|label|title)size=(?:[0-8]\b|[\'"](?:x+-)?small)|\bdpi=\d\d?\b'
+STYLE = "plt.style.use('latentdiff.lesson')"
+
+def poor(cells):
+    "What in the figures of these cells is not as in the others: no style of the house, small letters, few dots an inch"
+    sources = [c['source'] for c in cells]
+    plots = next((i for i, o in enumerate(sources) if 'import matplotlib.pyplot' in o), len(cells))
+    first = next((i for i in range(plots, len(cells)) if images(cells[i])), len(cells))
+    styled = plots == len(cells) or any(STYLE in o for o in sources[plots:first])
+    small = [m[0] for o in sources for m in re.finditer(fr'{SMALL}|rcParams|\bplt\.rc\b', o)]
+    dots = [im.info['dpi'][0] for c in cells for k, b in images(c) if k == 'image/png' and 'dpi' in (im := Image.open(io.BytesIO(b))).info]
+    return [*['no style']*(not styled), *small, *(f'{o:.0f} dots an inch' for o in dots if o < 99)]
+
+@pytest.mark.parametrize('name', NAMES)
+def test_figures_are_in_one_style(name):
+    "That of `latentdiff/lesson.mplstyle`, 9 points and 100 dots an inch at least; labs still have pictures with fewer dots"
+    assert [o for o in poor(code_cells(name)) if name not in LABS or not re.search('dots|dpi', o)] == []
+
+def dotted(dpi):
+    "A PNG of so many dots an inch, as in an output"
+    Image.new('L', (1, 1)).save(f := io.BytesIO(), 'png', dpi=(dpi, dpi))
+    return base64.b64encode(f.getvalue()).decode()
+
+@pytest.mark.parametrize('source,dpi,found', [('import matplotlib.pyplot as plt', 100, ['no style']), ('ax.text(0, 0, x, fontsize=8)', 100, ['fontsize=8']),
+    ("ax.legend(fontsize='x-small')", 100, ["fontsize='x-small"]), ('plt.subplots(dpi=80)', 80, ['dpi=80', '80 dots an inch']), ("plt.rcParams['x'] = 1", 100, ['rcParams']), ('ax.text(0, 0, x, fontsize=10)', 100, []), ('plt.subplots(dpi=100)', 100, [])])
+def test_a_poor_figure_is_found(source, dpi, found):
+    assert poor([dict(source=source, outputs=[dict(data={'image/png': dotted(dpi)})])]) == found
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_picture_is_committed_once(name):
+    "Not as PNG and as JPEG, one beside the other, as Pillow shows it"
+    outs = [o for c in code_cells(name) for o in c['outputs']]
+    assert not [o for o in outs if len([k for k in o.get('data', {}) if k.startswith('image/')]) > 1]
+
+def test_the_library_draws_no_small_letters():
+    found = {f.name: m[0] for f in (ROOT/'latentdiff').glob('*.py') for m in re.finditer(SMALL, f.read_text())}
+    assert found == {}
 
 @pytest.mark.parametrize('script', sorted((ROOT/'bench').glob('*.py')), ids=lambda o: o.stem)
 def test_a_bench_says_what_it_does(script, server):
@@ -280,6 +380,37 @@ def test_the_browser_test_says_what_it_needs():
     r = subprocess.run([sys.executable, '-c', code], cwd=ROOT/'scripts', capture_output=True, text=True)
     assert r.returncode == 1 and len(r.stderr.splitlines()) == 1
     for w in ('playwright install', "'.[browser]'", '$CHROMIUM'): assert w in r.stderr, w
+
+UV = """#!/bin/sh
+case "$*" in
+  *venv*3.15*) printf 'error: Request failed after 3 retries\\n  cause: dns error\\n' >&2; exit 2;;
+  *venv*) for to; do :; done; mkdir -p $to/bin; ln -s $OLDEST $to/bin/python;;
+  *install*) exit $FAILS;;
+esac
+"""   # a uv that knows one Python, and not the other, nor a way to fetch it
+OLDEST = """#!/bin/sh
+case "$*" in *platform*) echo Python 3.11.7, torch 2.6.0;; *pytest*) echo "$SAYS"; exit 1;; esac
+"""   # a Python whose tests end as told
+
+@pytest.mark.parametrize('fails,says,line', [
+    (0, '== 2 failed, 7 passed in 3.1s ==', 'oldest: Python 3.11.7, torch 2.6.0: 2 failed, 7 passed in 3.1s'),
+    (0, 'Fatal Python error', 'oldest: Python 3.11.7, torch 2.6.0: pytest came to no end: exit code 1'),
+    (1, '', 'oldest: not tested: uv could not install what settings.ini asks for on Python 3.11 (see above): call again when that is mended')])
+def test_both_environments_are_tried(tmp_path, fails, says, line):
+    "`make test-long` goes on after tests that failed, after an environment that cannot be made, and ends in one line on each"
+    for f in ('settings.ini', 'setup.py', 'pyproject.toml', 'Makefile', 'scripts/versions.py', 'scripts/notebooks.py'):
+        (tmp_path/f).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT/f, tmp_path/f)
+    for name, text in (('.venv/bin/python', f'#!/bin/sh\ncase "$*" in *pytest*) exit 1;; *) exec {sys.executable} "$@";; esac'), ('.versions/uv/bin/uv', UV), ('python3.11', OLDEST)):
+        (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/name).write_text(text)
+        (tmp_path/name).chmod(0o755)
+    (tmp_path/'.venv/bin/.dev').touch()
+    env = {k: v for k, v in os.environ.items() if 'MAKE' not in k} | dict(OLDEST=str(tmp_path/'python3.11'), FAILS=str(fails), SAYS=says)
+    r = subprocess.run(['make', 'test-long'], cwd=tmp_path, env=env, capture_output=True, text=True)
+    newest = ('newest: not tested: Python 3.15 is not on this machine, and uv could not fetch it (see above): install it, or name another Python that is here '
+              'with `python scripts/versions.py newest --python NAME`')
+    assert r.returncode == 2 and r.stdout.splitlines()[-2:] == [line, newest] and 'Traceback' not in r.stderr, r
 
 def test_a_release_is_the_version_and_has_been_used():
     "The workflow stops at a tag that is not the version, and publishes only what was installed from the wheel and used."

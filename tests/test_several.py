@@ -1,5 +1,5 @@
 "Two processes, as `accelerate launch` starts them, do the work of one: the same latents, losses, samples and scores."
-import json, os, re, shutil, signal, subprocess, sys, time
+import json, os, re, shutil, signal, socket, subprocess, sys, time
 import numpy as np, pytest
 from latentdiff.core import agreed, every, first_ahead, gathered, locked, share
 from processes import ROOT
@@ -67,7 +67,7 @@ def test_two_processes_killed_and_going_on_are_one_process(several, run, tmp_pat
     folder = half_done(run, tmp_path)
     r = several(2, 'encode', *run.args, '--out', folder)
     assert r.rc == 0 and 'ENDS 0' in r.out, r
-    for f in ('latents.f16', 'mirrored.f16', 'manifest.json'): assert (folder/'latents'/f).read_bytes() == (run.folder/'latents'/f).read_bytes()
+    for f in ('latents.f16', 'mirrored.f16', 'latents3.f16', 'mirrored3.f16', 'manifest.json'): assert (folder/'latents'/f).read_bytes() == (run.folder/'latents'/f).read_bytes()
     server = several.start(2, 'train', folder, before=EVERY_STEP)
     while server.alive() and not [*folder.glob('checkpoints/unet/last*')]: time.sleep(.02)
     server.kill()
@@ -96,7 +96,10 @@ def launch(tmp_path, *verb):
     assert f'accelerate launch {flags} --num_processes 4 -m latentdiff train runs/mine' in (ROOT/'nbs/90_commands.ipynb').read_text()
     (tmp_path/'sitecustomize.py').write_text(SAYS)
     env = os.environ | dict(PYTHONPATH=f'{tmp_path}{os.pathsep}{ROOT}', HF_HOME=str(tmp_path/'no settings'), CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1')
-    command = [sys.executable, '-m', 'accelerate.commands.launch', *flags.split(), '--num_processes', 2, '--main_process_port', 0, '-m', 'latentdiff', *verb]
+    with socket.socket() as s:   # the oldest launcher does not know that port 0 means one that is free
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, '-m', 'accelerate.commands.launch', *flags.split(), '--num_processes', 2, '--main_process_port', port, '-m', 'latentdiff', *verb]
     r = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=tmp_path, env=env)
     said = sorted(o.name for o in tmp_path.glob('* of *'))
     assert r.returncode == 0 and said == ['0 of 2, gloo', '1 of 2, gloo'], (r, said)
@@ -115,7 +118,7 @@ def test_accelerate_launch_of_other_commands(cli, run, tmp_path):
     "Latents and samples are those of one process to the byte, and only one process says something"
     folder, how = half_done(run, tmp_path), ('--n', 6, '--bs', 2, '--steps', 2, '--npz')
     launch(tmp_path, 'encode', *run.args, '--out', folder)
-    for f in ('latents.f16', 'mirrored.f16', 'manifest.json'): assert (folder/'latents'/f).read_bytes() == (run.folder/'latents'/f).read_bytes()
+    for f in ('latents.f16', 'mirrored.f16', 'latents3.f16', 'mirrored3.f16', 'manifest.json'): assert (folder/'latents'/f).read_bytes() == (run.folder/'latents'/f).read_bytes()
     assert launch(tmp_path, 'sample', run.folder, *how, tmp_path/'two.npz').count('6 images into') == 1
     assert cli('sample', run.folder, *how, tmp_path/'one.npz').rc == 0
     one, two = (np.load(tmp_path/f'{k}.npz')['arr_0'] for k in ('one', 'two'))
@@ -148,6 +151,12 @@ C.one_line_errors(lambda: train_denoiser(UNet(2, widths=(8, 16), groups=4), Proc
 def test_what_is_not_finite_in_one_process_stops_all(several):
     r = several(2, SICK)
     assert r.rc == 1 and 'ENDS 1' in r.out and r.err.count('\n') == 1 and 'not a finite number' in r.err, r
+
+def test_two_processes_begin_a_run(several, tmp_path):
+    "The others ask for run.json only when the first has written it"
+    slow = 'import time, latentdiff.commands as C\nwrite = C.Run.write\nC.Run.write = lambda run: (C.rank() or time.sleep(1), write(run))\n'
+    r = several(2, 'run', '--data', 'rooms', '--preset', 'tiny', '--n', 120, '--ae-steps', 2, '--steps', 2, '--out', tmp_path/'run', before=slow)
+    assert r.rc == 0 and 'ENDS 0' in r.out and (tmp_path/'run'/'report.html').exists(), r
 
 def test_a_batch_that_cannot_be_shared(several, run, tmp_path):
     r = several(3, 'train', half_done(run, tmp_path, 'latents'))

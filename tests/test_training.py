@@ -10,7 +10,7 @@ from latentdiff import training
 from latentdiff.autoencoder import KLAutoencoder, ae_learner, train_autoencoder
 from latentdiff.conditioning import ClassConditioner, Conditioned, conditional
 from latentdiff.core import UserError
-from latentdiff.data import from_uint8, open_images, shifted
+from latentdiff.data import cropped, from_uint8, open_images, shifted
 from latentdiff.muon import *
 from latentdiff.noisify import Process
 from latentdiff.rooms import rooms
@@ -80,6 +80,20 @@ def test_shifted_pictures_are_cut_from_a_reflected_one():
         y = shifted(x, most, torch.Generator().manual_seed(k))
         seen |= {next((i, *o[1:]) for o, c in cuts.items() if o[0] == i and torch.equal(c, y[i])) for i in (0, 1)}
     assert seen == cuts.keys() and torch.equal(shifted(x, 0, torch.Generator()), x)
+
+def test_crops_are_cut_from_inside_and_enlarged():
+    "Each at a place that seed and number of the picture decide, however many there are at once; all places come; with 0 nothing is cut."
+    x = from_uint8(rooms(2, 16))
+    grown = lambda o, whole: F.interpolate(o[None], 16, mode='bicubic', antialias=True)[0].clamp(whole.min(), whole.max())
+    parts = {(i, t, l): grown(x[i, :, t:t+14, l:l+14], x[i]) for i in (0, 1) for t in range(3) for l in range(3)}
+    seen = set()
+    for k in range(60):
+        y = cropped(x, 2, 3, 2*k)
+        assert torch.allclose(y[1:], cropped(x[1:], 2, 3, 2*k + 1), atol=1e-6) and (x.amin((1, 2, 3)) <= y.amin((1, 2, 3))).all() and (y.amax((1, 2, 3)) <= x.amax((1, 2, 3))).all()
+        found = [next((o for o in parts if o[0] == i and torch.allclose(parts[o], y[i], atol=1e-5)), None) for i in (0, 1)]
+        seen |= {*found}
+    assert seen == parts.keys() and torch.equal(cropped(x, 0, 3), x)
+    assert not torch.equal(cropped(x, 2, 3), cropped(x, 2, 4)) and torch.equal(cropped(x, 2, 3, 8), cropped(x, 2, 3, 8))
 
 def test_a_shift_is_a_function_of_seed_and_number():
     "Like order and mirror, which it leaves as they are; the same picture is elsewhere in the next epoch."
@@ -280,6 +294,10 @@ def test_the_optimizer_gets_that_rate():
 def test_one_of_steps_epochs_and_minutes():
     for how in (dict(), dict(steps=3, epochs=1), dict(minutes=1, epochs=1)):
         with pytest.raises(UserError, match='one of the three'): fit_steps(small_learner(), **how)
+    with pytest.raises(UserError, match='steps is 2.7: give a whole number from 1 to 1,000,000,000'): fit_steps(small_learner(), 2.7)
+    with pytest.raises(UserError): small_learner().dls.train.new([torch.zeros(3)])   # as fastai's `predict` does: a list of rows
+    (frozen := small_learner()).model.requires_grad_(False)   # as a loaded network is
+    with pytest.raises(UserError, match='is frozen: call requires_grad_'): fit_steps(frozen, 2)
 
 @pytest.mark.parametrize('how,steps', [(dict(steps=7), 7), (dict(epochs=2), 12), (dict(epochs=.5), 3), (dict(minutes=.1), 60), (dict(epochs=0), 1)])
 def test_epochs_and_minutes_become_steps_once(how, steps, monkeypatch, capsys):
@@ -439,7 +457,7 @@ def test_killed_by_sigkill_again_and_again(tmp_path, server):
     status, kills = map(int, out.out.split()[-2:])
     assert status == 0 and kills > 1, out.err
     whole, cut = (tmp_path/o/'autoencoder' for o in ('whole', 'cut'))
-    assert sorted(o.name for o in cut.iterdir()) == ['autoencoder.safetensors', 'config.json', 'made.json']
+    assert sorted(o.name for o in cut.iterdir()) == ['autoencoder.safetensors', 'config.json', 'contents.json', 'made.json']
     for name in ('autoencoder.safetensors', 'config.json'): assert (cut/name).read_bytes() == (whole/name).read_bytes()
     left = [o.name for o in (tmp_path/'cut').rglob('.*') if o.name != '.lock']
     assert not [o for o in left if o.endswith('.making')] and not list((tmp_path/'cut'/'checkpoints').rglob('.*.part'))

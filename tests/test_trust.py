@@ -1,6 +1,6 @@
 """Malformed arguments, files and networks at the doors of the library, whatever is called first in a lesson:
 one line that names what is wrong. `python tests/test_trust.py` counts the calls that answer otherwise."""
-import bz2, http.server, io, itertools, json, lzma, math, os, pickle, random, re, tarfile, tempfile, threading, time, warnings, zipfile
+import bz2, http.server, io, itertools, json, lzma, math, os, pickle, random, re, socket, tarfile, tempfile, threading, time, warnings, zipfile
 from functools import partial
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -268,7 +268,7 @@ TWO = dict(mu1=torch.zeros(8), l1=torch.eye(8), mu2=torch.zeros(8), l2=torch.eye
 CALLS |= {
     **each(C.spread, 'items', *NOT[:3], n=2), **each(C.largest_divisor, 'n', 0, 1.5, 'a', None, most=5), **each(C.largest_divisor, 'most', -1, 1.5, 'a', None, n=12), **each(C.save_component, 'folder', b'x', module=UNET, title='save_component at'), **each(C.settings_of, 'autoencoder', 5, nan, b'x', [1], data='rooms', preset='tiny', says='path is'), **each(C.settings_of, 'From', 5, nan, b'x', [1], data='rooms', preset='tiny', says='path is'),
     **each(D.fit_pixels, 'channels', torch.zeros(2, 3), x=PX, size=8, title='fit_pixels to'), **each(D.RoomImages, 'n', 0, -1, 1.5, 'a', 10**12, size=16), **each(D.Picture, 'x', None, 'a', 5, X[0].numpy(), PX[0], [1.], says='x is'), **each(D.pick, 'names', None, 5, nan, n=2, seed=0), **each(D.pick, 'names', None, 5, n=None, seed=0, title='pick all of'),
-    **each(D.shifted, 'x', None, 'a', X.numpy(), X[0], X[:0], PX, most=2, generator=torch.Generator(), says='x is'), **each(D.shifted, 'most', -1, 1.5, 16, 'a', None, x=X, generator=torch.Generator()), **each(D.shifted, 'generator', *NOT, x=X, most=2), **each(F.to_rgb, 'im', *NOT),
+    **each(D.shifted, 'x', None, 'a', X.numpy(), X[0], X[:0], PX, most=2, generator=torch.Generator(), says='x is'), **each(D.shifted, 'most', -1, 1.5, 16, 'a', None, x=X, generator=torch.Generator()), **each(D.shifted, 'generator', *NOT, x=X, most=2), **each(D.cropped, 'x', None, 'a', X.numpy(), X[0], X[:0], PX, most=2, seed=0, says='x is'), **each(D.cropped, 'most', -1, 1.5, 16, 'a', None, x=X, seed=0), **each(D.cropped, 'seed', nan, 1.5, 'a', None, x=X, most=2), **each(D.cropped, 'first', -1, nan, 1.5, 'a', None, x=X, most=2, seed=0), **each(D.leeway, 'images', *NOT[:4]), **each(N.make_latents, 'seed', nan, 1.5, 'a', None, folder='x', images=ROOMS, ae=AE, p=C.preset('tiny')), **each(F.to_rgb, 'im', *NOT),
     **each(N.cosine_levels, 't', *NO_TIME, says='t is'), **each(N.ddpm_levels, 't', *NO_TIME, table=TABLE, says='t is'), **each(N.ddpm_levels, 'table', None, 5, 'a', [1.], t=L5, says='table is'), **each(N.edm_levels, 't', *NO_TIME, sigma_min=.002, sigma_max=80., rho=7., says='t is'), **each(N.edm_levels, 'rho', 0, -1, nan, 'a', None, sigma_min=.002, sigma_max=80., t=L5), **each(N.edm_levels, 'sigma_max', 0, -1, nan, 'a', None, sigma_min=.002, rho=7., t=L5),
     **each(N.log_abar_table, 'schedule', None, 5, 'x', 'flow', beta_start=1e-4, beta_end=.02, steps=10, dtype=torch.float32, device='cpu'), **each(N.log_abar_table, 'steps', 0, -1, 1.5, 'a', None, 10**12, schedule='ddpm_linear', beta_start=1e-4, beta_end=.02, dtype=torch.float32, device='cpu'), **each(N.log_abar_table, 'beta_end', 0, -1, 2, nan, 'a', None, schedule='ddpm_linear', beta_start=1e-4, steps=10, dtype=torch.float32, device='cpu'),
     **each(N.bcast, 'v', None, .5, 'a', [1.], x=Z, says='v is'), **each(N.bcast, 'x', None, 5, 'a', Z.numpy(), v=L5, says='x is'), **each(FLOW.levels, 't', ['a'], [nan], [[.5]], [None], title='levels at', says='t is'), **each(FLOW.scale_input, 'x_t', None, 5, Z.long(), Z.numpy(), t=L5, says='x_t is'), **each(FLOW.target_coefs, 'a', *NO_TIME, s=L5, says=' is'), **each(N.NoisifyCB, 'process', None, 'flow', 3),
@@ -624,6 +624,16 @@ def test_a_proxy_that_never_comes_to_the_point_is_one_line(liar, tmp_path, monke
     liar.answer, start = without_end(b'HTTP/1.1 200 OK\r\n', b'X: a\r\n'), time.monotonic()
     assert 'could not download' in one_line(F.download, 'https://nowhere.test/a.bin', tmp_path/'a.bin')
     assert liar.asked and time.monotonic() - start < 9
+
+def test_a_line_that_is_opened_late_is_hung_up_too(monkeypatch):
+    monkeypatch.setattr(F, 'PATIENCE', .05)
+    (here, there), ended, found = socket.socketpair(), [], []
+    here.settimeout(5)
+    with pytest.raises(TimeoutError, match='nothing came for'), F._patiently(found):
+        time.sleep(.3)
+        found.append(here)
+        ended.append(here.recv(1))
+    assert ended == [b''] and there.recv(1) == b''
 
 def test_a_server_that_sends_us_elsewhere_sends_us_to_http_alone(liar, tmp_path):
     liar.answer = 302, {'Location': f'ftp://127.0.0.1:{liar.server_port}/a.bin'}, b''

@@ -1,9 +1,10 @@
 "The pipelines that come with the package: what is in their folders, what their cards say, and that they draw what they are told."
-import os, re
+import os, re, shutil
 import pytest, torch
 from safetensors.torch import load_file
 from latentdiff.autoencoder import quality
 from latentdiff.commands import sample_cli
+from latentdiff.core import UserError, load_component
 from latentdiff.data import open_images, to_uint8
 from latentdiff.few_step import shortcut
 from latentdiff.files import npz_pixels
@@ -24,6 +25,13 @@ def few(): return LatentDiffusionPipeline.from_pretrained('fashion_mnist32_few',
 @pytest.fixture(scope='module')
 def rooms(): return LatentDiffusionPipeline.from_pretrained('rooms64', 'cpu')
 
+def test_a_run_of_that_name_that_is_not_finished_is_not_passed_by(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'rooms64').mkdir()
+    assert LatentDiffusionPipeline.from_pretrained('rooms64').size == 64     # a folder of anything else
+    (tmp_path/'rooms64'/'run.json').write_text('{}')
+    with pytest.raises(UserError, match='this is no finished run'): LatentDiffusionPipeline.from_pretrained('rooms64')
+
 def test_the_zoo_is_known_and_small():
     assert NAMES == ['bedrooms256', 'bedrooms64', 'fashion_mnist32', 'fashion_mnist32_few', 'rooms64']
     assert all(weight(o) <= 12e6 for o in zoo().values()) and sum(map(weight, zoo().values())) <= 40e6
@@ -36,6 +44,19 @@ def test_a_folder_holds_weights_settings_and_a_card(name):
     for f in files:
         if f.suffix == '.safetensors': assert {x.dtype for x in load_file(f).values()} == {torch.float16}
         else: assert not re.search(r'/(work|home|root|tmp)/', f.read_text()), f
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_flipped_bit_of_weights_is_noticed(name, tmp_path):
+    "Each folder of weights says what they are; a copy elsewhere, without the note, is taken as it is"
+    place = shutil.copytree(zoo()[name], tmp_path/name)
+    for f in place.rglob('*.safetensors'):
+        load_component(f.parent)
+        b = bytearray(f.read_bytes())
+        b[len(b)//2] ^= 4
+        f.write_bytes(b)
+        with pytest.raises(UserError, match=f'{f} has changed since it was saved: .*or delete {f.parent}/contents.json'): load_component(f.parent)
+        (f.parent/'contents.json').unlink()
+        load_component(f.parent)
 
 @pytest.mark.parametrize('name', NAMES)
 def test_a_card_says_what_one_wants_to_know(name):
