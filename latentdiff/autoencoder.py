@@ -245,8 +245,8 @@ def pca_start(ae, x, n=2000): # a `KLAutoencoder`; training images, uint8 or flo
     f, k, c = checked(ae=ae).factor, ae.latent_channels, check_images(x, name='x').shape[1]
     n = min(number(1, n=n), max(64, 25_000_000//x[0].numel()))  # in float64, large pictures fill the memory
     mean, dirs, std = patch_pca(as_images(x[:n]), f, k)
-    ae.line_in.weight.copy_((dirs/std).T.view(k, c, f, f))
-    ae.line_in.bias.copy_(-(mean@dirs)/std)
+    at, std = ae.line_in, std.clamp(min=std.max()/100)   # crops of sprites leave the directions that these lie in
+    at.weight.copy_((dirs/std).T.view(k, c, f, f)), at.bias.copy_(-(mean@dirs)/std)
     ae.line_out.weight.copy_((dirs*std).T.view(k, c, f, f))
     ae.line_out.bias.copy_(mean.view(c, -1).mean(1))
     return ae

@@ -149,7 +149,7 @@ def found_on_hub(run): # a folder
 def model_card(repo_id, terms, run,       # owner/name; whose pictures, under which terms; folder with its notes
                license=None, saved=None): # as the Hub writes it; folder of the pipeline, None: that of the run
     "README.md of a model on the Hub"
-    for k, v in dict(repo_id=repo_id, terms=terms).items():
+    for k, v in dict(repo_id=repo_id, terms=terms, license=license or '').items():
         if not isinstance(v, str): raise UserError(f'{k} is {v!r:.80}: say it in words')
     config = place(run=saved or run)/'denoiser/config.json'
     told = read_json(config, '').get('conditioners', []) if os.path.isfile(config) else []

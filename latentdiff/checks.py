@@ -50,7 +50,8 @@ _KNOWN = dict( # name: what all of these have, and what they are
     im=('save', 'a PIL image'), fig=('savefig', 'a figure of matplotlib'),
     model=('get', 'the config of one of diffusers, a dict'), layer=('parameters', 'a module of torch'),
     items=('shape', 'a tensor or an array'), names=('__len__', 'names in a list'), nets=('values', 'networks by name'),
-    learn=('dls', 'a Learner'), latents=('fingerprint', 'Latents, as make_latents does'), d=('items', 'a dict'),
+    learn=('dls', 'a Learner'), checkpoint=('load', 'a Checkpoint'), d=('items', 'a dict'),
+    latents=('fingerprint', 'Latents, as make_latents does'),
     batches=('__iter__', 'one tensor (b,c,...) or more, in a list'), cls=('compute', 'a metric, such as PSNR'),
     generator=('manual_seed', 'a torch.Generator'), m=('items', 'what metrics.json holds, a dict'),
     config=('items', 'of a network'), velocity=('__call__', 'velocity(x, t)'), slope=('__call__', 'slope(x, t, d)'))

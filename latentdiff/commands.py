@@ -368,7 +368,7 @@ def go(self:Run, goals=GOALS):
         self.fix_steps()
         self.announce()
     self.folder.mkdir(parents=True, exist_ok=True)
-    stamp = lambda: {o: o.stat().st_mtime_ns for o in self.folder.glob('**/*.json')}   # each part has its made.json
+    stamp = lambda: {o: o.lstat().st_mtime_ns for o in self.folder.glob('**/*.json')}  # each part has its made.json
     may = os.access(self.folder, os.W_OK)   # else nothing can be made, but what is finished can be seen
     with locked(self.folder) if may else nullcontext():
         self.settings = agreed(self.read(self.settings if fresh else self.given))   # as they have become meanwhile

@@ -105,7 +105,7 @@ class ClassConditioner(nn.Module, AsGiven, ConfigMixin):
     @register_to_config
     def __init__(self, classes, dim=128): # names of the classes, such as `images.classes`; length of a token
         super().__init__()
-        if not hasattr(classes, '__len__') or not len(classes):
+        if getattr(classes, 'ndim', 1) == 0 or not getattr(classes, '__len__', int)():
             raise UserError(f'classes is {classes!r:.80}: give the name of each, one or more')
         self.embedding, self.dim = nn.Embedding(len(classes), checked(dim=dim)), dim
 
@@ -122,7 +122,7 @@ class ClassConditioner(nn.Module, AsGiven, ConfigMixin):
         raise UserError(f'no class {label!r:.80}: give 0 to {len(classes)-1} or one of {names}')
 
     def forward(self, labels): # (b,) int64, -1: of no class; or a list of names or numbers -> tokens (b, 1, dim), mask
-        if not hasattr(labels, '__len__') or isinstance(labels, str) or not len(labels):
+        if isinstance(labels, str) or getattr(labels, 'ndim', 1) == 0 or not getattr(labels, '__len__', int)():
             raise UserError(f'labels is {labels!r:.80}: give a class for each latent')
         if not torch.is_tensor(labels): labels = torch.tensor([self.number(o) for o in labels])
         elif labels.device.type == 'cpu': [self.number(o) for o in labels.unique().tolist() if o != -1]
@@ -274,7 +274,8 @@ def text_encoder(model): # 'minilm', a folder, or a Hub id such as 'laion/CLIP-V
 # %% ../nbs/60_conditioning.ipynb #c069
 def captions_of(captions): # list of str, or one
     "A list of them; `UserError` for what is no caption"
-    captions = [captions] if isinstance(captions, str) or not hasattr(captions, '__len__') else list(captions)
+    one = isinstance(captions, str) or not hasattr(captions, '__len__') or getattr(captions, 'ndim', 1) == 0
+    captions = [captions] if one else list(captions)
     bad = [o for o in captions if not isinstance(o, str) or re.search('[\ud800-\udfff]', o)]
     if captions and not bad: return captions
     raise UserError(f'captions are a list of strings; this has {repr(bad[0])[:60] if bad else "none"}')

@@ -190,7 +190,7 @@ def frechet(mu1, l1, mu2, l2) -> float: # mean (d,) and covariance factor (d,k) 
 # %% ../nbs/50_kid_eval.ipynb #c064
 def gaussian_stats(x): # features (n,d)
     "Mean (d,) and covariance factor (d,k) of a feature set, float64"
-    x = finite(x, 'x').cpu().double()
+    x = finite(x, 'x').detach().cpu().double()
     c = (x - x.mean(0))/(len(x) - 1)**.5
     return x.mean(0), c.T if len(c) <= c.shape[1] else covariance_factor(c.T @ c)
 

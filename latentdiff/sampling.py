@@ -269,7 +269,7 @@ def denoise_path(net, process, x, ts,              # x: start noise, at the stre
 def slerp(a, b, w): # (b, ...) two batches of noise; 0 gives `a`, 1 gives `b`
     "Spherical interpolation, sample by sample: between two noises lies a noise of the same length"
     like(a=a, b=b)
-    fa, fb = a.flatten(1), b.flatten(1)
+    fa, fb = a.flatten(1), b.flatten(1).to(a)
     if not torch.is_tensor(w): check_level(w=w)
     elif w.ndim: like(rows=fa[:, :1], w=w)
     theta = torch.cosine_similarity(fa, fb)[:, None].clamp(-1, 1).acos()

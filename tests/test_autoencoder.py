@@ -84,6 +84,12 @@ def test_pca_start_is_the_best_linear_autoencoder(x):
     with torch.no_grad(): mean, std = channel_stats([few.encode_raw(b)[0] for b in A.batches_for(few, x)])
     assert mean.abs().max() < 1e-3 and (std - 1).abs().max() < 1e-2
 
+def test_pca_start_of_sprites():
+    "Enlarged ones whose cells are the patches, which span three directions; other crops of them give latents all the same"
+    x = torch.randint(0, 256, (100, 3, 8, 8), generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 2).repeat_interleave(4, 3).to(torch.uint8)
+    ae = pca_start(KLAutoencoder(3, (8,), 4, 1, 4), x)
+    assert ae.encode_raw(D.from_uint8(x.roll(2, 3)))[0].abs().max() < 1000
+
 def test_patch_pca_matches_svd():
     im = images(20, 1, 8, dtype=torch.float64)
     mean, dirs, std = A.patch_pca(im, 4, 3)

@@ -251,6 +251,13 @@ def test_training_on_ends_where_the_longer_training_ends(cli, run, tmp_path):
     assert r.rc == 0 and (folder/'report.html').read_text() != before and 'before' not in r.out and '| KID |' in told()
     assert [o[0] for o in json.loads((folder/'metrics.json').read_text())['kid_curve']] == [10, 20]   # of 40 steps, not of 60
 
+def test_a_link_that_an_editor_leaves_in_a_run_is_nothing_to_it(cli, run, tmp_path):
+    "Emacs puts .#run.json, which leads nowhere, beside a file that is being edited"
+    folder = shutil.copytree(run.folder, tmp_path/'run')
+    (folder/'.#run.json').symlink_to('me@here.1234')
+    r = cli('run', *run.args, '--out', folder)
+    assert r.rc == 0 and 'nothing to do' in r.out, r.err
+
 def test_two_commands_in_one_folder(server, run):
     "The second leaves in one line while the first is at work."
     with locked(run.folder):

@@ -111,6 +111,7 @@ def test_frechet_closed_forms():
     s, r, mu = torch.tensor([1., 4., 9.]), torch.tensor([4., 4., 1.]), torch.tensor([1., 0., 2.])
     want = mu.square().sum() + (s.sqrt() - r.sqrt()).square().sum()
     assert by_covariance(mu, s.diag(), 0*mu, r.diag()) == pytest.approx(want.item(), rel=1e-12)
+    K.gaussian_stats(torch.randn(9, 3, requires_grad=True))   # features as a network gives them
 
 @pytest.mark.parametrize('m,n', SIZES)
 def test_fid_equals_torchmetrics_and_torch_fidelity(m, n):

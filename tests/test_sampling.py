@@ -448,6 +448,7 @@ def test_slerp():
     n = b/b.flatten(1).norm(dim=1).view(-1, 1, 1, 1)*a.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     for w in (.2, .5, .9): close(slerp(a, n, w).flatten(1).norm(dim=1), a.flatten(1).norm(dim=1))
     assert interpolate(a, b, 6).shape == (3, 6, 4, 5, 5)
+    close(interpolate(a.double(), b, 3).float(), interpolate(a, b, 3), 1e-5)   # noise of another width, as a user has it
 
 def test_img2img_keeps_more_at_low_strength():
     p = Process(); z = POINTS + .1
