@@ -25,7 +25,7 @@ from fastai.callback.training import GradientClip
 from .core import UNFIT, WEIGHTS, AsGiven, UserError, agreed, artefact, checked, data_home, default_device, file_md5
 from .core import find_class, fingerprint, first_ahead, load_component, load_weights, multiples, network_config
 from .core import number, numbers, place, save_component, stream, write_whole
-from .data import as_images, check_images, kind_of, leeway, like, some_pixels
+from .data import as_images, check_images, cropped, kind_of, leeway, like, some_pixels
 from .files import download, one_line, there
 from .training import Checkpoint, DeviceLoader, Graphed, Learner, adamw, fit_steps, muon, randn_rows, zero_init
 
@@ -247,8 +247,7 @@ def pca_start(ae, x, n=2000): # a `KLAutoencoder`; training images, uint8 or flo
     mean, dirs, std = patch_pca(as_images(x[:n]), f, k)
     at, std = ae.line_in, std.clamp(min=std.max()/100)   # crops of sprites leave the directions that these lie in
     at.weight.copy_((dirs/std).T.view(k, c, f, f)), at.bias.copy_(-(mean@dirs)/std)
-    ae.line_out.weight.copy_((dirs*std).T.view(k, c, f, f))
-    ae.line_out.bias.copy_(mean.view(c, -1).mean(1))
+    ae.line_out.weight.copy_((dirs*std).T.view(k, c, f, f)), ae.line_out.bias.copy_(mean.view(c, -1).mean(1))
     return ae
 
 # %% ../nbs/10_autoencoder.ipynb #c074
@@ -315,6 +314,7 @@ def train_autoencoder(ae, x_train, x_valid,                    # as for `ae_lear
     if isinstance(ae, KLAutoencoder): pca_start(ae, x_train)
     learn = ae_learner(checked(ae=ae).requires_grad_(True), x_train, x_valid, seed=seed, **kw)
     fit_steps(learn, steps, epochs, minutes, lr, seed, checkpoint, rounds=5, keep_best=True)
+    if kw.get('crop'): x_train = torch.cat([x := as_images(x_train), cropped(x, kw['crop'], seed)])   # as encoded later
     ae.to(memory_format=torch.contiguous_format).fit_scale(x_train).eval().requires_grad_(False)
     return learn
 

@@ -396,7 +396,9 @@ def _make(path, make, want):
 def _lock(folder):
     try:
         place(folder=folder).mkdir(parents=True, exist_ok=True)
-        return FileLock(Path(folder)/'.lock', timeout=0, is_singleton=True).acquire()
+        path = Path(folder)/'.lock'
+        if path.is_symlink(): path.unlink()   # else an old filelock would empty what it leads to
+        return FileLock(path, timeout=0, is_singleton=True).acquire()
     except Timeout: raise UserError(f'another process works in {folder}: wait, or choose another folder') from None
     except OSError as e: raise UserError(f'{folder} cannot be written ({e.strerror}): choose another folder') from None
 

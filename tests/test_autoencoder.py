@@ -89,6 +89,8 @@ def test_pca_start_of_sprites():
     x = torch.randint(0, 256, (100, 3, 8, 8), generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 2).repeat_interleave(4, 3).to(torch.uint8)
     ae = pca_start(KLAutoencoder(3, (8,), 4, 1, 4), x)
     assert ae.encode_raw(D.from_uint8(x.roll(2, 3)))[0].abs().max() < 1000
+    train_autoencoder(ae, x, x[:8], 2, bs=8, crop=2, device='cpu')
+    assert ae.encode(D.cropped(D.from_uint8(x), 2, 1)).std((0, 2, 3)).max() < 2   # the scale is that of crops too
 
 def test_patch_pca_matches_svd():
     im = images(20, 1, 8, dtype=torch.float64)

@@ -388,6 +388,11 @@ with locked(sys.argv[1]):
     time.sleep(60)
 """
 
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    "As in a run of somebody else's"
+    (tmp_path/'precious').write_text('important'), (tmp_path/'run').mkdir(), (tmp_path/'run'/'.lock').symlink_to('../precious')
+    with locked(tmp_path/'run'): assert (tmp_path/'precious').read_text() == 'important'
+
 def test_one_process_at_a_time(tmp_path):
     with subprocess.Popen([sys.executable, '-c', HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == 'locked\n'
