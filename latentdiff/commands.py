@@ -11,7 +11,7 @@ __all__ = ['data', 'training', 'autoencoder', 'noisify', 'unet', 'sampling', 'ki
 from .disk import by_option, clear_away, enough, matching, new_place, new_places, one_line_errors, put_beside
 from .disk import still_there
 import dataclasses, importlib, io, itertools, json, math, os, platform, sys   # after disk, which minds Ctrl-C
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from functools import wraps
 from pathlib import Path
 from typing import get_type_hints
@@ -506,14 +506,14 @@ def eval_cli(
     "Score one set of images against another: KID with its standard error and floor, and FID, whose error is not known"
     if out:
         with first_ahead(): new_place(out, '--out')
-    size = min(map(data.side_of, (generated, real)))
-    a, b = (data.open_images(path, size) for path in (generated, real))
-    if min(len(a), len(b)) < 8:
-        raise UserError(f'{len(a)} and {len(b)} images are too few to score: give eight of each, better a thousand.')
-    judge = kid_eval.EfficientNetFeatures()
-    for o in (a, b): print(repr(o), *(f'  {name}: {why}' for name, why in o.skipped[:5]), sep='\n', file=sys.stderr)
-    print(f'compared at {size} px, by {judge.name}', file=sys.stderr, flush=True)
-    scores = kid_eval.evaluate(a, b, judge, seed=seed)
+    with redirect_stdout(sys.stderr):   # a program may read the scores from stdout
+        size = min(map(data.side_of, (generated, real)))
+        a, b = (data.open_images(path, size) for path in (generated, real))
+        if min(len(a), len(b)) < 8:
+            raise UserError(f'{len(a)} and {len(b)} images are too few to score: give eight of each, better 1,000.')
+        for o in (a, b): print(repr(o), *(f'  {name}: {why}' for name, why in o.skipped[:5]), sep='\n')
+        print(f'compared at {size} px, by {(judge := kid_eval.EfficientNetFeatures()).name}', flush=True)
+        scores = kid_eval.evaluate(a, b, judge, seed=seed)
     print(d := json.dumps(scores, indent=1))
     for k, why in report.caution(scores).items(): print(f'{k}: {why}', file=sys.stderr, flush=True)
     if out: write_whole(out, d, put_beside)

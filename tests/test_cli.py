@@ -7,8 +7,8 @@ from PIL import Image
 from pathlib import Path
 import latentdiff
 from latentdiff.card import model_card
-from latentdiff.commands import Run, settings_of
-from latentdiff.core import UserError, locked, preset, sealed
+from latentdiff.commands import Run, eval_cli, settings_of
+from latentdiff.core import Bar, UserError, locked, preset, sealed
 from latentdiff.data import open_images
 from latentdiff.files import npz_pixels
 from latentdiff.kid_eval import Extractor, features
@@ -334,6 +334,17 @@ def test_eval_of_one_set_against_itself(cli, drawn, tmp_path):
     d = json.loads(r.out)
     assert d == json.loads((tmp_path/'new'/'scores.json').read_text())
     assert abs(d['fid']) < 1e-3 and d['kid'] <= 0 and d['n_fake'] == d['n_real'] == 8
+
+def test_the_scores_alone_are_on_stdout(drawn, monkeypatch, capsys):
+    "However long it takes: what a slow machine says meanwhile is on stderr"
+    begin = Bar.__init__
+    def minutes_ago(self, *args):
+        begin(self, *args)
+        self.start -= 60
+    monkeypatch.setattr(Bar, '__init__', minutes_ago)
+    eval_cli(str(drawn/'pngs'), str(drawn/'all.npz'))
+    out, err = capsys.readouterr()
+    assert json.loads(out)['n_real'] == 8 and 'pictures' in err and 'compared at' in err
 
 def test_encode_then_train_then_sample(cli, tmp_path):
     folder = tmp_path/'run'
