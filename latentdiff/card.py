@@ -66,12 +66,15 @@ def check_saved(module): # a network of a pipeline, before it is saved
     name = type(module).__name__
     sound(module)
     if hasattr(module, 'latent_std'): numbers(len(module.latent_std), 0, latent_std=module.latent_std)
+    def built(device):
+        with torch.device(device): return shapes(find_class(config.get('_class_name')).from_config(config))
     try:
-        with tempfile.TemporaryDirectory() as d, torch.device('meta'):   # takes no memory
+        with tempfile.TemporaryDirectory() as d:
             module.save_config(d)
             config = network_config(d)
-            want = shapes(find_class(config.get('_class_name')).from_config(config))
-    except OtherNetwork: return   # diffusers' own makes its config
+        try: want = built('meta')   # takes no memory
+        except RuntimeError: want = built('cpu')   # a network that looks at its numbers
+    except (OtherNetwork, OSError): return   # diffusers' own makes its config; there is no place to try
     except UserError: raise
     except UNFIT as e: raise UserError(f'the config of {name} describes no network ({one_line(e)}): mend it') from e
     have = shapes(module)

@@ -56,10 +56,14 @@ _KNOWN = dict( # name: what all of these have, and what they are
     generator=('manual_seed', 'a torch.Generator'), m=('items', 'what metrics.json holds, a dict'),
     config=('items', 'of a network'), velocity=('__call__', 'velocity(x, t)'), slope=('__call__', 'slope(x, t, d)'))
 
+def _has(o, name):
+    try: return hasattr(o, name)
+    except KeyError: return False   # a network of diffusers looks it up in its config
+
 def checked(**given): # by the names that they have everywhere: those in `_KNOWN`, and the sizes of networks and latents
     "The last one; raises `UserError` for what is no such thing, or no whole number above 0 (a tuple of them: widths)"
     for k, v in given.items():
-        if k in _KNOWN and not hasattr(v, _KNOWN[k][0]): raise UserError(f'{k} is {v!r:.80}: give {_KNOWN[k][1]}')
+        if k in _KNOWN and not _has(v, _KNOWN[k][0]): raise UserError(f'{k} is {v!r:.80}: give {_KNOWN[k][1]}')
         if k in _KNOWN: continue
         several = k in ('widths', 'sizes', 'shape')
         if several and not (isinstance(v, (list, tuple)) and v):

@@ -103,7 +103,8 @@ def place(**given): # one argument by its name: of a file or a folder
         if not isinstance(v, bytes) and (name := os.fsencode(v)) and b'\0' not in name: return Path(os.fsdecode(v))
     raise UserError(f'{k} is {v!r:.80}: give the path of a file or folder')
 
-def size_of(n): return f'{n/1e9:,.1f} GB' if n >= 1e9 else f'{n/1e6:,.1f} MB'  # bytes, in words
+def size_of(n): # bytes, in words
+    return f'{n/1e9:,.1f} GB' if n >= 1e9 else f'{n/1e6:,.1f} MB' if n >= 1e5 else f'{n/1e3:,.0f} kB'
 
 def lies_in(path):
     "The first folder above `path` that is there"
@@ -274,9 +275,10 @@ def read_json(path, hint): # of the file; what to do if there is none
     return d
 
 def crc_of(tensors): # a dict of tensors on the CPU
-    "{name: checksum of its bytes}"
+    "{name: checksum of its bytes, their kind and shape}"
     import torch
-    return {k: zlib.crc32(v.contiguous().reshape(-1).view(torch.uint8).numpy()) for k, v in tensors.items()}
+    kind = lambda v: zlib.crc32(f'{v.dtype} {tuple(v.shape)}'.encode())
+    return {k: zlib.crc32(v.contiguous().reshape(-1).view(torch.uint8).numpy(), kind(v)) for k, v in tensors.items()}
 
 def file_md5(path):
     "The md5 of a file's bytes, as hexadecimal"
@@ -343,7 +345,8 @@ def new_place(path, option):
     path = Path(path)
     missing = [o for o in path.parents if not os.path.lexists(o)]
     try:
-        if os.path.lexists(path): raise UserError(f'{path} exists: choose another place with {option}, or delete it.')
+        if os.path.lexists(path) or os.path.exists(os.path.abspath(path)):   # such as new/..
+            raise UserError(f'{path} exists: choose another place with {option}, or delete it.')
         path.parent.mkdir(parents=True, exist_ok=True)
         _beside(path, 'part').touch()
         _beside(path, 'part').unlink()

@@ -293,16 +293,18 @@ def files_below(folder):
     "Sorted paths of the files in it that are not hidden or `OURS`, and [(name, why)] of the folders that are left out"
     top, found, left = Path(folder), [], []
     def leave(path, why): left.append((f'{name_below(top, path)}/', why))
-    for here, inside, names in os.walk(top, onerror=lambda e: leave(e.filename, f'cannot be entered: {e.strerror}')):
-        here, marks = Path(here), sorted({*OURS} & {*names})
-        inside[:] = [o for o in inside if o[0] != '.']            # the others are not entered
-        if marks and here != top:
-            leave(here, f'not data but made by us: it holds {marks[0]}')
-            inside.clear()
-            continue
-        for o in inside:
-            if os.path.islink(here/o): leave(here/o, 'a link to a folder: put the folder itself here')
-        found += [here/o for o in names if o[0] != '.']
+    closed = lambda e: leave(e.filename, f'cannot be entered: {e.strerror}')
+    with patience(f'looking at every file in {folder}', 2):
+        for here, inside, names in os.walk(top, onerror=closed):
+            here, marks = Path(here), sorted({*OURS} & {*names})
+            inside[:] = [o for o in inside if o[0] != '.']            # the others are not entered
+            if marks and here != top:
+                leave(here, f'not data but made by us: it holds {marks[0]}')
+                inside.clear()
+                continue
+            for o in inside:
+                if os.path.islink(here/o): leave(here/o, 'a link to a folder: put the folder itself here')
+            found += [here/o for o in names if o[0] != '.']
     return sorted(found), sorted(left)
 
 def name_below(folder, path):
@@ -406,7 +408,7 @@ def _classes_of(features, column):
 
 def _state(folder):
     "Where a folder is, and the name, size and time of each file in it: another one, or a changed one, has others"
-    with patience(f'looking at every file in {folder}', 2): found = files_below(os.path.realpath(folder))[0]
+    found = files_below(os.path.realpath(folder))[0]
     return [(str(o), s.st_size, s.st_mtime_ns) for o in found if not no_file(o) for s in [o.stat()]]
 
 def hub_folder(spec, n): # 'owner/name', '?image=..&label=..&caption=..&split=..' behind it if need be; how many

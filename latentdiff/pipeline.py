@@ -104,11 +104,11 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         raise UserError("nothing is offloaded here: move both networks with .to('cuda'), and draw fewer at a time")
     enable_sequential_cpu_offload = enable_group_offload = enable_model_cpu_offload
 
-    def precision(self):
+    def precision(self, dtype): # of a network's weights
         "What networks in half precision work in; all that is not a network stays in float32"
-        if self.dtype == torch.float32: return nullcontext()
-        if self.dtype in (torch.float16, torch.bfloat16): return torch.autocast(self.device.type, self.dtype)
-        raise UserError(f'no pipeline draws in {self.dtype}: use `.to` with float32, float16 or bfloat16')
+        if dtype == torch.float32: return nullcontext()
+        if dtype in (torch.float16, torch.bfloat16): return torch.autocast(self.device.type, dtype)
+        raise UserError(f'no pipeline draws in {dtype}: use `.to` with float32, float16 or bfloat16')
 
 def check_channels(denoiser, channels):
     "Raise `UserError` if `denoiser` says that it works on another number of latent channels"
@@ -133,7 +133,7 @@ def answering(net, pipe): # net(x, time); the pipeline whose weights it has
     "`net` asked in the precision of the weights, and answering in float32"
     if pipe.dtype == torch.float32: return net
     def ask(x, time):
-        with pipe.precision(): return net(x, time).float()
+        with pipe.precision(pipe.dtype): return net(x, time).float()
     return ask
 
 @patch
@@ -149,11 +149,11 @@ def listening(self:LatentDiffusionPipeline, n, bs, # how many latents, a multipl
     if not hasattr(self.denoiser, 'conditioners'):
         raise UserError('this denoiser was trained without classes and captions: leave the condition away')
     conds, negative = several('cond', cond), None if negative is None else several('negative', negative)
-    with torch.no_grad(), self.precision():
+    with torch.no_grad(), self.precision(self.dtype):
         self.denoiser.tokens(list(dict.fromkeys(conds)))   # what cannot be drawn is found before
     rows = [conds[i % len(conds)] for i in range(n)]
     def guided(i):
-        with self.precision(): return answering(guide(self.denoiser, rows[i:i+bs], guidance, negative), self)
+        with self.precision(self.dtype): return answering(guide(self.denoiser, rows[i:i+bs], guidance, negative), self)
     return map(guided, range(0, n, bs))
 
 # %% ../nbs/80_pipeline.ipynb #c017
@@ -207,9 +207,9 @@ def decode(self:LatentDiffusionPipeline,
     "Latents to images"
     bs = fit_bs(self.size, bs)
     check_images(z, (self.latent_shape[0],), 1e30, False, 'latents z', (2, 3, 4))
-    full = torch.cat([z, z[:1].expand(-len(z) % bs, *z.shape[1:])])
-    parts = share(full.split(bs))
-    with self.precision(): parts = [self.autoencoder.decode(b.to(self.device)).float().cpu() for b in parts]
+    parts = share(torch.cat([z, z[:1].expand(-len(z) % bs, *z.shape[1:])]).split(bs))
+    kind = self.precision(self.autoencoder.latent_std.dtype)
+    with kind: parts = [self.autoencoder.decode(b.to(self.device)).float().cpu() for b in parts]
     return torch.cat(gathered(parts))[:len(z)]
 
 @patch

@@ -117,9 +117,9 @@ def noise_like(x, generator=None):
     fits = several and len(generator) == len(x) and all(isinstance(g, kinds) for g in generator)
     if not (fits or generator is None or isinstance(generator, torch.Generator)):
         raise UserError(f'generator is {generator!r:.80}: give a torch.Generator, or a list of {len(x)}')
-    if not several: return torch.randn(x.shape, generator=generator).to(x)
+    if not several: return torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
     def draw(g):
-        if isinstance(g, torch.Generator): return torch.randn(x.shape[1:], generator=g)
+        if isinstance(g, torch.Generator): return torch.randn(x.shape[1:], generator=g, dtype=torch.float32)
         return torch.from_numpy(g.standard_normal(x.shape[1:], dtype=np.float32))
     return torch.stack([draw(g) for g in generator]).to(x)
 
@@ -130,7 +130,7 @@ def start_noise(process, shape,      # any `Process`; (n, c, h, w) or (n, d)
     "Pure noise of standard deviation `sigma(t)`; sample `i` is the same for every `n`"
     number(0, 1, False, t=t)
     checked(shape=tuple(shape) if isinstance(shape, (list, tuple)) else shape)
-    x = torch.empty(shape, device=default_device('cpu' if device is None else device))
+    x = torch.empty(shape, dtype=torch.float32, device=default_device('cpu' if device is None else device))
     return levels(process, t)[1]*noise_like(x, generators(seed, shape[0]))
 
 # %% ../nbs/40_sampling.ipynb #c037
@@ -250,7 +250,7 @@ def sample(net, process,              # denoiser: `net(x_t, time) -> prediction`
         raise UserError(f'net is {net!r:.80}: give net(x_t, time) -> prediction, or one for each of {batches} batches')
     for i, net in share(zip(range(0, n, bs), nets, strict=True)):
         gens = generators(seed, bs, i)
-        x = levels(process, ts[0])[1]*noise_like(torch.empty(bs, *shape, device=device), gens)
+        x = levels(process, ts[0])[1]*noise_like(torch.empty(bs, *shape, dtype=torch.float32, device=device), gens)
         with evaluating(net), torch.inference_mode():
             out.append(step(net, process, x, ts, callback=bar.step, generator=gens).cpu())
     bar.close()

@@ -516,8 +516,8 @@ def fit_steps(learn,                                 # a fastai Learner whose tr
         steps = agreed(max(1, int(steps)))
         found = checkpoint and checked(checkpoint=checkpoint).load(steps, exact=keep_best)
         k, n = found[1]['k'] if found else 0, sum(p.numel() for p in net.parameters())
-        print(f'training {name}, {n/1e6:.2f}M parameters, on {learn.dls.device}: {steps:,} steps '
-              f'of {dl.bs}, {steps*dl.bs/dl.n:.1f} passes over {dl.n:,}, about {float(f"{(steps - k)*secs/60:.2g}"):g} min'
+        print(f'training {name}, {n/1e6:.2f}M parameters, on {learn.dls.device}: {steps:,} steps of {dl.bs}, '
+              f'{steps*dl.bs/dl.n:.1f} passes over {dl.n:,}, about {float(f"{(steps - k)*secs/60:.2g}"):g} min'
               + (f' from step {k:,} on' if k else ''), flush=True)
         each = StepByStep(steps, lr, seed, rounds, k)
         more = [Keeper(checkpoint, found, keep_best), *together(learn.model), *listify(cbs)]

@@ -286,7 +286,7 @@ def test_looking_at_a_large_folder_is_said(tmp_path, monkeypatch, capsys):
     (tmp_path/'a.txt').write_text('x')
     for come in (1, 3):
         monkeypatch.setattr(disk, 'Timer', lambda seconds, f: AttrDict(start=f if seconds < come else len, cancel=lambda: 0) if come == 3 else AttrDict(start=lambda: 0, cancel=lambda: 0))
-        assert files._state(tmp_path)[0][0] == str(tmp_path/'a.txt')
+        assert files._state(tmp_path)[0][0] == str(tmp_path/'a.txt') and files.files_below(tmp_path)[0] == [tmp_path/'a.txt']
         assert (f'looking at every file in {tmp_path}' in capsys.readouterr().err) == (come == 3)
 
 def test_sixteen_bits_through_a_file(tmp_path):

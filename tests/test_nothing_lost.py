@@ -415,9 +415,9 @@ def test_disk_and_memory_are_asked_for_before_a_stage(server, tmp_path):
     r = server.code(ESTIMATES, tmp_path)
     assert r.rc == 0, r.err
     said = json.loads(r.out.splitlines()[-1])
-    assert 'Drawing 10,000,000 images needs 30.7 GB of disk, and 0.0 MB are free' in said['draw'], said['draw']
+    assert 'Drawing 10,000,000 images needs 30.7 GB of disk, and 1 kB are free' in said['draw'], said['draw']
     assert 'This run needs' in said['run'] and 'of memory, and 1.0 MB are free' in said['run']
-    assert 'The training needs' in said['train'] and 'of disk, and 0.0 MB are free' in said['train']
+    assert 'The training needs' in said['train'] and 'of disk, and 1 kB are free' in said['train']
     assert not any(said[k] for k in said if k.endswith(' left')) and not any('\n' in said[k] for k in ('draw', 'run', 'train'))
 
 # --- two at once
@@ -741,6 +741,7 @@ def test_a_link_to_nowhere_is_no_new_place(tmp_path):
     from latentdiff.commands import Run
     (tmp_path/'out').symlink_to(tmp_path/'no'/'where')
     (tmp_path/'loop').symlink_to(tmp_path/'loop')
+    assert 'exists' in one_line(lambda: new_place(tmp_path/'new'/'..', '--out'))
     for o in ('out', 'loop'):
         assert 'exists' in one_line(lambda: new_place(tmp_path/o, '--out')) and 'exists' in one_line(lambda: new_places(out=tmp_path/o))
         assert 'is not a run folder' in one_line(lambda: Run(tmp_path/o, settings_of('rooms', 'tiny')))

@@ -1,5 +1,5 @@
 "The pipeline object, its folder, and the small pieces behind the commands."
-import base64, io, itertools, json, os, shutil
+import base64, io, itertools, json, os, shutil, tempfile
 from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -9,6 +9,7 @@ from PIL import Image
 from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
 from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler, HeunDiscreteScheduler, LDMPipeline, PNDMScheduler
 from diffusers import UniPCMultistepScheduler, UNet2DModel, UnCLIPScheduler
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from errors import one_line
 from huggingface_hub import ModelCard
 from matplotlib import style
@@ -248,6 +249,36 @@ def test_half_precision_weights_load_as_float32(tmp_path):
     again = LatentDiffusionPipeline.from_pretrained(tmp_path, 'cpu')
     assert next(again.denoiser.parameters()).dtype == torch.float32
     torch.testing.assert_close(again.draw(2, 3), want, atol=.05, rtol=0)
+
+def test_one_network_in_half_precision_and_another_default_draw_as_ever():
+    "Each works in its own; what torch makes unless told is not asked"
+    p = small()
+    want = p.draw(2, 3)
+    torch.set_default_dtype(torch.float64)
+    try: assert torch.equal(p.draw(2, 3), want)
+    finally: torch.set_default_dtype(torch.float32)
+    p.autoencoder.half()
+    torch.testing.assert_close(p.draw(2, 3), want, atol=.05, rtol=0)
+
+class Fourier(torch.nn.Module, ConfigMixin):
+    "A network of one's own that looks at numbers as it is made"
+    config_name = 'config.json'
+    @register_to_config
+    def __init__(self, in_channels=4):
+        super().__init__()
+        self.freqs, self.conv = torch.logspace(0, 2, 4).tolist(), torch.nn.Conv2d(in_channels, in_channels, 1)
+    def forward(self, x, time): return self.conv(x)
+
+def test_a_network_of_ones_own_is_saved_and_loaded(tmp_path, monkeypatch):
+    "Also where there is no place to try it first"
+    p = small()
+    for name, home in (('a', tempfile.gettempdir()), ('b', str(tmp_path/'nowhere'))):
+        monkeypatch.setattr(tempfile, 'tempdir', home)
+        LatentDiffusionPipeline(p.autoencoder, Fourier(), p.process, 32).save_pretrained(tmp_path/name)
+        assert load_component(tmp_path/name/'denoiser').freqs[-1] == 100
+
+def test_the_model_of_diffusers_in_place_of_its_config():
+    assert 'the config of one of diffusers' in one_line(PretrainedKL, AutoencoderKL())
 
 # --- as diffusers' own pipelines -------------------------------------------------------------------------------------
 

@@ -520,7 +520,7 @@ def test_a_damaged_checkpoint_is_one_line(how, tmp_path):
     with pytest.raises(UserError, match='delete it') as e: keep.load(2)
     assert '\n' not in str(e.value)
 
-@pytest.mark.parametrize('how,which,k', [('cut off', 'last', 30), ('no note', 'last', 30), ('not finite', 'last', 30), ('a bit', 'last', 30), ('its step', 'last', 30), ('empty', 'stable', 34)])
+@pytest.mark.parametrize('how,which,k', [('cut off', 'last', 30), ('no note', 'last', 30), ('not finite', 'last', 30), ('a bit', 'last', 30), ('its kind', 'last', 30), ('its step', 'last', 30), ('empty', 'stable', 34)])
 def test_beside_a_damaged_checkpoint_the_other_one_is_gone_on_from(how, which, k, tmp_path, capsys):
     "To the very weights, whichever it is; said in one line"
     keep, whole = Checkpoint(tmp_path, 'this', every=0), trained('average')
@@ -531,6 +531,7 @@ def test_beside_a_damaged_checkpoint_the_other_one_is_gone_on_from(how, which, k
     elif how == 'a bit':   # of a number that stays finite
         raw = f.read_bytes()
         f.write_bytes(raw[:-400] + bytes([raw[-400] ^ 1]) + raw[-399:])
+    elif how == 'its kind': save_file({n: x.view(torch.int32) if x.dtype == torch.float32 else x for n, x in load_file(f).items()}, f, note)
     elif how == 'its step': save_file(load_file(f), f, dict(note=json.dumps(json.loads(note['note']) | dict(k=40))))
     else: save_file({n: x*float('nan') if how == 'not finite' and x.is_floating_point() else x for n, x in load_file(f).items()}, f, None if how == 'no note' else note)
     capsys.readouterr()
