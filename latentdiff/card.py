@@ -62,9 +62,8 @@ def load_scheduler(folder): # of a pipeline
     return scheduler
 
 def check_saved(module): # a network of a pipeline, before it is saved
-    "`UserError` if it will not be saved, or could not be loaded again"
-    name = type(module).__name__
-    sound(module)
+    "Its weights, tensors; `UserError` if it will not be saved, or could not be loaded again"
+    name, own = type(module).__name__, [*sound(module).values()]
     if hasattr(module, 'latent_std'): numbers(len(module.latent_std), 0, latent_std=module.latent_std)
     def built(device):
         with torch.device(device): return shapes(find_class(config.get('_class_name')).from_config(config))
@@ -74,12 +73,13 @@ def check_saved(module): # a network of a pipeline, before it is saved
             config = network_config(d)
         try: want = built('meta')   # takes no memory
         except RuntimeError: want = built('cpu')   # a network that looks at its numbers
-    except (OtherNetwork, OSError): return   # diffusers' own makes its config; there is no place to try
+    except (OtherNetwork, OSError): return own   # diffusers' own makes its config; there is no place to try
     except UserError: raise
     except UNFIT as e: raise UserError(f'the config of {name} describes no network ({one_line(e)}): mend it') from e
     have = shapes(module)
     if bad := [k for k in sorted(want.keys() | have.keys()) if want.get(k) != have.get(k)]:
         raise UserError(f'{name} is not what its config describes, first in {bad[0]}: make it with that config')
+    return own
 
 # %% ../nbs/parts/card.ipynb #k906
 CARD = """---
@@ -104,7 +104,10 @@ def notes_of(folder): # of a run
     if not all(os.path.isfile(folder/o) for o in ('run.json', 'metrics.json')): return {}
     s, m = (unsealed(folder/o, f'delete {folder/o}') for o in ('run.json', 'metrics.json'))
     n = made(folder/'latents').get('facts', {}).get('n')   # as many as there were; the setting, at most
-    try: rows = said_of({**s['settings'], **({'n': n} if n else {})}, m)
+    net = made(folder/'unet') or made(folder/'denoiser')   # run.json may already say more steps
+    try:
+        steps = net['settings']['steps'] if net else s['settings']['steps']
+        rows = said_of({**s['settings'], 'steps': steps, **({'n': n} if n else {})}, m)
     except UNFIT as e:
         raise UserError(f'{folder}: run.json or metrics.json is damaged ({one_line(e)}): delete it') from e
     return {k: v for k, v in rows.items() if k not in ('KID', 'protocol') or not outdated(folder)}

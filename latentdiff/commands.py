@@ -9,7 +9,7 @@ __all__ = ['data', 'training', 'autoencoder', 'noisify', 'unet', 'sampling', 'ki
 
 # %% ../nbs/90_commands.ipynb #c004
 from .disk import by_option, clear_away, enough, matching, new_place, new_places, one_line_errors, put_beside
-from .disk import still_there
+from .disk import still_there, write_whole
 import dataclasses, importlib, io, itertools, json, math, os, platform, sys   # after disk, which minds Ctrl-C
 from contextlib import nullcontext, redirect_stdout
 from functools import wraps
@@ -21,7 +21,6 @@ from fastcore.script import call_parse
 from .core import RATES, STEPS, UserError, above_zero, agreed, artefact, beside_file, check_settings, default_device
 from .core import either_way, fingerprint, first_ahead, locked, made, number, preset_of, progress, rank, read_json
 from .core import run_folder, sealed, seals, settings_of, spread, to_toml, unsealed, whole_folder, write_json
-from .core import write_whole
 
 # %% ../nbs/90_commands.ipynb #n201
 class _Lazy:
@@ -375,9 +374,10 @@ def go(self:Run, goals=GOALS):
         self.p = preset_of(self.settings)
         before = stamp()
         for o in ('run.json', 'metrics.json'): clear_away(self.folder/o, 'part')   # what need not be written again
-        if fresh and self.images.skipped: write_json(self.folder/'skipped.json', self.images.skipped, indent=1)
-        whole = not fresh and os.path.exists(self.folder/'config.toml')
-        if not whole or read_json(self.folder/'run.json', 'delete it').get('settings') != self.settings: self.write()
+        if (fresh or self.more) and self.images.skipped:   # opened before further steps are written down
+            write_json(self.folder/'skipped.json', self.images.skipped, indent=1)
+        new = fresh or not os.path.exists(self.folder/'config.toml')
+        if new or read_json(self.folder/'run.json', 'delete it').get('settings') != self.settings: self.write()
         for k in goals:
             getattr(self, k)
             with first_ahead(): still_there(self.folder/'run.json')

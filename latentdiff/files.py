@@ -179,7 +179,7 @@ def _members(archive):
                 check(m.name, m.linkname if m.issym() else '')
                 links += m.issym() or m.islnk()
                 yield m.name, m.size, t.extractfile(m) if m.isreg() else None
-            while t.fileobj.read(1 << 20): pass                   # the checksum of a .tgz is its last word
+            while rest := t.fileobj.read(1 << 20): yield '', len(rest), None   # the checksum of a .tgz is its last word
     if links: print(f'{archive.name}: {links:,} links are left out: tar -h --hard-dereference packs files', flush=True)
 
 # %% ../nbs/parts/files.ipynb #f016
@@ -204,9 +204,9 @@ def unpacked(archive): # path of a .tar, .tgz, .tar.gz or .zip
             for i, (name, size, f) in enumerate(_members(archive)):
                 if i >= (many := max(FILES, about.st_size//256)):
                     raise UserError(f'{archive.name} holds over {many:,} files and folders: unpack it yourself')
-                if f is None: continue
                 held, most = held + max(size, 4096), max(UNPACKED, 100*about.st_size)
                 if held > most: raise UserError(f'{archive.name} holds over {most/1e9:,.3g} GB: unpack it yourself')
+                if f is None: continue
                 (new/name).parent.mkdir(parents=True, exist_ok=True)
                 with f, (new/name).open('wb') as out: shutil.copyfileobj(f, out)
     except UserError: raise

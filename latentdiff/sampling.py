@@ -37,8 +37,8 @@ def optimal_denoiser(process, means, # any `Process`; (k, ...) centres of the mi
                      std=0.):        # of each Gaussian; 0: the data are the k points themselves
     "The best possible denoiser, in closed form, for data that are a mixture of Gaussians"
     check_latents(means=means), checked(process=process), number(0, 1e6, False, std=std)
-    m = means.flatten(1)
     def net(x, time, cond=None):
+        m = means.to(x).flatten(1)
         t = process.t_of_time(time)
         a, s = (o[:, None] for o in process.levels(t))
         xf = (x/process.scale_input(torch.ones_like(x), t)).flatten(1)

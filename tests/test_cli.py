@@ -174,6 +174,10 @@ def test_pictures_that_lie_elsewhere_are_those_that_have_the_same_fingerprint(cl
     assert (r := cli(*way, new)).rc == 0 and settings()['data'] == str(new), r
     assert {o: o.read_bytes() for o in folder.glob('*/made.json')} == notes
     assert (r := cli('train', folder)).rc == 0 and (folder/'unet'/'made.json').exists(), r
+    new.rename(pics)
+    written = (folder/'run.json').read_bytes()
+    one_line(cli('train', folder, '--more', 3), f"no folder or file '{new}'; ")
+    assert (folder/'run.json').read_bytes() == written
 
 def weights(folder): return (folder/'unet/diffusion_pytorch_model.safetensors').read_bytes()
 
@@ -237,6 +241,10 @@ def test_training_on_ends_where_the_longer_training_ends(cli, run, tmp_path):
     r = cli('train', folder, '--more', 20)
     assert r.rc == 0 and 'samples, scores and report are of the unet before: latentdiff-run' in r.out
     assert '| KID |' not in told() and '60 steps' in told()
+    d = json.loads((folder/'run.json').read_text())
+    (folder/'run.json').write_text(json.dumps(d | dict(settings=d['settings'] | dict(steps=5000))))   # as a --more that was stopped leaves it
+    assert '60 steps' in told()
+    (folder/'run.json').write_text(json.dumps(d))
     written = (folder/'run.json').read_bytes()
     one_line(cli('train', folder, '--more', 10**9), '--more', '1,000,000,000')
     assert (folder/'run.json').read_bytes() == written

@@ -54,9 +54,9 @@ def test_a_preset_is_whole(data):
 def test_an_exercise_says_not_yet_and_never_stops(capsys):
     def wrong(): assert 1 == 2, 'two\nlines'
     def missing(): raise NotImplementedError
-    for o in (wrong, missing, lambda: 1/0, lambda: None): exercise(o)
+    for o in (wrong, missing, lambda: 1/0, sys.exit, lambda: None): exercise(o)
     assert capsys.readouterr().out.splitlines() == ['not yet: ' + o for o in
-        ('AssertionError two lines assert 1 == 2', 'NotImplementedError', 'ZeroDivisionError division by zero')] + ['right']
+        ('AssertionError two lines assert 1 == 2', 'NotImplementedError', 'ZeroDivisionError division by zero', 'SystemExit')] + ['right']
 
 # --- streams
 

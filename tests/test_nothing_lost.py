@@ -34,7 +34,7 @@ def test_killed_at_any_write_and_called_again(deaths, stage):
     assert len(deaths[stage]) >= min(deaths.n, 9)
     for where, killed, again, differs, left in deaths[stage]:
         assert killed == -signal.SIGKILL and not differs and not left, (stage, where, differs, left, deaths.err)
-        done = stage == 'to a folder' and int(where.split()[0]) > int(where.split()[-1]) - 2   # killed when all was in place: it says so
+        done = stage == 'to a folder' and int(where.split()[0]) == int(where.split()[-1])   # killed when all was in place: it says so
         assert again == done, (stage, where)
 
 def test_only_what_nobody_is_at_is_cleared_away(tmp_path):

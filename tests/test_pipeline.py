@@ -1,5 +1,6 @@
 "The pipeline object, its folder, and the small pieces behind the commands."
 import base64, io, itertools, json, os, shutil, tempfile
+from collections import namedtuple
 from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -14,6 +15,7 @@ from errors import one_line
 from huggingface_hub import ModelCard
 from matplotlib import style
 from matplotlib.figure import Figure
+from latentdiff import disk
 from latentdiff.autoencoder import KLAutoencoder, PretrainedKL, open_autoencoder
 from latentdiff.conditioning import ClassConditioner, Conditioned, ConditionalUNet, guide
 from latentdiff.commands import settings_of, write_npz, write_pngs
@@ -276,6 +278,23 @@ def test_a_network_of_ones_own_is_saved_and_loaded(tmp_path, monkeypatch):
         monkeypatch.setattr(tempfile, 'tempdir', home)
         LatentDiffusionPipeline(p.autoencoder, Fourier(), p.process, 32).save_pretrained(tmp_path/name)
         assert load_component(tmp_path/name/'denoiser').freqs[-1] == 100
+
+def test_a_pipeline_that_has_no_room_leaves_the_one_that_is_there(tmp_path, monkeypatch):
+    p = small()
+    p.save_pretrained(tmp_path/'a')
+    before = {o: o.read_bytes() for o in (tmp_path/'a').rglob('*.*') if o.is_file()}
+    monkeypatch.setattr(disk.shutil, 'disk_usage', lambda path: namedtuple('Usage', 'total used free')(10, 5, 60_000))
+    assert 'Saving this pipeline needs' in one_line(small(seed=1).save_pretrained, tmp_path/'a')
+    assert before == {o: o.read_bytes() for o in (tmp_path/'a').rglob('*.*') if o.is_file()}
+
+class Own:
+    "A scheduler of one's own, which has no config that would say for which noise it is"
+    timesteps = torch.zeros(0)
+    def set_timesteps(self, n, device=None): pass
+    def step(self, pred, time, x): pass
+
+def test_a_scheduler_of_ones_own_is_one_line():
+    assert 'Own cannot draw' in one_line(small().draw, 1, 3, sampler=Own())
 
 def test_the_model_of_diffusers_in_place_of_its_config():
     assert 'the config of one of diffusers' in one_line(PretrainedKL, AutoencoderKL())

@@ -1,6 +1,6 @@
 """Malformed arguments, files and networks at the doors of the library, whatever is called first in a lesson:
 one line that names what is wrong. `python tests/test_trust.py` counts the calls that answer otherwise."""
-import bz2, http.server, io, itertools, json, lzma, math, os, pickle, random, re, socket, tarfile, tempfile, threading, time, warnings, zipfile
+import bz2, gzip, http.server, io, itertools, json, lzma, math, os, pickle, random, re, socket, tarfile, tempfile, threading, time, warnings, zipfile
 from functools import partial
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -508,6 +508,12 @@ def test_the_files_of_an_archive_are_capped_and_the_cap_named(name, tmp_path, ho
     monkeypatch.setattr(F, 'FILES', 600)
     if size: assert len(D.open_images(tmp_path/name, 16)) == 1
     else: assert 'holds over 600 files and folders' in one_line(D.open_images, tmp_path/name, 16) and not [*home.glob('*')]
+
+def test_what_lies_behind_an_archive_is_capped_too(tmp_path, home, monkeypatch):
+    "Zeros behind the end of a .tgz"
+    monkeypatch.setattr(F, 'UNPACKED', 5e6)
+    (tmp_path/'x.tgz').write_bytes(gzip.compress(tar_of([('a.png', PNG)]) + bytes(20_000_000)))
+    assert 'holds over 0.005 GB' in one_line(D.open_images, tmp_path/'x.tgz', 16) and not [*home.glob('*')]
 
 @pytest.mark.parametrize('kind', [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE], ids=str)
 def test_a_name_without_end_is_not_read(kind, tmp_path, home):
