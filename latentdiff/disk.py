@@ -304,9 +304,11 @@ def contents_of(folder, pattern='*'):
 
 def altered(path, note): # an artefact's folder; what `made` says of it
     "The names of its files that are not the ones that were made; none where an earlier version has not noted them"
-    told = note.get('contents')
+    told = told if isinstance(told := note.get('contents'), dict) else {}
+    if bad := [k for k in told if k[:1] in ('', '.') or Path(k).name != k]:   # in a note of somebody else's
+        raise UserError(f'{path} lists {bad[0]!r:.80}, which is no file of its own: do not trust it, delete {path}')
     is_it = lambda o, mark: os.path.isfile(o) and content_of(o) == mark
-    return [k for k, mark in (told if isinstance(told, dict) else {}).items() if not is_it(Path(path)/k, mark)]
+    return [k for k, mark in told.items() if not is_it(Path(path)/k, mark)]
 
 def check_unchanged(folder): # of a network
     "`UserError` if its weights are others than the note beside them says, as after a flipped bit"

@@ -114,6 +114,8 @@ def take_autoencoder(folder, images, start, source, seed=0): # of a run; `Images
         save_component(ae, work)
         return dict(history=None, std=std, **quality(ae, held_out))
     parents = dict(images=images.fingerprint, source=start['fingerprint'])
+    if start['parts'][:1] not in (['autoencoder'], ['vae']):
+        raise UserError(f'{folder}/run.json does not say what the run started from: do not trust it, delete {folder}')
     return load_component(artefact(folder/start['parts'][0], make, parents, dict(seed=seed)))
 
 def said_already(make): # () -> `Latents`

@@ -388,6 +388,24 @@ with locked(sys.argv[1]):
     time.sleep(60)
 """
 
+@pytest.mark.parametrize('name', ['../precious', '..', '.', '', '.lock', 'a/../../precious', '{}/precious'])
+def test_a_note_names_no_file_elsewhere(name, tmp_path):
+    "What a run of somebody else's calls a file of its own is not deleted"
+    (tmp_path/'precious').write_text('important')
+    make(tmp_path/'a', Maker(), cheap=True)
+    note = json.loads((tmp_path/'a'/'made.json').read_text()) | dict(contents={name.format(tmp_path): 'x'})
+    note.pop('seal', None)
+    (tmp_path/'a'/'made.json').write_text(json.dumps(sealed(note)))
+    with pytest.raises(UserError, match='no file of its own') as e: make(tmp_path/'a', Maker(), cheap=True)
+    assert one_line(e) and (tmp_path/'precious').read_text() == 'important' and (tmp_path/'a'/'made.json').exists()
+
+def test_a_run_that_started_elsewhere_writes_nothing_there(tmp_path):
+    from fastcore.basics import AttrDict
+    from latentdiff.source import take_autoencoder
+    for o in ('../elsewhere', str(tmp_path/'elsewhere'), 'unet'):
+        with pytest.raises(UserError, match='does not say') as e: take_autoencoder(tmp_path/'run', AttrDict(fingerprint='a'), dict(parts=[o], fingerprint='b'), None)
+    assert one_line(e) and not here(tmp_path)
+
 def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
     "As in a run of somebody else's"
     (tmp_path/'precious').write_text('important'), (tmp_path/'run').mkdir(), (tmp_path/'run'/'.lock').symlink_to('../precious')
