@@ -290,9 +290,10 @@ def save_pretrained(self:LatentDiffusionPipeline, folder, safe_serialization=Tru
     if os.path.exists(folder/'run.json') or any(os.path.exists(folder/k/'made.json') for k in self.parts()):
         raise UserError(f'{folder} is a run, which would forget how it was trained: choose another folder')
     LatentDiffusionPipeline(**self.components).sampler_of()   # what is refused is so before an earlier one is touched
-    enough('Saving this pipeline', folder, sum(v.nbytes for o in self.parts().values() for v in check_saved(o)))
+    size = sum(v.nbytes for o in self.parts().values() for v in check_saved(o))
     with on_disk(folder, more=NOWHERE):
         folder.mkdir(parents=True, exist_ok=True)
+        enough('Saving this pipeline', folder, size)
         (folder/'model_index.json').unlink(missing_ok=True)
     for name, part in self.parts().items(): save_component(part, folder/name)
     save_process(self.process, folder)
@@ -439,9 +440,8 @@ def scheduled(scheduler, process): # as above; the `Process` that the network wa
 
 def tried(scheduler): # as above
     "It; `UserError` if it cannot draw, which it may notice in the middle of a drawing only"
-    checked(scheduler=scheduler)
     try:
-        n = min(8, *(scheduler.config.get(k, 8) for k in ('num_train_timesteps', 'original_inference_steps')))
+        n = min(8, *(checked(scheduler=scheduler).config.get(k, 8) for k in ('num_train_timesteps', 'original_inference_steps')))
         loop, x, ts = loop_of(copy.deepcopy(scheduler)), torch.zeros(1, 1, 2, 2), torch.linspace(1, 0, n + 1)
         with torch.random.fork_rng([]): loop(lambda x, t: x, Process(), x, ts, generator=torch.Generator())
     except UserError: raise
