@@ -441,9 +441,9 @@ def scheduled(scheduler, process): # as above; the `Process` that the network wa
 def tried(scheduler): # as above
     "It; `UserError` if it cannot draw, which it may notice in the middle of a drawing only"
     try:
-        n = min(8, *(checked(scheduler=scheduler).config.get(k, 8) for k in ('num_train_timesteps', 'original_inference_steps')))
-        loop, x, ts = loop_of(copy.deepcopy(scheduler)), torch.zeros(1, 1, 2, 2), torch.linspace(1, 0, n + 1)
-        with torch.random.fork_rng([]): loop(lambda x, t: x, Process(), x, ts, generator=torch.Generator())
+        c, loop, x = checked(scheduler=scheduler).config, loop_of(copy.deepcopy(scheduler)), torch.zeros(1, 1, 2, 2)
+        n = min(8, *(c.get(k, 8) for k in ('num_train_timesteps', 'original_inference_steps')))
+        with torch.random.fork_rng([]): loop(lambda x, t: x, Process(), x, torch.linspace(1, 0, n + 1))
     except UserError: raise
     except UNFIT as e:
         name = type(scheduler).__name__
