@@ -1125,7 +1125,7 @@ for o in ('run.json', weights, 'checkpoints/last.safetensors', 'unet/made.json',
     (run/o).chmod(0)
 if not me: os.seteuid(65534)
 calls = dict(run=lambda: commands.Run(run, core.settings_of('rooms', 'tiny')), train=lambda: commands.train_cli.__wrapped__(str(run)), weights=lambda: core.read_weights(run/weights), made=lambda: core.made(run/'unet'), load=lambda: core.load_component(run/'unet'),
-    checkpoint=lambda: training.Checkpoint(run/'checkpoints', 'x').load(9), archive=lambda: files.unpacked(run/'a.tar'), config=lambda: core.network_config(run/'unet'), altered=lambda: core.altered(run, dict(contents={weights: 'x'})), toml=lambda: core.read_toml(run/'run.json', {}))
+    checkpoint=lambda: training.Checkpoint(run/'checkpoints', 'x').load(9), archive=lambda: files.unpacked(run/'a.tar'), config=lambda: core.network_config(run/'unet'), altered=lambda: core.altered((run/weights).parent, dict(contents={(run/weights).name: 'x'})), toml=lambda: core.read_toml(run/'run.json', {}))
 for k, do in calls.items():
     try: do()
     except (core.UserError, SystemExit) as e: print('fine' if str(e).count('cannot be read (Permission denied)') and 'delete' not in str(e) and str(run) in str(e) and '\\n' not in str(e) else e, k)
