@@ -173,7 +173,8 @@ def test_kid_curve_scores_the_average_and_changes_nothing():
 def test_the_floor_is_drawn_where_it_is():
     "Not one standard error above it"
     ax = Figure().add_subplot()
-    kid_curve(ax, [(.5, .3, .01), (1., .2, .01)], dict(kid_floor=.02, kid_floor_se=.03))
+    kid_curve(ax, [(20, .3, .01), (40, .2, .01)], dict(kid_floor=.02, kid_floor_se=.03))
+    assert ax.containers[0].lines[0].get_xdata().tolist() == [.5, 1]   # of the steps that there were in the end
     assert [o.get_ydata()[0] for o in ax.get_lines() if o.get_linestyle() == '--'] == [.02]
     assert [o.get_position()[1] for o in ax.texts] == [.02]
 
