@@ -116,12 +116,13 @@ def ssim(x, y):
 
 # %% ../nbs/10_autoencoder.ipynb #c034
 def patch_pca(x, f, k): # images (n,c,h,w) in [-1,1], side of a patch, components
-    "Mean (c*f*f,), the first k principal directions (c*f*f,k), the standard deviations along them; float64"
+    "Mean (c*f*f,), first k principal directions (c*f*f,k), deviations along them, 1 % of the first or more; float64"
     checked(f=f, k=k), multiples(f, sides=tuple(check_images(x, most=1e30, name='x').shape[2:]))
     p = F.pixel_unshuffle(as_double(x), f).transpose(0, 1).flatten(1).T
     mean = p.mean(0)
     var, dirs = torch.linalg.eigh((p - mean).T@(p - mean)/len(p))
-    return mean, dirs.flip(1)[:, :k], var.flip(0)[:k].clamp(min=1e-8).sqrt()
+    least = max(1e-8, 1e-4*var[-1].item())   # pictures may lie in fewer directions, of which their crops know nothing
+    return mean, dirs.flip(1)[:, :k], var.flip(0)[:k].clamp(min=least).sqrt()
 
 # %% ../nbs/10_autoencoder.ipynb #c054
 def posterior_sample(mean, logvar, generator=None, draw=torch.randn): # (b,...) both; on their device; of the noise
@@ -245,8 +246,7 @@ def pca_start(ae, x, n=2000): # a `KLAutoencoder`; training images, uint8 or flo
     f, k, c = checked(ae=ae).factor, ae.latent_channels, check_images(x, name='x').shape[1]
     n = min(number(1, n=n), max(64, 25_000_000//x[0].numel()))  # in float64, large pictures fill the memory
     mean, dirs, std = patch_pca(as_images(x[:n]), f, k)
-    at, std = ae.line_in, std.clamp(min=std.max()/100)   # crops of sprites leave the directions that these lie in
-    at.weight.copy_((dirs/std).T.view(k, c, f, f)), at.bias.copy_(-(mean@dirs)/std)
+    ae.line_in.weight.copy_((dirs/std).T.view(k, c, f, f)), ae.line_in.bias.copy_(-(mean@dirs)/std)
     ae.line_out.weight.copy_((dirs*std).T.view(k, c, f, f)), ae.line_out.bias.copy_(mean.view(c, -1).mean(1))
     return ae
 

@@ -156,7 +156,7 @@ def test_equals_k_diffusion(schedule, sampler):
     """What `sample_euler`, `sample_heun` and `sample_dpmpp_2m` of k-diffusion 0.1.1.post1 return for the same denoiser, start
     and 12 Karras sigmas (first five values of the second sample): recorded, because that package is not installed here"""
     p = Process(schedule, 'v'); ts = time_steps(p, 12, 'karras')
-    net = optimal_denoiser(p, torch.randn(5, 4, 3, 3, generator=torch.Generator().manual_seed(3)).double(), .3)   # asked in float32
+    net = optimal_denoiser(p, torch.randn(5, 4, 3, 3, generator=torch.Generator().manual_seed(3)), .3)
     x = levels(p, ts[0])[1]*torch.linspace(-2, 2, 72).view(2, 4, 3, 3).roll(1, -1)
     kw = dict(straight=False) if sampler == 'heun' else {}
     close(SAMPLERS[sampler](net, p, x, ts, **kw)[1].flatten()[:5], torch.tensor(K_DIFFUSION[sampler]), 3e-5)
@@ -441,6 +441,11 @@ def test_path_and_gif(tmp_path):
     close(path[-1][1], heun(net, p, x, ts))
     f = save_gif([image_grid(o.clamp(-1, 1)) for _, o, _ in path], tmp_path/'a.gif')
     with Image.open(f) as g: assert g.n_frames == 7 and g.info['loop'] == 0
+
+def test_optimal_denoiser_of_means_in_float64():
+    "It is asked in float32, as `sample` does"
+    p, x, t = Process('flow', 'v'), torch.randn(2, *POINTS.shape[1:], generator=torch.Generator().manual_seed(0)), torch.tensor([.2, .9])
+    assert torch.equal(optimal_denoiser(p, POINTS.double(), .3)(x, p.time_input(t)), optimal_denoiser(p, POINTS.float(), .3)(x, p.time_input(t)))
 
 def test_slerp():
     a, b = torch.randn(2, 3, 4, 5, 5, generator=torch.Generator().manual_seed(0)).unbind()
