@@ -265,7 +265,7 @@ def flat(mode, colour, **info):
 def test_modes(im, rgb):
     assert to_rgb(im).mode == 'RGB' and to_rgb(im).getpixel((5, 5)) == rgb
 
-@pytest.mark.parametrize('mode,values', [('F', (0., 1.5)), ('F', (0., 65535.)), ('F', (-1., 1.)), ('F', (0., 300.)), ('F', (0., 1.)), ('F', (0., 0., 1.)), ('I', (0, 100_000)), ('I', (-9000, 9)), ('I', (0, 200))])
+@pytest.mark.parametrize('mode,values', [('F', (0., 1.5)), ('F', (0., 65535.)), ('F', (-1., 1.)), ('F', (0., 300.)), ('F', (0., 1.)), ('F', (0., 0., 1.)), ('I', (0, 100_000)), ('I', (-9000, 9)), ('I', (0, 200)), ('I', (0, 1023)), ('I', (3, 16_383))])
 def test_floats_of_no_known_range_are_skipped(tmp_path, mode, values):
     "Neither black nor white, also where it may be nearly black in the scale of its neighbours; a little over the edge, as resizing leaves it, is the edge"
     im = Image.fromarray(np.resize(np.array(values, dict(F=np.float32, I=np.int32)[mode]), (16, 16)))
