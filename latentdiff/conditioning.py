@@ -115,17 +115,21 @@ class ClassConditioner(nn.Module, AsGiven, ConfigMixin):
         plain = lambda o: unicodedata.normalize('NFC', str(o)).strip()   # as people type it
         alike = [k for k, o in enumerate(classes) if isinstance(label, str) and plain(o) == plain(label)]
         if len(alike) == 1: return alike[0]
-        if isinstance(label, str) and label.isdecimal() and len(label) < 10: label = int(label)
-        if isinstance(label, int) and 0 <= label < len(classes): return label
+        named = all(plain(o).isdecimal() for o in classes)               # by numbers, such as years: then '7' is a name
+        if isinstance(label, str) and label.isdecimal() and len(label) < 10 and not named: label = int(label)
+        other = named and isinstance(label, int) and str(label) in map(plain, classes[:label] + classes[label + 1:])
+        if isinstance(label, int) and 0 <= label < len(classes) and not other: return label
         names = ', '.join(f'"{o}"' if ',' in str(o) else str(o) for o in classes)
         if len(names) > 600: names = f'{names[:600]} ...'
-        raise UserError(f'no class {label!r:.80}: give 0 to {len(classes)-1} or one of {names}')
+        told = 'as text' if named else f'0 to {len(classes)-1} or'
+        raise UserError(f'no class {label!r:.80}: give {told} one of {names}')
 
     def forward(self, labels): # (b,) int64, -1: of no class; or a list of names or numbers -> tokens (b, 1, dim), mask
         if isinstance(labels, str) or getattr(labels, 'ndim', 1) == 0 or not getattr(labels, '__len__', int)():
             raise UserError(f'labels is {labels!r:.80}: give a class for each latent')
         if not torch.is_tensor(labels): labels = torch.tensor([self.number(o) for o in labels])
-        elif labels.device.type == 'cpu': [self.number(o) for o in labels.unique().tolist() if o != -1]
+        elif labels.device.type == 'cpu':
+            [self.number(o) for o in labels.unique().tolist() if not -1 <= o < len(self.config.classes)]
         labels = labels.to(self.embedding.weight.device)[:, None]
         return self.embedding(labels.clamp(min=0)), labels >= 0
 

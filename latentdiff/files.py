@@ -230,7 +230,7 @@ def to_rgb(im): # PIL image of any mode
         a = np.asarray(im, np.float32)
         if not np.isfinite(a).all(): raise ValueError('some values are not finite')
         full, low, high = 65535 if im.mode[0] == 'I' else 1 if a.max() < 1.05 else 255, a.min(), a.max()
-        unsure = 0 < high < (1 << 14 if full == 65535 else 2) and (a == a.round()).all()   # of fewer bits, or nearly black
+        unsure = 0 < high < (1 << 14 if full == 65535 else 2) and (a == a.round()).all()   # of fewer bits, or dark
         if unsure or low < -.05*full or high > 1.05*full or full == 255 and high < 2:
             raise ValueError(f'values from {low:.4g} to {high:.4g}, not surely of 1 or of {max(full, 255)}: use 8 bits')
         im = Image.fromarray((a*(255/full)).round().clip(0, 255).astype(np.uint8))
@@ -320,22 +320,26 @@ def no_file(path):
 # %% ../nbs/parts/files.ipynb #f029
 def captions_in(folder):
     "{path: caption} from the metadata.csv or metadata.jsonl files in a folder; raises `UserError`"
-    found = {}
-    tables = [o for o in files_below(folder)[0] if o.name.startswith('metadata.') and o.suffix in ('.csv', '.jsonl')]
-    for path in tables:
+    found, more = {}, 0
+    for path in (o for o in files_below(folder)[0] if re.fullmatch(r'metadata(\..*)?\.(csv|jsonl)', o.name)):
         try:
             if why := no_file(path): raise OSError(why)
             with path.open(newline='', encoding='utf-8-sig') as f:
                 columns, table = {}, csv.DictReader(f, strict=True)
                 for row in table if path.suffix == '.csv' else map(json.loads, filter(str.strip, f)):
                     if any(row.pop(None, ())): raise ValueError(f'line {table.line_num}: put "quotes" round its commas')
+                    if path.suffix == '.csv' and max(map(table.fieldnames.count, ('text', 'caption'))) > 1:
+                        raise ValueError('two columns of captions have one name')
                     columns |= row
-                    found[path.parent/row['file_name']] = said = row.get('text') or row.get('caption') or ''
+                    said, of = row.get('text') or row.get('caption') or '', path.parent/row['file_name']
                     said.encode()   # half a surrogate pair, which JSON can hold, is no text
+                    more += bool(said and found.get(of) and said != found[of])
+                    found[of] = found.get(of) or said
             if columns and not {'text', 'caption'} & {*columns}:
                 print(f"{path} has no column text or caption, only {', '.join(map(repr, columns)):.200}", flush=True)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as e:
             raise UserError(f'{path} is no table with file_name and text ({one_line(e)}): mend or remove it') from None
+    if more: print(f'{folder}: {more:,} captions are of a picture that has another one: its first is taken', flush=True)
     return found
 
 # %% ../nbs/parts/files.ipynb #f031
@@ -416,11 +420,9 @@ def hub_folder(spec, n): # 'owner/name', '?image=..&label=..&caption=..&split=..
     from datasets import Image as HubImage, load_dataset
     from huggingface_hub.errors import HTTPError
     name, _, query = str(spec).partition('?')
-    if not name: raise UserError('spec is empty: give owner/name, or a folder')
     if not os.path.isdir(name) and not re.fullmatch(ON_HUB, name):
         raise UserError(f'spec is {spec!r:.200}: give owner/name, or a folder')
-    told = dict(parse_qsl(query))
-    here = dict(files=_state(name)) if os.path.isdir(name) else {}
+    told, here = dict(parse_qsl(query)), dict(files=_state(name)) if os.path.isdir(name) else {}
     split, stamp = told.pop('split', 'train'), fingerprint(spec=spec, n=number(1, n=n), **here)[:8]
     folder = data_home()/f"hub-{name.strip('/').replace('/', '-')}-{stamp}"
     if os.path.exists(folder): return folder
@@ -467,8 +469,7 @@ def shard_samples(shards):
                     if suffix == 'txt': parts[suffix] = last.read(1 << 20)
                     elif f'.{suffix}' in SUFFIXES and 'picture' not in parts: parts['picture'] = last.read(LARGEST + 1)
                     kinds = [*kinds, suffix][:3]
-                picture = parts.get('picture')
-                caption = parts.get('txt', b'').decode('utf-8', 'replace').strip()
+                picture, caption = parts.get('picture'), parts.get('txt', b'').decode('utf-8', 'replace').strip()
                 if picture is None: picture = f'no picture, only {", ".join(kinds)}'
                 elif len(picture) > LARGEST: picture = f'over {LARGEST/1e9:.0f} GB, too much for a picture'
                 elif not caption or '\ufffd' in caption: picture = 'caption is not UTF-8' if caption else 'no caption'
@@ -500,8 +501,7 @@ def npz_pixels(path): # of an .npz with one array
 # %% ../nbs/parts/files.ipynb #f048
 def at_hand(data):
     "The path of a folder, archive or .npz, downloaded if it is a URL"
-    data, path = str(data), there(data)
-    url = is_url(data)
+    data, path, url = str(data), there(data), is_url(data)
     name = PurePosixPath(re.split('[?#]', data)[0] if url else data).name
     known = name.lower().endswith((*ARCHIVES, '.npz'))
     stamp = hashlib.md5(data.encode(errors='replace')).hexdigest()[:8]

@@ -160,6 +160,16 @@ def test_names_with_commas():
     c = ClassConditioner(['a, b', 'c'], 8)
     with pytest.raises(UserError, match='one of "a, b", c'): c.number('a')
     assert [c.number(o) for o in listed('"a, b",c')] == [0, 1] and listed('a, b') == ['a', 'b']
+
+def test_classes_that_are_named_by_numbers_are_asked_for_by_name():
+    "Years, grades, ratings: '1' is the class '1', wherever it stands, and never the second one"
+    c = ClassConditioner(['1', '10', '2'], 8)
+    assert [c.number(o) for o in ('1', '10', '2')] == [0, 1, 2] and [c.number(0), c.number(2)] == [0, 2]
+    for label in ('0', '3', 1, 3):
+        with pytest.raises(UserError, match='give as text one of 1, 10, 2'): c.number(label)
+    assert torch.equal(c(torch.tensor([2, 1, -1]))[0][:2, 0], c.embedding.weight[[2, 1]]) and c([0, '10'])[1].all()
+    with pytest.raises(UserError, match='no class 3'): c(torch.tensor([3]))
+    assert [ClassConditioner([str(k) for k in range(12)], 8).number(o) for o in ('11', 11, 3)] == [11, 11, 3]
     with pytest.raises(UserError, match='--class .*commas'): listed('a\nb')
 
 def test_style_forgets_where():

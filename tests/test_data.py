@@ -671,6 +671,22 @@ def test_captions_of_a_folder(tmp_path, table):
         path.write_bytes(bad)
         assert f'metadata.{table}' in (said := one_line(open_images, tmp_path/'s', 16)) and len(said) < 300 + len(str(path)), said
 
+@pytest.mark.parametrize('tables,kept,said', [
+    ({'metadata.csv': 'file_name,text\na.png,one\na.png,two\na.png,two\nb.png,three\nb.png,three\n'}, ['one', 'three'], '2 captions are of a picture that has another'),
+    ({'metadata.csv': 'file_name,text\na.png,one\nb.png,two\n', 'metadata.jsonl': '{"file_name": "a.png", "text": "three"}\n'}, ['one', 'two'], '1 captions are of'),
+    ({'metadata.csv': 'file_name,text,,\na.png,one,,\nb.png,,,\n', 'metadata.jsonl': '{"file_name": "b.png", "text": "two"}\n'}, ['one', 'two'], '')])
+def test_several_captions_of_a_picture_are_said(tmp_path, capsys, tables, kept, said):
+    "Five of each, as COCO has them: the first is taken, not the last without a word"
+    for o in 'ab': put(tmp_path/'s'/f'{o}.png', png(ord(o)))
+    for name, table in tables.items(): (tmp_path/'s'/name).write_text(table)
+    assert open_images(tmp_path/'s', 16).captions == kept
+    out = capsys.readouterr().out
+    assert said in out if said else 'captions' not in out
+
+def test_two_columns_of_captions_are_refused(tmp_path):
+    put(tmp_path/'s'/'a.png', png()), (tmp_path/'s'/'metadata.csv').write_text('file_name,text,text\na.png,one,two\n')
+    assert 'two columns of captions' in one_line(open_images, tmp_path/'s', 16)
+
 @pytest.mark.parametrize('rows,said', [('x/a.png,a red, big bed', 'line 3: put "quotes"'), ('x/a.png,"a red bed', 'unexpected end of data'), ('x/a.png,"a red" bed', "',' expected after '\"'")])
 def test_captions_whose_quotes_are_missing_are_no_captions(tmp_path, rows, said):
     for name in ('x/a.png', 'x/b.png', 'x/c.png'): put(tmp_path/'s'/name, png(len(name)))

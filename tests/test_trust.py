@@ -62,7 +62,7 @@ CALLS = {
     **each(D.image_dls, 'bs', 0, -1, 'a', images=ROOMS, device='cpu'),
     **each(F.shard_names, 'spec', None, 5, 'a', says='names no shards'), **each(F.shard_names, 'seed', 'a', nan, spec='{0..3}.tar'),
     **each(F.npz_pixels, 'path', None, 5, 'nowhere.npz', says='cannot be read'), **each(F.at_hand, 'data', None, 5, '', 'a\0b', 'x'*5000, says='no folder or file'), **each(F.at_hand, 'data', 'http://\udcff/a.zip', says='could not', title='surrogate'),
-    **each(F.hub_folder, 'n', 0, -1, 'a', spec='nobody/nothing'), **each(F.hub_folder, 'spec', '', n=3, says='spec is empty'),
+    **each(F.hub_folder, 'n', 0, -1, 'a', spec='nobody/nothing'), **each(F.hub_folder, 'spec', '', n=3),
     **each(F.unpacked, 'archive', None, 'nowhere.zip', '.', says='is no archive'),
     **each(F.download, 'url', None, '', 'nowhere', 'file:///etc/hostname', path=NOWHERE, says='begin with https://'),
     **each(F.download, 'url', 'http://[1/x.zip', 'http://127.0.0.1/ä.zip', path=NOWHERE, says='could not download'),
