@@ -156,7 +156,7 @@ def check_settings(path, s): # run.json; the settings in it
 def settings_of(data=None, preset=None, size=None, minutes=None, seed=0, n=None, autoencoder=None, condition=None,
                 From=None, steps=None, ae_steps=None, lr=None, ae_lr=None):
     "What a run depends on, as it is written to run.json: the options, checked, and defaults; steps None: not yet known"
-    amounts = dict(size=size, n=n, steps=steps, ae_steps=ae_steps)
+    amounts, rates = dict(size=size, n=n, steps=steps, ae_steps=ae_steps), (('ae_lr', ae_lr), ('lr', lr))
     above_zero(**amounts, minutes=minutes, lr=lr, ae_lr=ae_lr)
     number(*SEEDS, seed=seed, **{k: v for k, v in amounts.items() if v is not None})
     if data == '': raise UserError('--data is empty: name a data set, a folder, an archive or a web address.')
@@ -168,12 +168,12 @@ def settings_of(data=None, preset=None, size=None, minutes=None, seed=0, n=None,
         raise UserError('--from brings its own autoencoder along: leave --autoencoder away.')
     p = preset_of(dict(preset=preset, data=data, size=size, n=n, autoencoder=autoencoder))
     if From is None and (autoencoder or p.data.split('/')[0] in DATASETS): From = 'none'  # else it will be seen
-    rates = {k: v for k, v in dict(ae_lr=ae_lr, lr=lr).items() if v}
-    there = lambda d, file: d and d not in DATASETS and os.path.exists(place(path=d)/file)
+    here = lambda d, file: os.path.exists(place(path=d)/file) or '{' in str(d).split(':')[0]   # the latter: shards
+    there = lambda d, file: d and d not in DATASETS and here(d, file)
     whole = lambda d, file='': utf8(path=str(Path(d).resolve())) if there(d, file) else d
     return dict(data=whole(p.data), preset=p.name, size=p.size, minutes=minutes, seed=seed, n=p.n,
-                autoencoder=whole(p.ae_pretrained), condition=None if condition == 'none' else condition,
-                steps=steps, ae_steps=ae_steps, **{'from': whole(From, 'model_index.json')}, **rates)
+                autoencoder=whole(p.ae_pretrained), condition=None if condition == 'none' else condition, steps=steps,
+                ae_steps=ae_steps, **{'from': whole(From, 'model_index.json')}, **{k: v for k, v in rates if v})
 
 # %% ../nbs/parts/core.ipynb #c017
 def stream(seed, *what): # a whole number, any size or sign; what the stream is for, in numbers and words

@@ -612,6 +612,12 @@ def test_conditions_that_cannot_be(cli, two_colours, tmp_path):
     one_line(cli('run', *start, tmp_path/'a', '--condition', 'class'), 'classes', 'folder of its own')
     one_line(cli('run', *start, tmp_path/'a', '--condition', 'text'), 'captions', 'metadata.csv')
 
+def test_shards_of_a_run_may_be_asked_for_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert settings_of('v/sh/{00..01}.tar', 'tiny')['data'] == str(tmp_path.resolve()/'v/sh/{00..01}.tar')
+    for url in ('https://x.org/{00..01}.tar', 'hf://datasets/x/y/{00..01}.tar'): assert settings_of(url, 'tiny')['data'] == url
+
+
 def test_a_run_on_the_hub(tmp_path, monkeypatch):
     "Its classes are there to be told, from the column that is named; the settings keep the address as it is; a wrong column is one line."
     from datasets import ClassLabel, Dataset, Features, Image as HubImage
