@@ -25,7 +25,7 @@ from fastai.callback.training import GradientClip
 from .core import UNFIT, WEIGHTS, AsGiven, UserError, agreed, artefact, checked, data_home, default_device, file_md5
 from .core import find_class, fingerprint, first_ahead, load_component, load_weights, multiples, network_config
 from .core import number, numbers, place, save_component, stream, write_whole
-from .data import as_images, check_images, cropped, kind_of, leeway, like, some_pixels
+from .data import all_finite, as_images, check_images, cropped, kind_of, leeway, like, some_pixels
 from .files import download, one_line, there
 from .training import Checkpoint, DeviceLoader, Graphed, Learner, adamw, fit_steps, muon, randn_rows, zero_init
 
@@ -78,7 +78,7 @@ class PSNR(Mean):
 
     @torch.no_grad()
     def update(self, x, y):
-        like(x=x, y=y)
+        like(x=x, y=y), all_finite(x=x), all_finite(y=y)
         mse = (as_double(x) - as_double(y)).square().flatten(1).mean(1).to(self.device)
         return super().update(mse, weight=torch.full_like(mse, x[0].numel()))
 

@@ -107,6 +107,8 @@ class ClassConditioner(nn.Module, AsGiven, ConfigMixin):
         super().__init__()
         if getattr(classes, 'ndim', 1) == 0 or not getattr(classes, '__len__', int)():
             raise UserError(f'classes is {classes!r:.80}: give the name of each, one or more')
+        for o in classes:
+            if [*classes].count(o) > 1: raise UserError(f'classes has {o!r:.80} twice: give each its own name')
         self.embedding, self.dim = nn.Embedding(len(classes), checked(dim=dim)), dim
 
     def number(self, label): # a class's name or number

@@ -19,7 +19,7 @@ from .autoencoder import fit_bs
 from .core import UserError, agreed, artefact, check_contents, checked, default_device, fingerprint
 from .core import first_ahead, made, number, numbers, one_of, positions, progress, rank
 from .core import read_json, sealed, share, stream, unsealed, world
-from .data import CROPS, FEW, cropped, from_uint8, kind_of, leeway, like
+from .data import CROPS, FEW, all_finite, cropped, from_uint8, kind_of, leeway, like
 from .disk import NOWHERE, on_disk, place, remove, reserve, write_json
 
 # %% ../nbs/20_noisify.ipynb #c076
@@ -70,6 +70,7 @@ def _as_level(t, low=0, high=1, name='t'): # float or tensor; what a float may b
     if not torch.is_tensor(t) and not np.ndim(t): number(low, high, whole=False, **{name: t})
     if isinstance(t, (list, tuple)): numbers(len(t), **{name: t})
     t = torch.as_tensor(t)
+    if t.is_cpu and t.numel(): [number(low, high, False, **{name: o.item()}) for o in (t.min(), t.max())]  # or NaN
     return t if t.dtype==torch.float64 else t.float()
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def time_input(self:Process, t): # levels in [0,1], tensor -> float32 like t: di
 @patch
 def t_of_time(self:Process, time): # as `time_input` gives it, or diffusers' timesteps -> t in [0,1]
     "The level of which the network is told `time`: the inverse of `time_input`"
-    time = _as_level(time, -math.inf, math.inf, 'time')
+    time = _as_level(time, -1e30, 1e30, 'time')
     if self.schedule=='edm': return self.t_of((4*time).exp())
     return (time + (self.schedule!='flow'))/self.steps
 
@@ -169,8 +170,7 @@ def check_latents(look=True, **given): # at the numbers, where no GPU has to wai
     like(**given)
     for k,z in given.items():
         if not z.ndim or not z.numel(): raise UserError(f'{k} is {kind_of(z)}: give one sample or more')
-        if look and z.is_cpu and not z.isfinite().all():
-            raise UserError(f'{k} of {kind_of(z)} holds what is not a finite number: look at it')
+        if look: all_finite(**{k: z})
 
 # %% ../nbs/20_noisify.ipynb #c111
 def bcast(v, x): # (b,) or a scalar tensor, and (b,...) -> (b,1,...,1), or the scalar
@@ -186,7 +186,6 @@ def mix(p, x, q, y): # numbers (b,) or one, batches (b,...)
 def _levels_of(t, x): # what stands for levels; the batch they are for
     "`t` as a tensor beside `x`; raises `UserError` unless it is one level, or one a sample, from 0 to 1"
     t = torch.as_tensor(_as_level(t), device=x.device)
-    if t.is_cpu and t.numel(): number(0, 1, False, t=t.min().item()), number(0, 1, False, t=t.max().item())
     if t.ndim and t.shape != x.shape[:1]: raise UserError(f't is {kind_of(t)}: give one level, or {len(x)} of them')
     return t
 

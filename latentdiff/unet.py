@@ -159,7 +159,9 @@ def check_unet(in_channels, out_channels, widths, depth, attn_levels, head_dim, 
     "Raises `UserError` for what no U-Net has"
     checked(in_channels=in_channels, out_channels=in_channels if out_channels is None else out_channels,
                 widths=widths, depth=depth, head_dim=head_dim)
-    if attn_levels is not None: positions(len(widths), attn_levels=attn_levels)
+    if attn_levels is not None:
+        positions(len(widths), attn_levels=attn_levels)
+        for o in attn_levels: number(0, attn_levels=o)
     if groups is not None and any(w % number(1, groups=groups) for w in widths):
         raise UserError(f'groups is {groups}: give a divisor of the widths {tuple(widths)}')
 
