@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import matplotlib.pyplot as plt, numpy as np, torch, torch.nn.functional as F, torchvision.transforms.functional as TF
-from PIL import Image
+from PIL import Image, ImageOps
 from fastai.data.all import Categorize, Datasets, TensorImage, URLs, show_image
 from torchvision.datasets import FashionMNIST, MNIST
 from torchvision.utils import make_grid
@@ -369,7 +369,12 @@ class ArrayImages(Images):
         x = npz_pixels(path)
         keep = pick([f'{i:06d}' for i in range(len(x))], n, seed)
         self.raw, contents = x[keep], [hashlib.md5(o.numpy().tobytes()).hexdigest() for o in x[keep]]
-        super().__init__(Path(path).stem, [f'{i:06d}' for i in keep], size, channels or x.shape[1], contents)
+        stamp = 'Lanczos' if x.shape[2:] != (size, size) else None
+        super().__init__(Path(path).stem, [f'{i:06d}' for i in keep], size, channels or x.shape[1], contents, stamp)
+
+    def read(self, idxs):
+        x = (ImageOps.fit(TF.to_pil_image(self.raw[i]), (self.size,)*2, Image.Resampling.LANCZOS) for i in idxs) # as files
+        return fit_pixels(torch.stack([*map(TF.pil_to_tensor, x)]), self.size, self.channels)
 
 # %% ../nbs/00_data.ipynb #c240
 @lru_cache(16)
