@@ -155,6 +155,16 @@ def test_a_class_may_be_typed_as_it_is_read(name, typed):
     assert c.number(typed) == c.number(name) == 1
     with pytest.raises(UserError): ClassConditioner([' dog', 'dog '], 8).number('dog')
 
+def test_where_names_are_numbers_a_number_is_a_name():
+    "Grades 1 to 5, months: what is asked for is that class, or nothing; a tensor holds places, as labels do"
+    c = ClassConditioner(['1', '10', '2'], 8)
+    assert [c.number(o) for o in ('1', 1, '10', 10, '2', 2)] == [0, 0, 1, 1, 2, 2] and ClassConditioner(['01', '02'], 8).number(1) == 0
+    for bad in ('0', 0, '3', -1, True):
+        with pytest.raises(UserError, match='give one of 1, 10, 2'): c.number(bad)
+    assert torch.equal(c(torch.tensor([0, 2]))[0], c(['1', 2])[0])
+    assert [ClassConditioner(['1', 'cat'], 8).number(o) for o in ('1', 1, '0')] == [0, 1, 0]   # not all are numbers
+    with pytest.raises(UserError, match='no two alike'): ClassConditioner(['cat', 'cat'], 8)
+
 def test_names_with_commas():
     "A list of classes can be read, and what it shows can be given"
     c = ClassConditioner(['a, b', 'c'], 8)
