@@ -168,11 +168,13 @@ def asked(self:Run):
     if not self.condition: return {}
     of = lambda idxs: [o for o in self.said(idxs) if o != -1 and str(o).strip()]
     conds = of(self.images.valid_idxs) or of(self.images.train_idxs)
+    if self.condition == 'class': conds = [self.images.classes[k] for k in conds]
     return dict(cond=[conds[i] for i in np.random.default_rng(self.seed % 2**64).permutation(len(conds))], guidance=2.)
 
 @patch
-def told(self:Run, n): # of the first `n` samples, what each was asked to show, a list
-    return [*itertools.islice(itertools.cycle(self.asked['cond']), n)]
+def told(self:Run, n): # of the first `n` samples, what each was asked to show, a list: places of classes, or captions
+    place = self.images.classes.index if self.condition == 'class' else str
+    return [*map(place, itertools.islice(itertools.cycle(self.asked['cond']), n))]
 
 @patch(as_prop=True)
 def denoiser(self:Run):
@@ -323,8 +325,7 @@ def step_times(self:Run):
     z, process = torch.randn(p.bs, *ae.latent_shape(p.size)), noisify.Process()
     net = unet.unet_for(z.shape[1:], p)
     if self.condition:
-        listener = conditioning.ClassConditioner([''], 384)
-        net = conditioning.Conditioned(conditioning.conditional(net, listener.dim), listener)
+        net = conditioning.Conditioned(conditioning.conditional(net, 384), conditioning.ClassConditioner([''], 384))
         z = z, torch.zeros(p.bs, dtype=torch.long)
     learn = unet.denoiser_learner(net, process, z, z, bs=p.bs, device=self.device)
     first = 0. if given else training.step_time(autoencoder.ae_learner(ae, x, x, bs=p.bs, device=self.device))
@@ -482,8 +483,7 @@ def sample_cli(
     with first_ahead(): new_places(out=out, npz=npz)
     pipe = pipeline.LatentDiffusionPipeline.from_pretrained(run)
     source.check_told(pipe, run, Class, prompt)
-    size = n*pipe.size**2*3
-    memory = size + 8*n*math.prod(pipe.latent_shape)
+    memory = (size := n*pipe.size**2*3) + 8*n*math.prod(pipe.latent_shape)
     with first_ahead():
         for o in filter(None, (out, npz)): enough(f'Drawing {n:,} images', o, size, memory)
     print(f'{n:,} images into {out or npz}: {pipeline.expectation(pipe, n, steps, sampler, bs, **told)}', flush=True)

@@ -99,39 +99,42 @@ def conditional(unet, dim): # a `UNet`, trained or not, and the length of a toke
     return net.to(next(unet.parameters()).device)
 
 # %% ../nbs/60_conditioning.ipynb #c032
+def _typed(o): return unicodedata.normalize('NFC', str(o)).strip()   # a name as people type it
+
 class ClassConditioner(nn.Module, AsGiven, ConfigMixin):
     "Class labels -> tokens: a learned vector for each class"
     config_name = 'config.json'
     @register_to_config
     def __init__(self, classes, dim=128): # names of the classes, such as `images.classes`; length of a token
         super().__init__()
-        if getattr(classes, 'ndim', 1) == 0 or not getattr(classes, '__len__', int)():
-            raise UserError(f'classes is {classes!r:.80}: give the name of each, one or more')
-        for o in classes:
-            if [*classes].count(o) > 1: raise UserError(f'classes has {o!r:.80} twice: give each its own name')
+        if getattr(classes, 'ndim', 1) == 0 or not 0 < getattr(classes, '__len__', int)() == len({*map(str, classes)}):
+            raise UserError(f'classes is {classes!r:.80}: give the name of each, one or more, no two alike')
         self.embedding, self.dim = nn.Embedding(len(classes), checked(dim=dim)), dim
 
-    def number(self, label): # a class's name or number
-        classes = list(self.config.classes)
+    def number(self, label): # a class's name or number; where all names are whole numbers, its name alone
+        classes, digits = list(self.config.classes), str(label).isdecimal() and len(str(label)) < 10
         if label in classes: return classes.index(label)
-        plain = lambda o: unicodedata.normalize('NFC', str(o)).strip()   # as people type it
-        alike = [k for k, o in enumerate(classes) if isinstance(label, str) and plain(o) == plain(label)]
+        whole = all(_typed(o).isdecimal() for o in classes)
+        same = (lambda o: int(o) == int(label)) if whole and digits else lambda o: _typed(o) == _typed(label)
+        alike = [k for k, o in enumerate(classes) if isinstance(label, str if not whole else (str, int)) and same(o)]
         if len(alike) == 1: return alike[0]
-        named = all(plain(o).isdecimal() for o in classes)               # by numbers, such as years: then '7' is a name
-        if isinstance(label, str) and label.isdecimal() and len(label) < 10 and not named: label = int(label)
-        other = named and isinstance(label, int) and str(label) in map(plain, classes[:label] + classes[label + 1:])
-        if isinstance(label, int) and 0 <= label < len(classes) and not other: return label
+        if digits and not whole and int(label) < len(classes): return int(label)
+        raise self.strange(label)
+
+    def strange(self, label): # what is no class's name or number
+        classes = list(self.config.classes)
         names = ', '.join(f'"{o}"' if ',' in str(o) else str(o) for o in classes)
         if len(names) > 600: names = f'{names[:600]} ...'
-        told = 'as text' if named else f'0 to {len(classes)-1} or'
-        raise UserError(f'no class {label!r:.80}: give {told} one of {names}')
+        places = '' if all(_typed(o).isdecimal() for o in classes) else f'0 to {len(classes)-1} or '
+        return UserError(f'no class {label!r:.80}: give {places}one of {names}')
 
     def forward(self, labels): # (b,) int64, -1: of no class; or a list of names or numbers -> tokens (b, 1, dim), mask
         if isinstance(labels, str) or getattr(labels, 'ndim', 1) == 0 or not getattr(labels, '__len__', int)():
             raise UserError(f'labels is {labels!r:.80}: give a class for each latent')
         if not torch.is_tensor(labels): labels = torch.tensor([self.number(o) for o in labels])
         elif labels.device.type == 'cpu':
-            [self.number(o) for o in labels.unique().tolist() if not -1 <= o < len(self.config.classes)]
+            for o in labels.unique().tolist():
+                if not -1 <= o < len(self.config.classes): raise self.strange(o)
         labels = labels.to(self.embedding.weight.device)[:, None]
         return self.embedding(labels.clamp(min=0)), labels >= 0
 

@@ -373,7 +373,8 @@ class ArrayImages(Images):
         super().__init__(Path(path).stem, [f'{i:06d}' for i in keep], size, channels or x.shape[1], contents, stamp)
 
     def read(self, idxs):
-        x = (ImageOps.fit(TF.to_pil_image(self.raw[i]), (self.size,)*2, Image.Resampling.LANCZOS) for i in idxs) # as files
+        "uint8 (n,c,size,size) of these indices, resized as pictures of a folder are"
+        x = (ImageOps.fit(TF.to_pil_image(self.raw[i]), (self.size,)*2, Image.Resampling.LANCZOS) for i in idxs)
         return fit_pixels(torch.stack([*map(TF.pil_to_tensor, x)]), self.size, self.channels)
 
 # %% ../nbs/00_data.ipynb #c240

@@ -230,7 +230,7 @@ def to_rgb(im): # PIL image of any mode
         a = np.asarray(im, np.float32)
         if not np.isfinite(a).all(): raise ValueError('some values are not finite')
         full, low, high = 65535 if im.mode[0] == 'I' else 1 if a.max() < 1.05 else 255, a.min(), a.max()
-        unsure = 0 < high < (1 << 14 if full == 65535 else 2) and (a == a.round()).all()   # of fewer bits, or dark
+        unsure = (0 < high < 1 << 14 and (a % 257).any()) if full == 65535 else 0 < high <= 1 and not (a % 1).any()
         if unsure or low < -.05*full or high > 1.05*full or full == 255 and high < 2:
             raise ValueError(f'values from {low:.4g} to {high:.4g}, not surely of 1 or of {max(full, 255)}: use 8 bits')
         im = Image.fromarray((a*(255/full)).round().clip(0, 255).astype(np.uint8))

@@ -155,22 +155,21 @@ def test_a_class_may_be_typed_as_it_is_read(name, typed):
     assert c.number(typed) == c.number(name) == 1
     with pytest.raises(UserError): ClassConditioner([' dog', 'dog '], 8).number('dog')
 
+def test_where_names_are_numbers_a_number_is_a_name():
+    "Grades 1 to 5, months: what is asked for is that class, or nothing; a tensor holds places, as labels do"
+    c = ClassConditioner(['1', '10', '2'], 8)
+    assert [c.number(o) for o in ('1', 1, '10', 10, '2', 2)] == [0, 0, 1, 1, 2, 2] and ClassConditioner(['01', '02'], 8).number(1) == 0
+    for bad in ('0', 0, '3', -1, True):
+        with pytest.raises(UserError, match='give one of 1, 10, 2'): c.number(bad)
+    assert torch.equal(c(torch.tensor([0, 2]))[0], c(['1', 2])[0])
+    assert [ClassConditioner(['1', 'cat'], 8).number(o) for o in ('1', 1, '0')] == [0, 1, 0]   # not all are numbers
+    with pytest.raises(UserError, match='no two alike'): ClassConditioner(['cat', 'cat'], 8)
+
 def test_names_with_commas():
     "A list of classes can be read, and what it shows can be given"
     c = ClassConditioner(['a, b', 'c'], 8)
     with pytest.raises(UserError, match='one of "a, b", c'): c.number('a')
     assert [c.number(o) for o in listed('"a, b",c')] == [0, 1] and listed('a, b') == ['a', 'b']
-
-def test_classes_that_are_named_by_numbers_are_asked_for_by_name():
-    "Years, grades, ratings: '1' is the class '1', wherever it stands, and never the second one"
-    c = ClassConditioner(['1', '10', '2'], 8)
-    assert [c.number(o) for o in ('1', '10', '2')] == [0, 1, 2] and [c.number(0), c.number(2)] == [0, 2]
-    for label in ('0', '3', 1, 3):
-        with pytest.raises(UserError, match='give as text one of 1, 10, 2'): c.number(label)
-    assert torch.equal(c(torch.tensor([2, 1, -1]))[0][:2, 0], c.embedding.weight[[2, 1]]) and c([0, '10'])[1].all()
-    with pytest.raises(UserError, match='no class 3'): c(torch.tensor([3]))
-    assert [ClassConditioner([str(k) for k in range(12)], 8).number(o) for o in ('11', 11, 3)] == [11, 11, 3]
-    with pytest.raises(UserError, match='--class .*commas'): listed('a\nb')
 
 def test_style_forgets_where():
     "The same thing on the same ground, moved: the same tokens. Another colour: other tokens."

@@ -265,7 +265,7 @@ def flat(mode, colour, **info):
 def test_modes(im, rgb):
     assert to_rgb(im).mode == 'RGB' and to_rgb(im).getpixel((5, 5)) == rgb
 
-@pytest.mark.parametrize('mode,values', [('F', (0., 1.5)), ('F', (0., 65535.)), ('F', (-1., 1.)), ('F', (0., 300.)), ('F', (0., 1.)), ('F', (0., 0., 1.)), ('I', (0, 100_000)), ('I', (-9000, 9)), ('I', (0, 200)), ('I', (0, 1023)), ('I', (3, 16_383))])
+@pytest.mark.parametrize('mode,values', [('F', (0., 1.5)), ('F', (0., 65535.)), ('F', (-1., 1.)), ('F', (0., 300.)), ('F', (0., 1.)), ('F', (0., 0., 1.)), ('I', (0, 100_000)), ('I', (-9000, 9)), ('I', (0, 200)), ('I', (0, 1023)), ('I', (0, 4095)), ('I', (5, 16383))])
 def test_floats_of_no_known_range_are_skipped(tmp_path, mode, values):
     "Neither black nor white, also where it may be nearly black in the scale of its neighbours; a little over the edge, as resizing leaves it, is the edge"
     im = Image.fromarray(np.resize(np.array(values, dict(F=np.float32, I=np.int32)[mode]), (16, 16)))
@@ -275,6 +275,11 @@ def test_floats_of_no_known_range_are_skipped(tmp_path, mode, values):
     save(tmp_path/'x'/'c.tif', Image.fromarray(np.resize(np.float32([0, 254]), (16, 16))))
     images = open_images(tmp_path/'x', 16)
     assert images.pixels().flatten(1).aminmax(dim=1).max.tolist() == [255, 254] and 'values from' in images.skipped[0][1]
+
+def test_a_dark_picture_of_eight_bits_in_sixteen_is_taken():
+    "Its values are multiples of 257, so that their range is known; ten bits would be nearly black, as they are in the folder of any microscope"
+    assert to_rgb(flat('I;16', 9*257)).getpixel((5, 5)) == (9, 9, 9)
+    with pytest.raises(ValueError, match='from 1023 to 1023, not surely'): to_rgb(flat('I;16', 1023))
 
 def test_a_black_float_picture_is_black():
     assert to_rgb(flat('F', 0)).getpixel((5, 5)) == to_rgb(flat('I', 0)).getpixel((5, 5)) == (0, 0, 0)

@@ -206,8 +206,7 @@ def test_classes_of_the_source(tmp_path):
     r = Run(tmp_path/'run', settings_of('rooms', 'tiny', n=120, From=str(tmp_path/'small'), condition='class', steps=1))
     r.go(('denoiser',))
     assert r.images.classes == images.classes[::-1] + ['another'] and not (tmp_path/'run'/'unet').exists()
-    asked = [r.images.classes[k] for k in r.asked['cond']]
-    assert sorted(asked) == sorted(images.classes[images.labels[i]] for i in images.valid_idxs)
+    assert sorted(r.asked['cond']) == sorted(images.classes[images.labels[i]] for i in images.valid_idxs)
     again = Run(r.folder, r.settings)
     assert again.images.classes == r.images.classes and same(again.denoiser[0], r.denoiser[0])
 
