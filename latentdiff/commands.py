@@ -127,8 +127,8 @@ def source(self:Run):
     "The pipeline that the training goes on from; `UserError` if it does not fit, or is not what it was"
     name, start = self.settings['from'], self.settings.get('start')
     pipe = self.once('source', lambda: source.fitting(name, self.images, self.condition))
-    if start is None or start['fingerprint'] == source.mark(pipe): return pipe
-    raise UserError(f"{name} has changed since this run began: choose another folder{by_option('out')}.")
+    if start is not None: source.check_start(start, pipe, name, self.folder)
+    return pipe
 
 @patch
 def begin(self:Run):

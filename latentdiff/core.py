@@ -148,8 +148,8 @@ def check_settings(path, s): # run.json; the settings in it
     if lost: raise UserError(f'{path} has no {lost[0]}: delete the folder, or take the file from the run again')
     above_zero(f'{path}: ', **{k: s.get(k) for k in ('size', 'minutes', 'n', *STEPS, *RATES)})
     number(*SEEDS, **{f'seed in {path}': s['seed']})
-    parts = dict(fingerprint=str, parts=list, network=dict)
-    sound = isinstance(start, dict) and all(isinstance(start.get(k), o) for k, o in parts.items())
+    parts = dict(fingerprint=str, parts=list, network=dict, process=dict, classes=(list, type(None)))
+    sound = isinstance(start, dict) and all(isinstance({'process': {}, **start}.get(k), o) for k, o in parts.items())
     if start is None or sound and start['network'].keys() <= {'widths', 'depth', 'attn_levels'}: return s
     raise UserError(f'{path} does not say what the run started from: delete the folder')
 

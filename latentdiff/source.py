@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NETWORK', 'ENOUGH', 'told_of', 'channels_of', 'check_told', 'listed', 'opened_once', 'opened', 'fitting', 'as_there',
-           'counted_as', 'mark', 'description', 'take_autoencoder', 'said_already', 'strangeness', 'going_on',
-           'trained', 'begun', 'made_of', 'check_there', 'pictures', 'moved', 'told_anew', 'kept_by', 'fits', 'choice',
-           'proposal', 'ae_alone', 'refusal']
+           'counted_as', 'mark', 'description', 'noise_of', 'check_start', 'take_autoencoder', 'said_already',
+           'strangeness', 'going_on', 'trained', 'begun', 'made_of', 'check_there', 'pictures', 'moved', 'told_anew',
+           'kept_by', 'fits', 'choice', 'proposal', 'ae_alone', 'refusal']
 
 # %% ../nbs/parts/source.ipynb #c004
 import csv, json, os, safetensors, shlex, torch, warnings
@@ -86,6 +86,8 @@ def as_there(given): # options of a run, by name
 def counted_as(classes, images): # names, None: leave them; `Images`, whose classes are all among these
     "`images`, with labels that are places in `classes`"
     if not classes: return images
+    if strange := [o for o in images.classes if o not in classes]:
+        raise UserError(f'{strange[0]!s:.80} is none of the classes that run.json names: choose other pictures')
     places = images.labels.new_tensor([*map(list(classes).index, images.classes), -1])   # the last one is for label -1
     images.labels, images.classes = places[images.labels], list(classes)
     return images
@@ -102,6 +104,18 @@ def description(pipe): # as `fitting` returns it
     network = {k: list(v) if isinstance(v, tuple) else v for k, v in net.config.items() if k in NETWORK}   # as in JSON
     facts = dict(classes=classes, network=network, process=asdict(pipe.process))
     return dict(fingerprint=mark(pipe), parts=[*pipe.parts()], **facts)
+
+def noise_of(start): # a `description`
+    "The `Process` in it, flow matching in those of older runs; raises `UserError` if it holds none"
+    try: return Process(**start.get('process', {}))
+    except UNFIT: raise UserError(f"run.json names {start['process']!s:.80} as its noise: delete the folder") from None
+
+def check_start(start, pipe, name, folder): # from the run.json in a folder; as `description` takes it, and its name
+    "`UserError` unless `start` describes `pipe`"
+    now, told = description(pipe), dict(classes=None) | start | dict(process=asdict(noise_of(start)))
+    if not (other := [k for k, v in now.items() if told.get(k) != json.loads(json.dumps(v))]): return
+    way = f"choose another folder{by_option('out')}."
+    raise UserError(f'{name} is not what {folder}/run.json says of it ({other[0]}): one of them has changed; {way}')
 
 # %% ../nbs/parts/source.ipynb #s013
 def take_autoencoder(folder, images, start, source, seed=0): # of a run; `Images`; a `description`; () -> pipeline
@@ -136,7 +150,7 @@ def strangeness(std): # of each channel of new latents
 def going_on(images, condition, start, source): # `Images`; 'class', 'text' or None; a `description`; () -> pipeline
     "The arguments with which `make_denoiser` trains the denoiser of the source further"
     build = lambda *_: deepcopy(source().denoiser).requires_grad_(True).train()
-    given = dict(build=build, start=start['fingerprint'], process=Process(**start.get('process', {})))
+    given = dict(build=build, start=start['fingerprint'], process=noise_of(start))
     if not condition: return given
     said = images.labels if condition == 'class' else images.captions
     conds = said if condition == 'class' else source().denoiser.conditioners[0].rows(said)

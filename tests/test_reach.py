@@ -118,6 +118,18 @@ def test_a_run_goes_on(went_on, saved):
     assert made(went_on.folder/'autoencoder')['parents']['source'] == mark
     assert not same(went_on.denoiser[0], small().denoiser)
 
+@pytest.mark.parametrize('change', [*[dict(process=o) for o in (3, [], 'x', None, dict(extra=1), dict(schedule=3), dict(schedule='cosine', target='v'))], *[dict(classes=o) for o in (3, 'x', ['a'], [1])],
+    *[dict(parts=o) for o in ([], [3], [None], ['vae', 'unet'])], dict(fingerprint='x'), dict(network={}), dict(network=dict(widths=3)), dict(network=dict(widths=[16, 64], depth=1, attn_levels=[]))], ids=str)
+def test_what_run_json_says_of_the_source_is_compared_with_it(went_on, tmp_path, change):
+    "Another process, in silence, would train a network that has learned one noise on another; nothing is made from it"
+    s, given = went_on.settings, settings_of('rooms', 'tiny', n=120, From=went_on.settings['from'], steps=6)
+    (tmp_path/'run.json').write_text(json.dumps(dict(settings=s | dict(start=s['start'] | change))))
+    assert 'run.json' in one_line(lambda: Run(tmp_path, given).go(('denoiser',))) and not (tmp_path/'checkpoints').exists()
+
+def test_classes_that_the_source_cannot_have_are_one_line(rooms):
+    images = SimpleNamespace(labels=rooms.labels, classes=['red'])
+    assert 'red' in one_line(source.counted_as, ['blue'], images)
+
 def test_a_run_goes_on_with_the_process_of_its_source(tmp_path):
     "A source that predicts noise under the betas of DDPM: the loss of that process falls, and the run says what it was trained for."
     process = 'ddpm_linear', 'eps', 'uniform'
