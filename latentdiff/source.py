@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['NETWORK', 'ENOUGH', 'told_of', 'channels_of', 'check_told', 'listed', 'opened_once', 'opened', 'fitting', 'as_there',
            'counted_as', 'mark', 'description', 'noise_of', 'check_start', 'take_autoencoder', 'said_already',
-           'strangeness', 'going_on', 'trained', 'begun', 'made_of', 'check_there', 'pictures', 'moved', 'told_anew',
-           'kept_by', 'fits', 'choice', 'proposal', 'ae_alone', 'refusal']
+           'strangeness', 'going_on', 'trained', 'begun', 'made_of', 'check_there', 'made_with', 'named_first',
+           'no_options', 'pictures', 'moved', 'told_anew', 'kept_by', 'fits', 'choice', 'proposal', 'ae_alone',
+           'refusal']
 
 # %% ../nbs/parts/source.ipynb #c004
-import csv, json, os, safetensors, shlex, torch, warnings
+import csv, json, os, safetensors, shlex, tomllib, torch, warnings
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict
 from functools import lru_cache
 from .core import RATES, UNFIT, UserError, artefact, checked, default_device, fingerprint, load_component, made
 from .core import number, save_component
-from .disk import by_option, matching
+from .disk import by_option, matching, read_text
 from .data import CROPS, FEW, open_images, some_pixels
 from .autoencoder import batches_for, channel_stats, quality
 from .noisify import Process, weights_hash
@@ -180,6 +181,24 @@ def check_there(folder, data): # of a run, a Path; its data
     if not os.path.isabs(data) or '{' in data or os.path.exists(data) or not made_of(folder): return
     again = shlex.join(['latentdiff-encode', '--config', f'{folder}/config.toml', '--out', str(folder), '--data'])
     raise UserError(f'no folder or file {data!r:.200}; if the pictures of {folder} lie elsewhere now: {again} PLACE')
+
+def made_with(folder, k, was, now): # of a run, a Path; a setting, what it is, and what it shall be
+    "What to say of a run that was made with another, without the full stop"
+    said = f'{folder} was made with {k} {was}, not {now}'
+    both = k == 'data' and all(os.path.isabs(str(o)) for o in (was, now))
+    if not both or os.path.exists(was): return f'{said}: repeat that'
+    why = 'are not all the same' if made_of(folder) else 'no finished part can be compared with'
+    return f'{said}, whose pictures {why}: bring back those that lay there'
+
+def named_first(given, s): # options; the settings made of them, dicts
+    "`s` in the order in which a run shall name what it was not made with: first what was given, of that data last"
+    return {k: s[k] for k in (*sorted([k for k in s if k in given], key='data'.__eq__), *s)}
+
+def no_options(path, options): # config.toml of a run; what it shall hold
+    "Whether that is no file of these options, as one that was cut; a folder is left alone"
+    if os.path.isdir(path): return False
+    try: return not options.keys() <= tomllib.loads(read_text(path)).keys()
+    except (OSError, ValueError, RecursionError): return True
 
 def pictures(folder, p, seed): # of a run, a Path; its `Preset`
     "Its data, opened; raises `UserError` if they are not where they were"
