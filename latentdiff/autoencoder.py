@@ -24,7 +24,7 @@ from fastai.basics import Callback, DataLoaders, Metric, Path, patch
 from fastai.callback.training import GradientClip
 from .core import UNFIT, WEIGHTS, AsGiven, UserError, agreed, artefact, checked, data_home, default_device, file_md5
 from .core import find_class, fingerprint, first_ahead, load_component, load_weights, multiples, network_config
-from .core import number, numbers, place, save_component, stream, write_whole
+from .core import number, numbers, of_this_version, place, save_component, stream, write_whole
 from .data import all_finite, as_images, check_images, cropped, kind_of, leeway, like, some_pixels
 from .files import download, one_line, there
 from .training import Checkpoint, DeviceLoader, Graphed, Learner, adamw, fit_steps, muon, randn_rows, zero_init
@@ -442,7 +442,7 @@ def open_autoencoder(spec): # a folder, saved or of TAEF2; 'taef2', 'bedrooms64'
     folder = there(spec) or there(f"{importlib.resources.files('latentdiff')}/zoo/{spec}/autoencoder")
     if str(spec) == 'taef2': return TAEF2.from_pretrained()
     if folder and os.path.isfile(folder/'encoder.safetensors'): return TAEF2.from_pretrained(folder)
-    if folder and os.path.isdir(folder): config = network_config(folder)
+    if folder and os.path.isdir(folder): config = network_config(of_this_version(folder))
     elif re.fullmatch(r'\w[\w.-]*/[\w.-]+', str(spec)): config = _hub(AutoencoderKL.load_config, spec)
     else: raise UserError(f'{spec!r:.200} is neither a folder nor a Hub id like owner/name')
     cls = find_class(config.get('_class_name'))
@@ -473,7 +473,7 @@ def make_autoencoder(folder, images, p, seed=0, device=None): # of the run; `Ima
                 ae = KLAutoencoder(images.channels, p.ae_widths, p.ae_patch, 1, p.latent_channels)
             history = train_autoencoder(ae, some_pixels(images, 'train', seed), x_valid, p.ae_steps, **kw).history
         save_component(ae, work)
-        return dict(history=history, **quality(ae, x_valid))
+        return dict(history=history, before=getattr(kw.get('checkpoint'), 'spent', 0), **quality(ae, x_valid))
 
     return load_component(artefact(path, make, parents, settings)).to(device)
 

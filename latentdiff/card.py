@@ -11,7 +11,7 @@ import diffusers, os, re, shlex, tempfile, torch
 from pathlib import Path
 from huggingface_hub import ModelCardData
 from .core import UNFIT, UserError, find_class, made, network_config, number, numbers, place, read_json
-from .core import shapes, sound, unsealed
+from .core import of_this_version, shapes, sound, unsealed
 from .files import ON_HUB, one_line
 from .noisify import process_of
 from .unet import OtherNetwork
@@ -34,6 +34,7 @@ def names_class(v): return isinstance(v, list) and [*map(type, v)] == [str, str]
 
 def check_index(path, d): # of a model_index.json; the dict in it
     "`UserError` for one that names anything but `PARTS`, before any of them is looked at"
+    of_this_version(Path(path).parent)
     if (kind := d.get('_class_name')) not in PIPELINES:
         raise UserError(f"{path} is of a {kind!s:.80}: those that can be loaded are {', '.join(PIPELINES)}")
     for k, v in d.items():

@@ -57,8 +57,8 @@ class Run:
         free = {'minutes', 'steps', 'chosen', *RATES, *(['ae_steps'] if settings.get('ae_steps') is None else [])}
         if old.get('chosen') and settings.get('from') is None: free |= {'from', 'autoencoder'}
         here = source.moved(self.folder, settings, old, lambda: self.opened(preset_of(settings), settings['seed']))
-        for k in sorted((o for o in {*asked} - free - {*here} if before.get(o) != asked[o]), key='data'.__eq__):
-            raise UserError(f'{self.folder} was made with {k} {before.get(k)}, not {asked[k]}: repeat that, or {other}')
+        for k in sorted((o for o in {*asked} - free - {*here} if before.get(o) != asked[o]), key=[*asked].index):
+            raise UserError(f'{source.made_with(self.folder, k, before.get(k), asked[k])}, or {other}')
         return check_settings(f, {**settings, **old, **here, **source.told_anew(self.folder, settings, old, self.more)})
 
     def once(self, name, make):
@@ -127,8 +127,8 @@ def source(self:Run):
     "The pipeline that the training goes on from; `UserError` if it does not fit, or is not what it was"
     name, start = self.settings['from'], self.settings.get('start')
     pipe = self.once('source', lambda: source.fitting(name, self.images, self.condition))
-    if start is None or start['fingerprint'] == source.mark(pipe): return pipe
-    raise UserError(f"{name} has changed since this run began: choose another folder{by_option('out')}.")
+    if start is not None: source.check_start(start, pipe, name, self.folder)
+    return pipe
 
 @patch
 def begin(self:Run):
@@ -302,12 +302,12 @@ def metrics(self:Run):
 
 @patch(as_prop=True)
 def report(self:Run):
-    "The path of report.html, with metrics.json beside it; written again only if the scores are new"
-    page, f, of = self.folder/'report.html', self.folder/'metrics.json', fingerprint(scores=self.scores)
-    if os.path.exists(page) and os.path.exists(f) and unsealed(f, f'delete {f}').get('made_from') == of: return page
+    "The path of report.html, with metrics.json beside it; written again only if scores or place of data are new"
+    page, of = self.folder/'report.html', dict(made_from=fingerprint(scores=self.scores), data=self.settings['data'])
+    if report.is_of(page, of): return page
     m = self.metrics()
     write_whole(page, report.report(self.folder, self.options(), m))
-    write_json(f, sealed({**m, 'made_from': of}), indent=1)
+    write_json(page.with_name('metrics.json'), sealed(m | of), indent=1)
     return page
 
 # %% ../nbs/90_commands.ipynb #c032
@@ -377,7 +377,7 @@ def go(self:Run, goals=GOALS):
         for o in ('run.json', 'metrics.json'): clear_away(self.folder/o, 'part')   # what need not be written again
         if (fresh or self.more) and self.images.skipped:   # opened before further steps are written down
             write_json(self.folder/'skipped.json', self.images.skipped, indent=1)
-        new = fresh or not os.path.exists(self.folder/'config.toml')
+        new = fresh or source.no_options(self.folder/'config.toml', self.options())
         if new or read_json(self.folder/'run.json', 'delete it').get('settings') != self.settings: self.write()
         for k in goals:
             getattr(self, k)
@@ -405,9 +405,9 @@ def _options(
     out:str=None          # run folder; default: runs/<data>-<preset>-<size>px-seed<seed>
 ): # Run
     kinds = {k.lower(): v for k, v in get_type_hints(_options).items() if k not in ('config', 'track', 'out')}
-    given = {k.lower(): v for k, v in locals().items() if v is not None and k.lower() in kinds}
-    given = source.as_there(beside_file(given, config, kinds))
-    s = settings_of(**{'From' if k == 'from' else k: v for k, v in given.items()})
+    told = {k.lower(): v for k, v in locals().items() if v is not None and k.lower() in kinds}
+    given = source.as_there(beside_file(told, config, kinds))
+    s = source.named_first(told, settings_of(**{'From' if k == 'from' else k: v for k, v in given.items()}))
     folder = run_folder(preset_of(s), s['seed'])
     if s['from'] not in (None, 'none'): folder = folder.with_name(f"{folder.name}-from-{Path(s['from']).name}")
     run = Run(out or folder, s)

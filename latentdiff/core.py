@@ -12,7 +12,7 @@ __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT',
 
 # %% ../nbs/parts/core.ipynb #c004
 from .disk import NOWHERE, UserError, altered, check_unchanged, clear_away, content_of, contents_of, data_home
-from .disk import file_md5, on_disk, patience, place, rank, read_json, read_text, readable, remove
+from .disk import file_md5, of_this_version, on_disk, patience, place, rank, read_json, read_text, readable, remove
 from .disk import replace_folder, runs_home, utf8, whole_folder, world, write_json, write_whole
 from .checks import checked, largest_divisor, multiples, not_finite, number, numbers # all are
 from .checks import one_of, positions, spread                                             # passed on
@@ -148,8 +148,8 @@ def check_settings(path, s): # run.json; the settings in it
     if lost: raise UserError(f'{path} has no {lost[0]}: delete the folder, or take the file from the run again')
     above_zero(f'{path}: ', **{k: s.get(k) for k in ('size', 'minutes', 'n', *STEPS, *RATES)})
     number(*SEEDS, **{f'seed in {path}': s['seed']})
-    parts = dict(fingerprint=str, parts=list, network=dict)
-    sound = isinstance(start, dict) and all(isinstance(start.get(k), o) for k, o in parts.items())
+    parts = dict(fingerprint=str, parts=list, network=dict, process=dict, classes=(list, type(None)))
+    sound = isinstance(start, dict) and all(isinstance({'process': {}, **start}.get(k), o) for k, o in parts.items())
     if start is None or sound and start['network'].keys() <= {'widths', 'depth', 'attn_levels'}: return s
     raise UserError(f'{path} does not say what the run started from: delete the folder')
 
@@ -201,8 +201,7 @@ class Bar:
             print(self.what, flush=True)
             self.what = ''
 
-    def close(self): # take it away
-        if self.bar: self.bar.on_iter_end()
+    def close(self): self.bar and self.bar.on_iter_end() # take it away
 
 def progress(it, total=None, what=''): # anything to go through; how many there are, None: its length; as in `Bar`
     "The items of `it`, with a bar if they take longer than two seconds"
@@ -311,7 +310,9 @@ def unsealed(path, hint, must=False): # of a JSON file; what to do if it is dama
 def made(path):
     "What made.json says of the artefact at `path`: settings, parents, facts, seconds; {} if there is none"
     f, hint = place(path=path)/'made.json', f'delete {path} and run the command again'
-    return unsealed(f, hint, seals(f.parent.parent)) if os.path.isfile(f) else {}
+    d = unsealed(f, hint, seals(f.parent.parent)) if os.path.isfile(f) else {}
+    if all(isinstance(d.get(k, {}), dict) for k in ('settings', 'parents', 'facts')): return d
+    raise UserError(f'{f} is damaged: {hint}')
 
 def seals(folder, new=False): # maybe of a run; True: its run.json, if it is lost, is about to be written
     "Whether it has sealed all that it made: such a run names the version of latentdiff"
@@ -323,8 +324,7 @@ def seals(folder, new=False): # maybe of a run; True: its run.json, if it is los
 def _difference(old, new):
     "The first thing that two notes disagree on, in words; None if they agree"
     for part in ('settings', 'parents'):
-        a, b = old.get(part), new[part]
-        if not isinstance(a, dict): a = {}
+        a, b = old.get(part, {}), new[part]
         k = next((k for k in [*b, *a] if a.get(k) != b.get(k)), None)
         if k: return f'other {k}' if part == 'parents' else f'{k} {a.get(k)}, not {b.get(k)}'
     if old.get('version') != new['version']: return f"version {old.get('version')} of the recipe, not {new['version']}"
@@ -352,12 +352,12 @@ def artefact(path, make,        # the folder; make(folder) fills one, maybe begu
     wrong = f'made with {differs}' if differs and not (remake or cheap) else ''
     if there and not old: wrong = 'not made by this version of latentdiff'
     if wrong: raise UserError(f'{path} was {wrong}: delete it to make it again, or choose another folder')
-    if differs: print(f'{path.name} was made with {differs}: it is made again', flush=True)
+    if differs: print(f'{path.name} was made with {differs}: it is brought up to date', flush=True)
     lost = agreed(altered(path, old) if cheap and not differs else [])
     if lost: print(f"{path.name} has lost {', '.join(lost)}, or they were changed: made again", flush=True)
     if differs or lost or not old:
         with locked(path.parent), on_disk(path):
-            if lost and not rank(): _reopen(path, want, lost)
+            if lost and not rank() and not path.is_symlink(): _reopen(path, want, lost)   # a link is replaced
             _make(path, make, want)
     if rank(): return path
     clear_away(path, 'new', 'old')   # of a process that was killed just when it was done
@@ -388,7 +388,8 @@ def _make(path, make, want):
         if not rank(): _begin(work, want)
     if not agreed((there := made(work)) and not altered(work, there)):   # else it is done, but not in place
         note = {**want, 'fingerprint': fingerprint(**want), 'facts': make(work) or {}}
-        if not rank(): note |= dict(contents=contents_of(work), seconds=round(time.monotonic() - start, 1))
+        secs = note['facts'].pop('before', 0) + time.monotonic() - start   # `before`: in earlier calls
+        if not rank(): note |= dict(contents=contents_of(work), seconds=round(secs, 1))
         write_json(work/'made.json', sealed(note), indent=1)
     with first_ahead(), on_disk(path): replace_folder(work, path)   # now it is there for all
 
@@ -470,9 +471,8 @@ def _opened(path): # .safetensors
 
 def read_weights(path): # .safetensors
     "The tensors in a file by name; raises `UserError` if it is missing, damaged, or holds numbers that are not finite"
-    again = 'save or download it again'
     with _opened(path) as f: state = {k: f.get_tensor(k) for k in f.keys()}
-    if bad := not_finite(state): raise UserError(f'{path} holds {bad[0]} that is not finite: {again}')
+    if bad := not_finite(state): raise UserError(f'{path} holds {bad[0]} that is not finite: save or download it again')
     return state
 
 def _kinds(path): # .safetensors

@@ -7,8 +7,8 @@ __all__ = ['FULL', 'NOWHERE', 'world', 'rank', 'Stopped', 'last_words', 'stop_po
            'DiskError', 'place', 'size_of', 'lies_in', 'still_there', 'make_in', 'room_at', 'by_option', 'on_disk',
            'enough', 'free_memory', 'reserve', 'remove', 'matching', 'clear_away', 'put_beside', 'write_whole',
            'write_json', 'readable', 'read_text', 'read_json', 'crc_of', 'file_md5', 'content_of', 'contents_of',
-           'altered', 'check_unchanged', 'replace_folder', 'whole_folder', 'new_place', 'new_places', 'refused', 'utf8',
-           'check_call', 'printable', 'patience', 'plain_output', 'one_line_errors']
+           'altered', 'of_this_version', 'check_unchanged', 'replace_folder', 'whole_folder', 'new_place', 'new_places',
+           'refused', 'utf8', 'check_call', 'printable', 'patience', 'plain_output', 'one_line_errors']
 
 # %% ../nbs/parts/disk.ipynb #k001
 import os, signal, sys
@@ -117,6 +117,8 @@ def still_there(path):
 def make_in(home, folder): # what the folder `lies_in`, asked when the work on it began
     "Make it, unless `home` is not there any more: then raises `UserError`"
     still_there(home)
+    links = [o for o in (folder, folder.parent) if o.is_symlink() and 'checkpoints' in (o.name, o.parent.name)]
+    if links: raise UserError(f'{links[0]} is a link, and nothing is written elsewhere: put a folder in its place')
     folder.mkdir(parents=True, exist_ok=True)
 
 def room_at(path): # where something is to be written
@@ -124,6 +126,7 @@ def room_at(path): # where something is to be written
     try: path, home = (Path(os.path.abspath(o)) for o in (path, data_home()))
     except FileNotFoundError: raise UserError('the current folder is gone: go to one that is there') from None
     there, out = lies_in(path), f'choose one{by_option("out")}, or set LATENTDIFF_RUNS'
+    if _options and 'out' not in _options: out = 'move the run folder there'
     way = 'set LATENTDIFF_DATA' if home in path.parents else out
     return shutil.disk_usage(there).free, there, f'go to another disk: {way}'
 
@@ -310,6 +313,14 @@ def altered(path, note): # an artefact's folder; what `made` says of it
     is_it = lambda o, mark: os.path.isfile(o) and content_of(o) == mark
     return [k for k, mark in told.items() if not is_it(Path(path)/k, mark)]
 
+def of_this_version(folder): # maybe of a run, or of a part of one
+    "It; raises `UserError` if that is a run of version 0.1"
+    for f in (Path(folder)/'run.json', Path(folder).parent/'run.json'):
+        d = {}
+        with suppress(OSError, ValueError): d = read_json(f, '')   # what is damaged, others find
+        if 'stages' in d: raise UserError(f'{f.parent} is a run of version 0.1, which this one cannot read: train anew')
+    return folder
+
 def check_unchanged(folder): # of a network
     "`UserError` if its weights are others than the note beside them says, as after a flipped bit"
     note = Path(folder)/'contents.json'
@@ -381,6 +392,8 @@ def _not_imported(e): # an exception
     theirs = [*itertools.takewhile(lambda o: package(o) != 'latentdiff', reversed(way))][::-1]
     bodies = [package(o) for o in theirs if o.f_code.co_name == '<module>']   # those of modules
     if isinstance(e, ImportError) and not f'{e.name}'.startswith('latentdiff'): bodies = bodies or [e.name]
+    if isinstance(root, SyntaxError) and os.path.isfile(f := Path(f'{root.filename}')): # a module's, which has no frame
+        if f.parent != Path(__file__).parent: bodies = [f.parent.name if f.stem == '__init__' else f.stem]
     if not bodies: return
     why = 'the memory does not suffice' if 'failed to map segment' in str(root) else ' '.join(str(root).split())[:200]
     return UserError(f"{bodies[-1]} cannot be imported ({type(root).__name__}: {why}): look at Python's options, at "
@@ -418,6 +431,7 @@ def check_call(options): # dict
     for k, v in options.items():
         if v == '' and k not in ('Class', 'prompt', 'negative'):   # who reads these says it better
             raise UserError(f'--{k} is empty: say something, or leave it away.')
+        if isinstance(v, list): raise UserError(f'--{k} is --, which says nothing: say something, or leave it away.')
         if isinstance(v, str): utf8(**{k: v})
 
 def printable(text):

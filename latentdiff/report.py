@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['GUIDANCES', 'CHOICES', 'STYLE', 'PAGE', 'to_pil', 'save_png', 'labelled', 'picture_rows', 'path_picture',
            'history_of', 'loss_curves', 'kid_curve', 'training_curves', 'class_judge', 'caption_judge', 'told',
-           'by_guidance', 'guidance_curves', 'inside', 'figure', 'asked_for', 'table', 'caution', 'headline',
-           'guidance_figure', 'samples_figure', 'figures', 'report']
+           'by_guidance', 'guidance_curves', 'inside', 'figure', 'asked_for', 'table', 'caution', 'check_measured',
+           'headline', 'guidance_figure', 'samples_figure', 'figures', 'is_of', 'report']
 
 # %% ../nbs/parts/report.ipynb #c004
-import base64, io, shlex
+import base64, io, os, shlex
 from html import escape
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
@@ -19,7 +19,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from .core import UNFIT, UserError, checked, made, number, place, write_whole
+from .core import UNFIT, UserError, checked, made, number, place, unsealed, write_whole
 from .data import check_images, from_uint8, image_grid
 from .kid_eval import features, finite, kid
 from .pipeline import path_of
@@ -225,10 +225,24 @@ def caution(m):
     return {'caution': f"{m['n_real']:,} real pictures and {m['n_fake']:,} samples: KID can be off by "
                        f"{2*m['kid_se']:.2g} (two standard errors); FID rises as they get fewer, and has no error."}
 
+_NUMBERS = 'n_fake n_real n_reconstructed kid kid_se kid_floor kid_floor_se fid fid_floor psnr ssim'.split()
+
+def check_measured(m): # as for `report`
+    "`UserError` for figures that no run has noted, as in a damaged made.json"
+    number(whole=False, **{k: checked(m=m).get(k) for k in _NUMBERS})
+    told, seen = m.get('told') or {}, m.get('guidance') or {}
+    kinds = dict(seconds=(m.get('seconds'), dict), extractor=(m.get('extractor'), str), device=(m.get('device'), str),
+                 told=(told, dict), guidance=(seen, dict))
+    for k, (v, kind) in kinds.items():
+        if not isinstance(v, kind): raise UserError(f'{k} is {v!r:.80}, which no run notes: delete its scores')
+    number(0, whole=False, **{f'seconds of {k}': v for k, v in m['seconds'].items()})
+    if told: number(whole=False, guidance=told.get('guidance'))
+    there = {k: seen.get(k) for k in ('right', 'luck') if seen.get(k) is not None}
+    if seen: number(1, n=seen.get('n'), n_real=seen.get('n_real')), number(0, 1, False, **there)
+
 def headline(m):
     "The numbers that matter, each with what it rests on and its floor: a dict for `table`"
-    names = 'n_fake n_real n_reconstructed kid kid_se kid_floor kid_floor_se fid fid_floor psnr ssim'.split()
-    number(whole=False, **{k: checked(m=m).get(k) for k in names})
+    check_measured(m)
     of = f"{m['n_fake']:,} samples against {m['n_real']:,} held out, by {m['extractor']}"
     return {'KID': f"{m['kid']:.4f} ± {m['kid_se']:.4f}, {of}",
             'KID of real against real, the floor': f"{m['kid_floor']:.4f} ± {m['kid_floor_se']:.4f}",
@@ -272,8 +286,15 @@ PAGE = """<!doctype html><html lang=en><meta charset=utf-8>
 <meta name=viewport content="width=device-width,initial-scale=1">
 <title>{title}</title><style>{style}</style><body><h1>{title}</h1><p class=sub>{sub}</p>{body}</body></html>"""
 
+def is_of(page, of): # report.html; what it was made from, as metrics.json says
+    "Whether they are there, and made from that; those of older runs do not say where the data lay"
+    f = page.with_name('metrics.json')
+    if not (os.path.exists(page) and os.path.exists(f)): return False
+    return of == dict(data=of['data']) | {k: v for k, v in unsealed(f, f'delete {f}').items() if k in of}
+
 def report(folder, settings, m): # with the pictures; the options of latentdiff-run; all that was measured, both dicts
     "The whole run as one HTML page that needs no other file"
+    check_measured(m)
     options = [o for k, v in settings.items() if v is not None for o in (f"--{k.replace('_', '-')}", str(v))]
     pictures = [f'<h2>{h}</h2>{figure(folder/f"{name}.png", *how)}' for h, name, *how in figures(m)]
     again = (f"<h2>Again</h2><p><code>{escape(shlex.join(['latentdiff-run', *options]))}</code></p>"

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['NETWORK', 'ENOUGH', 'told_of', 'channels_of', 'check_told', 'listed', 'opened_once', 'opened', 'fitting', 'as_there',
-           'counted_as', 'mark', 'description', 'take_autoencoder', 'said_already', 'strangeness', 'going_on',
-           'trained', 'begun', 'made_of', 'check_there', 'pictures', 'moved', 'told_anew', 'kept_by', 'fits', 'choice',
-           'proposal', 'ae_alone', 'refusal']
+           'counted_as', 'mark', 'description', 'noise_of', 'check_start', 'take_autoencoder', 'said_already',
+           'strangeness', 'going_on', 'trained', 'begun', 'made_of', 'check_there', 'made_with', 'named_first',
+           'no_options', 'pictures', 'moved', 'told_anew', 'kept_by', 'fits', 'choice', 'proposal', 'ae_alone',
+           'refusal']
 
 # %% ../nbs/parts/source.ipynb #c004
-import csv, json, os, safetensors, shlex, torch, warnings
+import csv, json, os, safetensors, shlex, tomllib, torch, warnings
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict
 from functools import lru_cache
 from .core import RATES, UNFIT, UserError, artefact, checked, default_device, fingerprint, load_component, made
 from .core import number, save_component
-from .disk import by_option, matching
+from .disk import by_option, matching, read_text
 from .data import CROPS, FEW, open_images, some_pixels
 from .autoencoder import batches_for, channel_stats, quality
 from .noisify import Process, weights_hash
@@ -86,6 +87,8 @@ def as_there(given): # options of a run, by name
 def counted_as(classes, images): # names, None: leave them; `Images`, whose classes are all among these
     "`images`, with labels that are places in `classes`"
     if not classes: return images
+    if strange := [o for o in images.classes if o not in classes]:
+        raise UserError(f'{strange[0]!s:.80} is none of the classes that run.json names: choose other pictures')
     places = images.labels.new_tensor([*map(list(classes).index, images.classes), -1])   # the last one is for label -1
     images.labels, images.classes = places[images.labels], list(classes)
     return images
@@ -102,6 +105,18 @@ def description(pipe): # as `fitting` returns it
     network = {k: list(v) if isinstance(v, tuple) else v for k, v in net.config.items() if k in NETWORK}   # as in JSON
     facts = dict(classes=classes, network=network, process=asdict(pipe.process))
     return dict(fingerprint=mark(pipe), parts=[*pipe.parts()], **facts)
+
+def noise_of(start): # a `description`
+    "The `Process` in it, flow matching in those of older runs; raises `UserError` if it holds none"
+    try: return Process(**start.get('process', {}))
+    except UNFIT: raise UserError(f"run.json names {start['process']!s:.80} as its noise: delete the folder") from None
+
+def check_start(start, pipe, name, folder): # from the run.json in a folder; as `description` takes it, and its name
+    "`UserError` unless `start` describes `pipe`"
+    now, told = description(pipe), dict(classes=None) | start | dict(process=asdict(noise_of(start)))
+    if not (other := [k for k, v in now.items() if told.get(k) != json.loads(json.dumps(v))]): return
+    way = f"choose another folder{by_option('out')}."
+    raise UserError(f'{name} is not what {folder}/run.json says of it ({other[0]}): one of them has changed; {way}')
 
 # %% ../nbs/parts/source.ipynb #s013
 def take_autoencoder(folder, images, start, source, seed=0): # of a run; `Images`; a `description`; () -> pipeline
@@ -136,7 +151,7 @@ def strangeness(std): # of each channel of new latents
 def going_on(images, condition, start, source): # `Images`; 'class', 'text' or None; a `description`; () -> pipeline
     "The arguments with which `make_denoiser` trains the denoiser of the source further"
     build = lambda *_: deepcopy(source().denoiser).requires_grad_(True).train()
-    given = dict(build=build, start=start['fingerprint'], process=Process(**start.get('process', {})))
+    given = dict(build=build, start=start['fingerprint'], process=noise_of(start))
     if not condition: return given
     said = images.labels if condition == 'class' else images.captions
     conds = said if condition == 'class' else source().denoiser.conditioners[0].rows(said)
@@ -166,6 +181,24 @@ def check_there(folder, data): # of a run, a Path; its data
     if not os.path.isabs(data) or '{' in data or os.path.exists(data) or not made_of(folder): return
     again = shlex.join(['latentdiff-encode', '--config', f'{folder}/config.toml', '--out', str(folder), '--data'])
     raise UserError(f'no folder or file {data!r:.200}; if the pictures of {folder} lie elsewhere now: {again} PLACE')
+
+def made_with(folder, k, was, now): # of a run, a Path; a setting, what it is, and what it shall be
+    "What to say of a run that was made with another, without the full stop"
+    said = f'{folder} was made with {k} {was}, not {now}'
+    both = k == 'data' and all(os.path.isabs(str(o)) for o in (was, now))
+    if not both or os.path.exists(was): return f'{said}: repeat that'
+    why = 'are not all the same' if made_of(folder) else 'no finished part can be compared with'
+    return f'{said}, whose pictures {why}: bring back those that lay there'
+
+def named_first(given, s): # options; the settings made of them, dicts
+    "`s` in the order in which a run shall name what it was not made with: first what was given, of that data last"
+    return {k: s[k] for k in (*sorted([k for k in s if k in given], key='data'.__eq__), *s)}
+
+def no_options(path, options): # config.toml of a run; what it shall hold
+    "Whether that is no file of these options, as one that was cut; a folder is left alone"
+    if os.path.isdir(path): return False
+    try: return not options.keys() <= tomllib.loads(read_text(path)).keys()
+    except (OSError, ValueError, RecursionError): return True
 
 def pictures(folder, p, seed): # of a run, a Path; its `Preset`
     "Its data, opened; raises `UserError` if they are not where they were"

@@ -202,8 +202,7 @@ class Learner(fastai.learner.Learner):
         except UNFIT as e: raise UserError(f'{f} does not fit this optimizer: load it with with_opt=False') from e
         return self
 
-    def export(self, *args, **kwargs): # as fastai's
-        "There is none"
+    def export(self, *args, **kwargs): # as fastai's; there is none
         raise UserError("export writes a pickle, which can run code: learn.save('name') writes the weights without one")
 
     def lr_find(self, *args, **kwargs): # as fastai's
@@ -313,6 +312,7 @@ class Checkpoint:
     "Where a training writes down how far it is; it goes on from there only if it is the same training"
     def __init__(self, folder, made_from, every=40.): # of two files; fingerprint of all but the steps; seconds
         self.folder, self.made_from, self.every, self.home = Path(folder), made_from, every, lies_in(folder)
+        self.spent, self.begun = 0, time.monotonic()   # seconds of the calls before this one; its own beginning
 
     def path(self, name): return self.folder/f'{name}.safetensors'
 
@@ -320,7 +320,8 @@ class Checkpoint:
         "Write tensors and a note (a dict) in one step, and clear away what a killed process left half written"
         make_in(self.home, self.folder)
         tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        note = dict(json.loads(json.dumps(note, default=float)), made_from=self.made_from, sums=crc_of(tensors))
+        own = dict(made_from=self.made_from, spent=round(self.spent + time.monotonic() - self.begun))
+        note = json.loads(json.dumps(note, default=float)) | own | dict(sums=crc_of(tensors))
         write_whole(self.path(name), safetensors.torch.save(tensors, {'note': json.dumps(sealed(note))}))
         self.clear()
 
@@ -329,11 +330,11 @@ class Checkpoint:
 
     def note(self, name):
         "The note of a checkpoint of this training; None if there is none"
-        f = self.path(name)
-        if not os.path.isfile(f): return None
+        if not os.path.isfile(f := self.path(name)): return None
         try:
             with readable(f), safetensors.safe_open(f, 'pt') as o: note = json.loads(o.metadata()['note'])
             if note['made_from'] == self.made_from and note.pop('seal') != fingerprint(**note): raise ValueError
+            if not all(repr(note.get(o, 0)).isdecimal() for o in ('k', 'steps', 'ema', 'spent')): raise ValueError
             return note if note['made_from'] == self.made_from else None
         except UserError: raise
         except (safetensors.SafetensorError, RecursionError, *UNFIT):
@@ -353,6 +354,7 @@ class Checkpoint:
             try: found += [(self.whole(o, n['sums']), n)] if passes(n := self.note(o)) else []
             except UserError as e: damaged.append(e)
         best = max(found, key=lambda o: o[1]['k'], default=None)
+        self.spent, self.begun = best[1].get('spent', 0) if best else 0, time.monotonic()
         for e in damaged:
             if not best: raise e
             print(f"{str(e).rsplit(': ', 1)[0]}; the training goes on from another, at step {best[1]['k']}", flush=True)
@@ -396,8 +398,9 @@ class StepByStep(Callback):
         if yes: return
         why = 'float16 overflowed, and in float32 it is finite: train without mixed precision, or' \
               if self.overflowed() else 'the training diverged, so'
+        rid = f', or, if no rate is low enough, delete {self.keeper.checkpoint.folder}' if self.keeper.found else ''
         raise UserError(f'training {type(self.model).__name__} stopped at step {self.k}: {what}; {why} '
-                        f'train again at a lower rate than {self.peak:g}; nothing of this step is saved')
+                        f'train again at a lower rate than {self.peak:g}{rid}; nothing of this step is saved')
 
     @torch.no_grad()
     def overflowed(self):
@@ -454,15 +457,13 @@ class Keeper(Callback):
 
     def take_best(self):
         "End with the weights of the best validation, and say so if they are not the last ones"
-        at, steps = self.history['best'][0], self.step_by_step.steps
-        if at < steps:
-            print(f'the weights of step {at:,} of {steps:,} are kept: their validation was the best', flush=True)
+        at, of = self.history['best'][0], self.step_by_step.steps
+        if at < of: print(f'the weights of step {at:,} of {of:,} are kept: their validation was the best', flush=True)
         self.model.load_state_dict(self.best)
 
     def check(self, state): self.step_by_step.finite(not not_finite(state), 'not all its weights are finite numbers')
 
-    def write(self):
-        "Write what is due"
+    def write(self): # what is due
         if not self.checkpoint or rank(): return
         if self.step_by_step.k == decay_start(self.step_by_step.steps): self.save('stable')
         if time.monotonic() - self.saved > self.checkpoint.every: self.save('last')
@@ -494,8 +495,7 @@ class Keeper(Callback):
         if note['scaler']: self.learn.mixed_precision.scaler.load_state_dict(note['scaler'])
         self.best = {k: v.to(self.dls.device) for k, v in part('best.').items()} or None
         self.history = {k: note['history'][k] for k in self.history} | note['history']
-        smooth = self.recorder.smooth_loss
-        smooth.count, smooth.val = note['k'], torch.tensor(note['smooth'], device=self.dls.device)
+        vars(self.recorder.smooth_loss).update(count=note['k'], val=torch.tensor(note['smooth']).to(self.dls.device))
 
 # %% ../nbs/parts/training.ipynb #c029
 def fit_steps(learn,                                 # a fastai Learner whose training loader is a `DeviceLoader`

@@ -168,7 +168,7 @@ def test_pictures_that_lie_elsewhere_are_those_that_have_the_same_fingerprint(cl
     way = shlex.split(r.err.split('elsewhere now: latentdiff-')[1])[:-1]
     for o in (pics, 'pics', 'rooms'): one_line(cli(*way, o), f"no folder or file '{pics}'; ")
     one_line(cli(*way, tmp_path/'nowhere'), f"no folder or file '{tmp_path}/nowhere'; ")
-    one_line(cli(*way, tmp_path/'other'), f'made with data {pics}, not {tmp_path}/other')
+    one_line(cli(*way, tmp_path/'other'), f'made with data {pics}, not {tmp_path}/other, whose pictures are not all the same: bring back')
     one_line(cli(*way, new, '--seed', 1), 'made with seed 0, not 1')
     assert settings()['data'] == str(pics)
     assert (r := cli(*way, new)).rc == 0 and settings()['data'] == str(new), r

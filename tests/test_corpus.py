@@ -182,7 +182,7 @@ def test_how_long_a_denoiser_was_trained(value, folder, short):
     "--more adds to what made.json says, which may come from elsewhere"
     f = folder/'unet'/'made.json'
     good = f.read_bytes()
-    for path in ('settings', 'settings.steps'):
+    for path in ('settings', 'settings.steps', *['parents']*(not isinstance(value, dict))):
         f.write_text(resealed(good, path, value))
         try: assert answer(more, folder) == 'one line'
         finally: f.write_bytes(good)

@@ -510,6 +510,9 @@ def test_a_training_that_diverged_goes_on_at_a_lower_rate_when_asked(tmp_path, c
         trained('plain', keep, cbs=Poison('loss', 13))
     learn = quiet(small_learner(), steps=40, lr=.01, checkpoint=keep)
     assert 'from step 13 on' in capsys.readouterr().out and not not_finite(state(learn))
+    late = Checkpoint(tmp_path/'late', 'this', every=0)   # its checkpoint is of weights that were ruined already
+    for k, says in ((13, 'lower rate than 0.05;'), (14, f'lower rate than 0.05, or, if no rate is low enough, delete {tmp_path}/late;')):
+        with pytest.raises(UserError, match=says): trained('plain', late, cbs=Poison('loss', k))
 
 def test_float16_that_overflows_is_told_from_divergence():
     "Mixed precision in float16, on the CPU: an activation of 100,000 is infinite there, and finite in float32"
@@ -558,7 +561,13 @@ def test_a_denoiser_that_diverged_goes_on_at_a_lower_rate_in_its_run(tmp_path, m
     for _ in range(2):
         with pytest.raises(UserError, match='^training UNet stopped at step 8: .*lower rate than 0.001'): go()
     capsys.readouterr()
+    def long(self, *args, load=training.Checkpoint.load, **kw):
+        found = load(self, *args, **kw)
+        self.spent += 1000
+        return found
+    monkeypatch.setattr(training.Checkpoint, 'load', long)
     go(lr=1e-4)
+    assert made(tmp_path/'run'/'unet')['seconds'] > 1000 > made(tmp_path/'run'/'autoencoder')['seconds']   # also of earlier calls
     assert 'from step 8 on' in capsys.readouterr().out and made(tmp_path/'run'/'unet')['settings']['lr'] == 1e-4
     for how in (dict(), dict(lr=1e-4)):
         go(**how)
@@ -591,6 +600,7 @@ LIBRARIES = dict(                    # modules whose import ends, and what is sa
     large=('raise ImportError("libx.so: failed to map segment from shared object")', 'large cannot be imported (ImportError: the memory does not suffice): '),
     poor=('import nosuchlibrary', 'poor cannot be imported (ModuleNotFoundError: No module named'),
     nosuch=(None, "nosuch cannot be imported (ModuleNotFoundError: No module named 'nosuch'): "),
+    halved=('x = (', 'halved cannot be imported (SyntaxError: '),
     latentdiff_=('x = {}["k"]', None))
 
 @pytest.mark.parametrize('name', LIBRARIES)
@@ -1055,6 +1065,40 @@ def test_a_link_to_nowhere_is_found_before_the_work(tmp_path):
     "Where an artefact belongs, as on a disk that is not there"
     (tmp_path/'unet').symlink_to(tmp_path/'elsewhere')
     assert 'was not made by' in one_line(lambda: core.artefact(tmp_path/'unet', lambda o: pytest.fail('work'), {}, {}))
+
+def test_nothing_is_written_to_where_a_link_in_a_run_leads(tmp_path):
+    "As in a run of somebody else's: checkpoints are refused, cheap parts are made again in its place"
+    from latentdiff.training import Checkpoint
+    big, run = tmp_path/'big', tmp_path/'run'
+    big.mkdir(), run.mkdir()
+    make = lambda: core.artefact(run/'samples', lambda o: (o/'a').write_text('x') and {}, {}, {}, cheap=True)
+    make()
+    (run/'samples').rename(big/'samples')
+    (big/'samples'/'a').unlink()
+    (run/'samples').symlink_to(big/'samples')
+    (run/'checkpoints').symlink_to(big)
+    assert f'{run}/checkpoints is a link' in one_line(lambda: Checkpoint(run/'checkpoints'/'unet', 'x').save('last', {}, dict(k=1, steps=2)))
+    make()
+    assert (run/'samples'/'a').exists() and not (run/'samples').is_symlink() and {o.name for o in big.rglob('*')} == {'samples', 'made.json'}
+
+def test_a_run_of_version_0_1_is_called_one(tmp_path):
+    "Wherever it, or a part of it, is given"
+    from latentdiff import autoencoder, pipeline, source
+    (tmp_path/'autoencoder').mkdir()
+    write_json(tmp_path/'run.json', dict(stages={}))
+    write_json(tmp_path/'model_index.json', dict(_class_name='LatentDiffusionPipeline', denoiser=['latentdiff.unet', 'UNet']))
+    write_json(tmp_path/'autoencoder'/'config.json', dict(_class_name='KLAutoencoder'))
+    for f in (pipeline.LatentDiffusionPipeline.from_pretrained, lambda o: source.as_there({'from': str(o)}), autoencoder.open_autoencoder, lambda o: autoencoder.open_autoencoder(o/'autoencoder')):
+        assert f'{tmp_path} is a run of version 0.1' in one_line(lambda: f(tmp_path))
+
+def test_advice_for_a_run_that_is_there(tmp_path, monkeypatch):
+    "A command without --out cannot be told to choose a place, nor to set where new runs go"
+    monkeypatch.setattr(disk, '_options', ['run', 'more'])
+    assert room_at(tmp_path/'x')[2].endswith('move the run folder there') and 'LATENTDIFF_RUNS' not in room_at(tmp_path/'x')[2]
+
+def test_two_dashes_are_no_value():
+    "Python 3.11's argparse makes an empty list of --class=--"
+    assert '--Class is --' in one_line(lambda: check_call({'Class': []}))
 
 def test_numbers_that_are_equal_are_the_same_setting(tmp_path):
     for lr in (1, 1.): core.artefact(tmp_path/'a', lambda o: dict(made=lr), {}, dict(lr=lr))

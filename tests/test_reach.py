@@ -1,5 +1,5 @@
 "Runs that go on from a pipeline, settings from a file, and what guidance does."
-import json, math, os, shutil, tomllib, warnings
+import json, math, os, re, shutil, tomllib, warnings
 from types import SimpleNamespace
 import matplotlib.pyplot as plt, numpy as np, pytest, torch, torch.nn.functional as F
 from errors import one_line
@@ -8,14 +8,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from latentdiff import source
 from latentdiff.autoencoder import AELoss, KLAutoencoder, ae_learner, as_double
 from latentdiff.commands import Run, run_cli
-from latentdiff.core import beside_file, default_device, made, read_toml, settings_of, to_toml
+from latentdiff.core import beside_file, default_device, made, read_toml, sealed, settings_of, to_toml
 from latentdiff.conditioning import ClassConditioner, Conditioned, TextConditioner, conditional
 from latentdiff.denoisers import ResNetDenoiser
 from latentdiff.data import from_uint8, open_images, some_pixels, to_uint8
 from latentdiff.few_step import with_steps
 from latentdiff.noisify import Latents, Process, make_latents, weights_hash
 from latentdiff.pipeline import LatentDiffusionPipeline, zoo
-from latentdiff.report import by_guidance, caption_judge, caution, class_judge, guidance_curves, guidance_figure
+from latentdiff.report import by_guidance, caption_judge, caution, class_judge, guidance_curves, guidance_figure, headline, is_of, report as page_of
 from latentdiff.training import fit_steps, orthogonalise, rate, trackers
 from latentdiff.unet import UNet, denoiser_learner, loss_by_level, make_denoiser
 
@@ -117,6 +117,18 @@ def test_a_run_goes_on(went_on, saved):
     assert note['settings']['widths'] == [16, 32] and note['settings']['steps'] == 6
     assert made(went_on.folder/'autoencoder')['parents']['source'] == mark
     assert not same(went_on.denoiser[0], small().denoiser)
+
+@pytest.mark.parametrize('change', [*[dict(process=o) for o in (3, [], 'x', None, dict(extra=1), dict(schedule=3), dict(schedule='cosine', target='v'))], *[dict(classes=o) for o in (3, 'x', ['a'], [1])],
+    *[dict(parts=o) for o in ([], [3], [None], ['vae', 'unet'])], dict(fingerprint='x'), dict(network={}), dict(network=dict(widths=3)), dict(network=dict(widths=[16, 64], depth=1, attn_levels=[]))], ids=str)
+def test_what_run_json_says_of_the_source_is_compared_with_it(went_on, tmp_path, change):
+    "Another process, in silence, would train a network that has learned one noise on another; nothing is made from it"
+    s, given = went_on.settings, settings_of('rooms', 'tiny', n=120, From=went_on.settings['from'], steps=6)
+    (tmp_path/'run.json').write_text(json.dumps(dict(settings=s | dict(start=s['start'] | change))))
+    assert 'run.json' in one_line(lambda: Run(tmp_path, given).go(('denoiser',))) and not (tmp_path/'checkpoints').exists()
+
+def test_classes_that_the_source_cannot_have_are_one_line(rooms):
+    images = SimpleNamespace(labels=rooms.labels, classes=['red'])
+    assert 'red' in one_line(source.counted_as, ['blue'], images)
 
 def test_a_run_goes_on_with_the_process_of_its_source(tmp_path):
     "A source that predicts noise under the betas of DDPM: the loss of that process falls, and the run says what it was trained for."
@@ -358,6 +370,25 @@ def test_the_file_of_a_run_repeats_it(went_on, tmp_path):
     r.fix_steps()
     assert r.settings == went_on.settings and r.p == went_on.p
 
+def test_a_file_that_was_cut_is_written_again(went_on):
+    "As a missing one; what its owner has changed in it stays"
+    f, given = went_on.folder/'config.toml', settings_of('rooms', 'tiny', n=120, From=went_on.settings['from'], steps=6)
+    good = f.read_text()
+    for bad in ('', good[:len(good)//2], good[:good.index('\n') + 1], '\0'*20):
+        f.write_text(bad)
+        Run(went_on.folder, given).go(())
+        assert f.read_text() == good, bad
+    f.write_text('# mine\n' + good)
+    Run(went_on.folder, given).go(())
+    assert f.read_text() == '# mine\n' + good
+    f.write_text(good)
+
+def test_what_was_given_is_named_first(went_on):
+    "A preset brings other settings along, which nobody gave"
+    base = dict(data='rooms', preset='tiny', condition='none', out=str(went_on.folder))
+    for given, says in ((dict(preset='cpu'), 'preset tiny, not cpu'), (dict(data='mnist', preset=None), 'data rooms, not mnist'), (dict(data='mnist', seed=1, preset=None), 'seed 0, not 1')):
+        with pytest.raises(SystemExit, match=f'made with {says}'): run_cli(**base | given)
+
 def test_a_wrong_file_for_the_command(tmp_path):
     (tmp_path/'a.toml').write_text('stepps = 3')
     with pytest.raises(SystemExit, match='latentdiff-run: .*stepps.*ae_steps'): run_cli(config=str(tmp_path/'a.toml'))
@@ -537,3 +568,22 @@ def test_few_pictures_are_a_caution():
     m = dict(n_real=18, n_fake=500, kid_se=.123)
     for w in ('18 real', '500 samples', '0.25', 'has no error'): assert w in caution(m)['caution'], w
     assert caution({**m, 'n_real': 500}) == {}
+
+SCORED = dict(n_fake=600, n_real=600, kid=1., kid_se=.1, kid_floor=0., kid_floor_se=.1, fid=1., fid_floor=1., psnr=20., ssim=.5, n_reconstructed=3, seconds=dict(a=1.), device='cpu', threads=2, extractor='x',
+              told=dict(cond=[0], guidance=2.), guidance=dict(of='class', right=.9, luck=.1, n=9, n_real=9))
+
+@pytest.mark.parametrize('bad', [*[{k: o} for k in ('extractor', 'device', 'seconds') for o in (None, 3)], *[dict(seconds=dict(a=o)) for o in ('x', None, -1, math.nan)], dict(told='x'), dict(told=dict(guidance='x')), dict(told=dict(cond=[0])), dict(guidance=3),
+    *[dict(guidance=SCORED['guidance'] | o) for o in (dict(right='x'), dict(luck='x'), dict(right=math.nan), dict(n='x'), dict(n_real=None))]], ids=str)
+def test_figures_that_no_run_notes_are_one_line(bad, tmp_path):
+    "In a note whose seal fits; the page is not begun"
+    assert headline(SCORED) and guidance_figure(SCORED['guidance'])
+    for f in (lambda m: headline(m), lambda m: page_of(tmp_path, dict(data='x', size=32, preset='tiny', seed=0), m)): assert re.search('seconds|extractor|device|told|guidance|right|luck|n is|n_real', one_line(f, SCORED | bad))
+
+def test_a_page_is_of_its_scores_and_names_where_the_data_lies(tmp_path):
+    "What an older run has noted does not say where: it stays"
+    page, of = tmp_path/'report.html', dict(made_from='a', data='/b')
+    assert not is_of(page, of)
+    page.write_text('x')
+    for noted, right in ((of, True), (of | dict(kid=1), True), (dict(made_from='a'), True), (dict(made_from='a', data='/c'), False), (dict(made_from='c', data='/b'), False), ({}, False)):
+        (tmp_path/'metrics.json').write_text(json.dumps(sealed(noted)))
+        assert is_of(page, of) is right

@@ -1,5 +1,6 @@
 "Training: batches by number, averages, rates; a training that was killed, or continued, ends with the weights of one that was not."
-import copy, json, os, random, time
+import copy, json, math, os, random, time
+from types import SimpleNamespace
 import pytest, torch
 from fastai.basics import SGD, Callback, DataLoaders, Learner
 from safetensors import safe_open
@@ -9,7 +10,8 @@ from torch.nn import functional as F
 from latentdiff import training
 from latentdiff.autoencoder import KLAutoencoder, ae_learner, train_autoencoder
 from latentdiff.conditioning import ClassConditioner, Conditioned, conditional
-from latentdiff.core import UserError
+from latentdiff.core import UserError, sealed
+from latentdiff.disk import crc_of
 from latentdiff.data import cropped, from_uint8, open_images, shifted
 from latentdiff.muon import *
 from latentdiff.noisify import Process
@@ -510,6 +512,41 @@ def test_a_write_that_was_cut_off_is_cleared_away(tmp_path):
     (tmp_path/'.last.safetensors.123.part').write_bytes(b'half')
     Checkpoint(tmp_path, 'this').save('last', {}, dict(k=1, steps=2))
     assert [o.name for o in tmp_path.iterdir()] == ['last.safetensors']
+
+@pytest.mark.parametrize('note', [dict(k='x'), dict(k=2.5), dict(k=-1), dict(k=None), dict(steps='x'), dict(steps=None), dict(ema='x'), dict(ema=None), dict(spent='x'), dict(spent=math.nan)], ids=str)
+def test_a_note_that_counts_wrongly_is_one_line(note, tmp_path):
+    "With a seal that fits"
+    keep = Checkpoint(tmp_path, 'this')
+    whole = dict(k=3, steps=40, ema=0, history={}) | note
+    keep.save('last', {'a': torch.ones(2)}, {k: v for k, v in whole.items() if k != 'spent'})
+    if 'spent' in note:
+        had = load_file(keep.path('last'))
+        save_file(had, keep.path('last'), {'note': json.dumps(sealed(dict(whole, made_from='this', sums=crc_of(had))))})
+    with pytest.raises(UserError, match='is not a whole checkpoint: delete it') as e: keep.load(40)
+    assert '\n' not in str(e.value)
+
+def test_the_seconds_of_a_training_are_those_of_all_its_calls(tmp_path, monkeypatch):
+    "Of a killed one what its checkpoint holds, and of a longer one what it goes on from; by a clock that moves ten seconds a step"
+    from latentdiff import core
+    now = [0.]
+    clock = SimpleNamespace(monotonic=lambda: now[0], time=lambda: now[0], perf_counter=lambda: now[0])
+    for o in (core, training): monkeypatch.setattr(o, 'time', clock)
+    class Tick(Callback):
+        order, run_valid = 80, False
+        def after_batch(self):
+            if hasattr(self, 'step_by_step'): now[0] += 10
+    def train(steps, *cbs):
+        keep = Checkpoint(tmp_path/'checkpoints', 'this', every=0)
+        def make(work):
+            quiet(small_learner(), steps=steps, checkpoint=keep, cbs=[Tick(), *cbs])
+            return dict(before=keep.spent)
+        now[0] += 1000   # nobody trains
+        note = core.made(core.artefact(tmp_path/'unet', make, {}, dict(steps=steps), remake=True))
+        assert 'before' not in note['facts']
+        return note['seconds']
+    with pytest.raises(KeyboardInterrupt): train(40, Plug('before_batch', 17))
+    assert train(40) == pytest.approx(400, abs=11)
+    assert train(60) == pytest.approx(600, abs=11)
 
 @pytest.mark.parametrize('how', ['cut off', 'empty', 'no note'])
 def test_a_damaged_checkpoint_is_one_line(how, tmp_path):
