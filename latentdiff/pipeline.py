@@ -79,7 +79,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         return self.own_scheduler or self.process.to_diffusers()
 
     @scheduler.setter
-    def scheduler(self, value): self.own_scheduler = None if value is None else tried(value)
+    def scheduler(self, value): self.own_scheduler = None if value is None else tried(checked(scheduler=value))
 
     @property
     def components(self):
@@ -416,16 +416,18 @@ def loop_of(scheduler): # of diffusers
     "diffusers' loop as a sampler: all that `scheduler` says is kept"
     takes, scale = inspect.signature(scheduler.step).parameters, getattr(scheduler, 'scale_model_input', lambda x, t: x)
     torchs = lambda g: g if isinstance(g, torch.Generator) else torch.Generator().manual_seed(int(g.integers(2**63)))
-    def loop(net, process, x, ts, callback=None, generator=None):
-        try: scheduler.set_timesteps(len(ts) - 1, device=x.device)
+    def asked(n, method, *args, **kw):
+        try: return method(*args, **kw)
         except UNFIT as e:
-            name, n = type(scheduler).__name__, len(ts) - 1
-            raise UserError(f'{name} cannot draw in {n} steps ({one_line(e)}): take more, or another sampler') from e
+            why = f'{type(scheduler).__name__} cannot draw in {n} steps ({one_line(e)})'
+            raise UserError(f'{why}: take more or fewer, or another sampler') from e
+    def loop(net, process, x, ts, callback=None, generator=None):
+        asked(n := len(ts) - 1, scheduler.set_timesteps, n, device=x.device)
         x = x*(getattr(scheduler, 'init_noise_sigma', 1.)/levels(process, ts[0])[1])
         gens = [torchs(g) for g in generator] if isinstance(generator, list) else generator
         kw = dict(generator=gens) if 'generator' in takes else {}
         for i, time in enumerate(scheduler.timesteps):
-            out = scheduler.step(net(scale(x, time), time.expand(len(x))), time, x, **kw)
+            out = asked(n, scheduler.step, net(asked(n, scale, x, time), time.expand(len(x))), time, x, **kw)
             if callback: callback(i, float(process.t_of_time(time)), x, getattr(out, 'pred_original_sample', None))
             x = out.prev_sample
         return x
@@ -439,13 +441,12 @@ def scheduled(scheduler, process): # as above; the `Process` that the network wa
 def tried(scheduler): # as above
     "It; `UserError` if it cannot draw, which it may notice in the middle of a drawing only"
     try:
-        c, loop, x = checked(scheduler=scheduler).config, loop_of(copy.deepcopy(scheduler)), torch.zeros(1, 1, 2, 2)
+        c, loop, x = scheduler.config, loop_of(copy.deepcopy(scheduler)), torch.zeros(1, 1, 2, 2)
         n = min(8, *(c.get(k, 8) for k in ('num_train_timesteps', 'original_inference_steps')))
         with torch.random.fork_rng([]): loop(lambda x, t: x, Process(), x, torch.linspace(1, 0, n + 1))
-    except UserError: raise
     except UNFIT as e:
-        name = type(scheduler).__name__
-        raise UserError(f'{name} cannot draw as its config says ({one_line(e)}): change that, or take another') from e
+        name, why = type(scheduler).__name__, one_line(e.__cause__ or e)
+        raise UserError(f'{name} cannot draw as its config says ({why}): change that, or take another') from e
     return scheduler
 
 # %% ../nbs/80_pipeline.ipynb #p012

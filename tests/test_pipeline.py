@@ -627,6 +627,15 @@ def test_a_scheduler_that_fails_in_the_middle_of_a_drawing_is_refused_as_it_is_g
     p.scheduler = right
     assert p.own_scheduler is right and right.num_inference_steps is None and torch.initial_seed() == 0 and torch.equal(torch.rand(3), torch.rand(3, generator=seeded()))
 
+@pytest.mark.parametrize('cls', [DDPMScheduler, DDIMScheduler, PNDMScheduler])
+def test_a_scheduler_that_fails_at_another_number_of_steps_than_its_trial_says_so(cls):
+    "Its first time lies beyond its table in a step for each time, not in eight; what the network raises is left alone"
+    p, scheduler = quiet(small(process=Process('ddpm_linear', 'eps', 'uniform', steps=20))), cls(20, steps_offset=5)
+    assert p.draw(1, 8, scheduler, bs=1).isfinite().all()
+    for draw in (lambda: p.draw(1, 20, scheduler, bs=1), lambda: p(1, 20, sampler=scheduler)): assert f'{cls.__name__} cannot draw in 20 steps (' in one_line(draw)
+    p.denoiser.forward = lambda *args: {}['mine']
+    with pytest.raises(KeyError, match='mine'): p.draw(1, 8, scheduler, bs=1)
+
 def index(f, **kw): (f/'model_index.json').write_text(json.dumps({**json.loads((f/'model_index.json').read_text()), **kw}))
 def other_vae(f): index(f, vqvae=['diffusers', 'VQModel'])
 def text_too(f): index(f, text_encoder=['transformers', 'CLIPTextModel'])
