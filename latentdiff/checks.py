@@ -54,7 +54,8 @@ _KNOWN = dict( # name: what all of these have, and what they are
     latents=('fingerprint', 'Latents, as make_latents does'),
     batches=('__iter__', 'one tensor (b,c,...) or more, in a list'), cls=('compute', 'a metric, such as PSNR'),
     generator=('manual_seed', 'a torch.Generator'), m=('items', 'what metrics.json holds, a dict'),
-    config=('items', 'of a network'), velocity=('__call__', 'velocity(x, t)'), slope=('__call__', 'slope(x, t, d)'))
+    config=('items', 'of a network'), velocity=('__call__', 'velocity(x, t)'), slope=('__call__', 'slope(x, t, d)'),
+    drawn_with=('items', 'a dict'))
 
 def _has(o, name):
     try: return hasattr(o, name)

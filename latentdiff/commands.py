@@ -133,9 +133,8 @@ def source(self:Run):
 @patch
 def begin(self:Run):
     "Settle what the training starts from, and write down what a run has to know of it"
-    s = self.settings
-    given = self.images, self.condition, self.seed, s['autoencoder']
-    if s.get('from') is None: s |= dict(source.choice(*given), chosen=True)   # the same command leaves it open again
+    s, given = self.settings, (self.images, self.condition, self.seed)   # the same command leaves open what is `chosen`
+    if s.get('from') is None: s |= dict(source.choice(*given, s['autoencoder']), chosen=True)
     if s['from'] == 'none': return
     s['start'] = source.description(self.source)
     source.counted_as(s['start']['classes'], self.images)
@@ -147,8 +146,8 @@ QUICK = 10  # sampler steps behind the samples of the KID curve
 def score(self:Run, net, process):
     "KID and its standard error of a few samples of `net` against the held-out images"
     n, parts = min(128, max(16, self.p.n_eval//4)), (self.autoencoder, net, process, self.p.size)
-    fake = pipeline.LatentDiffusionPipeline(*parts).pixels(n, QUICK, seed=self.seed, bs=min(n, self.p.bs), **self.asked)
-    return kid_eval.kid(kid_eval.features(self.judge, fake), self.real_features)
+    x = pipeline.LatentDiffusionPipeline(*parts).pixels(n, QUICK, seed=self.seed, bs=min(n, self.p.bs), **self.told(n))
+    return kid_eval.kid(kid_eval.features(self.judge, x), self.real_features)
 
 @patch(as_prop=True)
 def real_features(self:Run):
@@ -172,9 +171,12 @@ def asked(self:Run):
     return dict(cond=[conds[i] for i in np.random.default_rng(self.seed % 2**64).permutation(len(conds))], guidance=2.)
 
 @patch
-def told(self:Run, n): # of the first `n` samples, what each was asked to show, a list: places of classes, or captions
-    place = self.images.classes.index if self.condition == 'class' else str
-    return [*map(place, itertools.islice(itertools.cycle(self.asked['cond']), n))]
+def told(self:Run, n): # the same for `n` samples, again from the start where there are more
+    return {k: [*itertools.islice(itertools.cycle(v), n)] if k == 'cond' else v for k, v in self.asked.items()}
+
+@patch
+def wanted(self:Run, n): # of the first `n` samples: the places of their classes, as labels are, or their captions
+    return [*map(self.images.classes.index if self.condition == 'class' else str, self.told(n)['cond'])]
 
 @patch(as_prop=True)
 def denoiser(self:Run):
@@ -190,7 +192,8 @@ def denoiser(self:Run):
 @patch(as_prop=True)
 def pipeline(self:Run):
     "The three parts as one; `model_index.json` says that they are there"
-    pipe = pipeline.LatentDiffusionPipeline(self.autoencoder, *self.denoiser, self.p.size)
+    how = self.sampling | {k: v for k, v in self.asked.items() if k == 'guidance'}   # whoever draws, by default
+    pipe = pipeline.LatentDiffusionPipeline(self.autoencoder, *self.denoiser, self.p.size, drawn_with=how)
     pipe.write_index(self.folder)
     return pipe
 
@@ -226,17 +229,17 @@ def samples(self:Run):
 def draw(self:Run, folder):
     "Fill `folder`: the samples, a grid of the first 64, the way from noise to image of the first three"
     if not agreed(os.path.exists(folder/'samples.npz')):
-        new = to_hwc(self.pipeline.pixels(self.p.n_eval, **self.how, **self.asked))
+        new = to_hwc(self.pipeline.pixels(self.p.n_eval, **self.how, **self.told(self.p.n_eval)))
         with first_ahead(): write_npz(folder/'samples.npz', new)   # the others read it when it is there
     px = data.npz_pixels(folder/'samples.npz')
     report.save_png(self.grid(px), folder/'grid.png')
-    report.save_png(report.path_picture(self.pipeline, self.p.sample_steps, self.seed, **self.asked), folder/'path.png')
+    report.save_png(report.path_picture(self.pipeline, self.how['steps'], self.seed, **self.told(3)), folder/'path.png')
 
 @patch
 def grid(self:Run, px):
     "PIL image of the first 64 samples; if they were told a class, up to eight of each, a row a class"
     if self.condition != 'class': return data.image_grid(data.from_uint8(px[:64]), nrow=8)
-    asked = np.array(self.told(len(px)))
+    asked = np.array(self.wanted(len(px)))
     return report.picture_rows({self.images.classes[k]: px[asked == k][:8] for k in np.unique(asked)[:16]})
 
 # %% ../nbs/90_commands.ipynb #c026
@@ -261,10 +264,11 @@ def scores(self:Run):
 @patch
 def by_guidance(self:Run, folder, f, idxs): # as for `evaluate`; features of some training images, and which these are
     "KID against guidance, and how often a judge sees the class or caption asked for; few samples, drawn unless there"
-    n, held, how = min(128, len(self.samples)), self.said(spread(self.images.valid_idxs, 2000)), self.how | self.asked
+    n, held = min(128, len(self.samples)), self.said(spread(self.images.valid_idxs, 2000))
+    how = self.how | self.told(n)
     draw = lambda g: self.samples[:n] if g == how['guidance'] else self.pipeline.pixels(n, **how | {'guidance': g})
     listen = self.pipeline.denoiser.conditioners[0] if self.condition == 'text' else None
-    d = report.by_guidance(draw, self.judge, self.real_features, held, (f, self.said(idxs)), self.told(n), listen)
+    d = report.by_guidance(draw, self.judge, self.real_features, held, (f, self.said(idxs)), self.wanted(n), listen)
     report.save_png(report.guidance_curves(d), folder/'guidance.png')
     return d
 
@@ -296,7 +300,7 @@ def metrics(self:Run):
     ae, net = (notes[k]['facts'] for k in self.pipeline.parts())
     d = self.scores | dict(psnr=ae.get('psnr'), ssim=ae.get('ssim'), n_reconstructed=ae.get('n'))
     for k in SCORES: number(whole=False, **{f'{k}, in a made.json in {self.folder},': d.get(k)})
-    return d | dict(kid_curve=net.get('kid', []), told=self.asked and {**self.asked, 'cond': self.told(64)},
+    return d | dict(kid_curve=net.get('kid', []), told=self.asked and {**self.told(64), 'cond': self.wanted(64)},
         **{k: notes['samples']['settings'][k] for k in ('sampler', 'steps')}, threads=torch.get_num_threads(),
         seconds={k: v['seconds'] for k, v in notes.items() if v}, peak_gb=round(training.peak_gb(self.device), 2))
 
@@ -318,9 +322,8 @@ def step_times(self:Run):
     "Seconds of a training step of the autoencoder (0 if one is given) and of the denoiser, on data of their shapes"
     import torch
     p, c, given = self.p, self.images.channels, self.p.ae_pretrained
-    new = lambda: autoencoder.KLAutoencoder(c, p.ae_widths, p.ae_patch, 1, p.latent_channels)
     found = lambda: self.source.autoencoder if 'start' in self.settings else autoencoder.open_autoencoder(given)
-    ae = found() if given else new()
+    ae = found() if given else autoencoder.KLAutoencoder(c, p.ae_widths, p.ae_patch, 1, p.latent_channels)
     x = self.images.pixels(self.images.train_idxs[:p.bs])
     z, process = torch.randn(p.bs, *ae.latent_shape(p.size)), noisify.Process()
     net = unet.unet_for(z.shape[1:], p)
@@ -338,8 +341,7 @@ def fix_steps(self:Run):
     if self.settings['minutes']:
         a, d = self.step_times()
         share = 60*self.settings['minutes']/(self.p.ae_steps*a + self.p.steps*d)
-    given = self.p.ae_pretrained or 'start' in self.settings   # then no autoencoder is trained
-    steps = {k: max(1, round(getattr(self.p, k)*share)) for k in STEPS[bool(given):]}
+    steps = {k: max(1, round(getattr(self.p, k)*share)) for k in STEPS[bool(self.p.ae_pretrained):]}   # of the trained
     above_zero('so many --minutes are too many: ', **steps)
     self.settings |= agreed(steps)
     self.p = preset_of(self.settings)
@@ -466,10 +468,10 @@ def sample_cli(
     n:int=64,               # images
     out:str=None,           # folder for n PNGs, named by index; must not exist yet
     npz:str=None,           # file for one uint8 array (n,h,w,c)
-    steps:int=None,         # of the sampler; default: what the run was made for, else 20
+    steps:int=None,         # of the sampler; default: as for the report of the run, else 20
     sampler:str=None,       # ddpm, ddim, euler, heun, dpmpp_2m, dpmpp_2m_sde, unipc; default: as above, else dpmpp_2m
-    seed:int=0,             # of the noise
-    bs:int=16,              # images at a time; images are the same to the bit only for the same number
+    seed:int=0,             # of the noise; the report's pictures come with seed, bs and classes (captions) as there
+    bs:int=16,              # images at a time; the same to the bit only for one bs (a report's: samples/made.json)
     Class:str=None,         # what to draw, in a run that was trained with classes; several like 'a,"b, c"'
     prompt:str=None,        # the same in words, in a run that was trained with captions
     guidance:float=None,    # how much to exaggerate what is asked for; 1: not at all; default: as above, else 2
@@ -487,8 +489,7 @@ def sample_cli(
     with first_ahead():
         for o in filter(None, (out, npz)): enough(f'Drawing {n:,} images', o, size, memory)
     print(f'{n:,} images into {out or npz}: {pipeline.expectation(pipe, n, steps, sampler, bs, **told)}', flush=True)
-    px = to_hwc(pipe.pixels(n, steps, sampler, seed, bs, **told))
-    taken = []
+    px, taken = to_hwc(pipe.pixels(n, steps, sampler, seed, bs, **told)), []
     for write, place in ((write_npz, npz), (write_pngs, out)) if not rank() else ():
         try: place and write(place, px, put_beside)
         except UserError as e: taken.append(str(e))   # the other one is written all the same

@@ -447,8 +447,7 @@ def from_diffusers(cls:Process, scheduler, times='uniform'): # a diffusers sched
     told_sigma = target=='v' and c.get('timestep_type')=='continuous'
     if target=='v' and kind.startswith('EDM') or told_sigma and karras and c.get('sigma_min'):
         return cls('edm', target, times, steps=steps, **{k: c[k] for k in ('sigma_min', 'sigma_max', 'rho') if k in c})
-    if told_sigma:
-        raise UserError("cannot convert timestep_type='continuous' without use_karras_sigmas, sigma_min and sigma_max")
+    if told_sigma: raise UserError("cannot convert timestep_type='continuous': give use_karras_sigmas and sigma_min")
     if target and {'beta_schedule', 'beta_start'} <= {*c} and not karras:
         left,ends = scheduler.alphas_cumprod.float(), (c['beta_start'], c['beta_end'])
         for p in (cls(s, target, times, *ends, steps=len(left)) for s in ('cosine', *BETA_SCHEDULES)):
@@ -473,11 +472,12 @@ def process_of(scheduler): # of diffusers
 def other_noise(scheduler, process): # of diffusers; the `Process` that the network was trained with
     "How the noise of the scheduler differs from that of the network, in words; None: it does not"
     t, its = torch.linspace(0, 1, 9), process_of(scheduler)
-    checked(process=process)
+    a, b = asdict(its), asdict(checked(process=process))
     facts = lambda o: torch.stack([*o.levels(t), o.time_input(t)])
     if its.target == process.target and torch.allclose(facts(its), facts(process), rtol=1e-3, atol=1e-6): return
-    of = lambda o: f'{o.schedule} noise and target {o.target}'
-    return f'the scheduler is for {of(its)}, the network for {of(process)}'
+    more = [k for k in a if a['schedule'] == b['schedule'] and a[k] != b[k] and k not in ('target', 'times')]
+    of = lambda o: ', '.join((f"{o['schedule']} noise and target {o['target']}", *(f'{k} {o[k]:g}' for k in more)))
+    return f'the scheduler is for {of(a)}, the network for {of(b)}'
 
 # %% ../nbs/20_noisify.ipynb #c166
 def _plainest(p): # a `Process`

@@ -332,6 +332,12 @@ def test_sample_seeds(cli, run, drawn, tmp_path):
     same, other = (np.load(tmp_path/k)['arr_0'].astype(int) for k in ('same', 'other'))
     assert abs(a - same).max() <= 1 and abs(a - other).max() > 10
 
+def test_the_pictures_of_the_report_once_more(cli, run, tmp_path):
+    "Nothing but the seed and the size of a batch has to be said: the rest is as it was"
+    r = cli('sample', run.folder, '--n', 64, '--bs', 64, '--npz', tmp_path/'again.npz')
+    assert r.rc == 0 and 'dpmpp_2m, 10 steps' in r.out, r
+    assert torch.equal(npz_pixels(tmp_path/'again.npz'), npz_pixels(run.folder/'samples/samples.npz'))
+
 def test_eval_of_one_set_against_itself(cli, drawn, tmp_path):
     "A folder and an array with the same images: FID 0, KID not above 0 (it is unbiased, so a set is closer to itself than to a fresh draw)."
     pngs = shutil.copytree(drawn/'pngs', tmp_path/'pngs')
@@ -509,6 +515,10 @@ def test_a_run_that_is_told(cli, two_colours, tmp_path, monkeypatch, kind, optio
         r = cli(verb, *given)
         assert r.rc == 0, r.err
     assert 'nothing to do' in cli('run' if whole else 'encode', *args).out
+    if kind == 'auto':   # the pictures of the report, once more
+        told = json.loads((folder/'metrics.json').read_text())['told']['cond']
+        r = cli('sample', folder, '--n', 64, '--bs', 64, '--class', ','.join(('bright', 'dark')[k] for k in told), '--npz', tmp_path/'again.npz')
+        assert torch.equal(npz_pixels(tmp_path/'again.npz'), npz_pixels(folder/'samples/samples.npz')), r
     for name in ('dark', 'bright'):
         asked = name if option == '--class' else f'a {name} picture'
         r = cli('sample', folder, '--n', 16, option, asked, '--npz', tmp_path/f'{name}.npz')
@@ -553,7 +563,7 @@ def test_samples_are_told_what_held_out_images_are(tmp_path):
     "In their shares; never a class without a picture, and captions of training pictures if those held out have none."
     images = Told([0, 1, 1, 1, -1, 3]*8, ['', ' ', 'a', '', '', '']*8, [*range(0, 48, 6), *range(1, 48, 6), *range(4, 48, 6)])
     r = told_run(tmp_path, 'class', images)
-    assert sorted(r.told(16)) == [0]*8 + [1]*8 and r.asked['cond'] == [f'class {k}' for k in r.told(16)]   # by name: a number may be one
+    assert sorted(r.wanted(16)) == [0]*8 + [1]*8 and r.asked['cond'] == [f'class {k}' for k in r.wanted(16)]   # by name: a number may be one
     assert set(told_run(tmp_path, 'text', images).asked['cond']) == {'a'}
 
 def test_a_run_that_can_be_told_nothing_says_why(tmp_path, capsys, monkeypatch):

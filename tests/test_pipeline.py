@@ -406,6 +406,19 @@ def test_another_scheduler_from_the_config_of_its_own():
     p.scheduler = DDIMScheduler.from_config(p.scheduler.config)
     assert 'use process.to_diffusers' in one_line(p.draw, 1, 2)
 
+def test_what_to_stay_away_from_is_repeated_and_cut_by_batch_as_what_to_draw_is():
+    p, kw = listening(), dict(cond=['cat', 'dog', 'cat'], guidance=3.)
+    each = lambda *negative, n=6, bs=2: p.draw(n, 3, bs=bs, negative=list(negative), **kw)
+    assert torch.equal(each('dog', 'cat'), each(*['dog', 'cat']*3)) and torch.equal(each('dog'), p.draw(6, 3, bs=2, negative='dog', **kw))
+    assert (each('dog', 'cat', bs=16) - each('dog', 'cat')).abs().max() < 1e-4 < (each('dog', 'cat') - each('cat', 'dog')).abs().max()
+    torch.testing.assert_close(each('dog', 'cat', 'cat', 'dog', n=4, bs=16), each('dog', 'cat', 'cat', 'dog', n=4, bs=4), atol=1e-4, rtol=0)
+
+@pytest.mark.parametrize('draw', [lambda p, **kw: p.draw(2, 2, **kw), lambda p, **kw: p.pixels(2, 2, **kw), lambda p, **kw: p(2, 2, **kw), lambda p, **kw: path_of(p, 2, 2, 0, **kw)])
+@pytest.mark.parametrize('kw,k', [(dict(cond=['cat', 'dog', 'cat']), 'cond'), (dict(cond='cat', negative=['cat', 'dog', 'cat']), 'negative')])
+def test_more_conditions_than_pictures_are_refused(draw, kw, k):
+    assert f'{k} is a list of 3 for 2 images: draw as many, or name fewer' in one_line(draw, quiet(listening()), **kw)
+    assert expectation(listening(), 40, 1, None, 2, cond=['cat', 'dog', 'cat'], negative='dog')   # which draws two, to see how long it takes
+
 # --- denoisers that say how they want to be drawn with ----------------------------------------------------------------
 
 def quick(told=False):
@@ -461,6 +474,31 @@ def test_names_that_others_say_nothing_of():
     p = small()
     assert p.how() == dict(steps=20, sampler=SAMPLER, guidance=2.) and torch.equal(p.draw(2, bs=2), p.draw(2, 20, SAMPLER, bs=2))
     assert torch.equal(p.draw(2, 4, 'unipc', bs=2), p.draw(2, 4, unipc, bs=2)) and 'long steps' in one_line(p.draw, 1, 2, 'shortcut')
+
+def test_a_pipeline_draws_as_it_says_where_its_caller_says_nothing(tmp_path):
+    "Steps, sampler, times and guidance; kept by a save, a copy and its index; what is said, or the denoiser says, is stronger"
+    p, how = quiet(listening()), dict(sampler='ddpm', steps=3, spacing='logsnr', guidance=3.)
+    mine, one = LatentDiffusionPipeline(**p.components, drawn_with=how), dict(bs=2, cond='cat')
+    want = p.draw(2, 3, 'ddpm', spacing='logsnr', guidance=3., **one)
+    mine.save_pretrained(tmp_path)
+    again = LatentDiffusionPipeline.from_pretrained(tmp_path, 'cpu')
+    for same in (mine, again, LatentDiffusionPipeline(**mine.components), LatentDiffusionPipeline.from_pipe(mine)): assert torch.equal(same.draw(2, **one), want)
+    kw = dict(output_type='latent', cond=['cat', 'cat'])
+    ours, theirs = mine(2, generator=seeded(), **kw).images, p(2, 3, seeded(), 3., sampler='ddpm', spacing='logsnr', **kw).images
+    assert torch.equal(ours, theirs) and expectation(mine, 2, None, None, 2, cond='cat').startswith('ddpm, 3 steps')
+    assert torch.equal(mine.draw(2, 20, 'dpmpp_2m', guidance=2., **one), p.draw(2, **one))   # times are those of another sampler
+    assert torch.equal(mine.draw(2, spacing='uniform', **one), p.draw(2, 3, 'ddpm', spacing='uniform', guidance=3., **one))
+    mine.scheduler = mine.process.to_diffusers()
+    assert mine.how() == dict(steps=20, sampler=mine.own_scheduler, guidance=3.) and 'drawn_with' not in p.components | p.config
+    few = quick()
+    assert LatentDiffusionPipeline(**few.components, drawn_with=how).how() == few.how()
+
+@pytest.mark.parametrize('how,words', [(5, 'drawn_with is 5: give a dict'), (['steps'], 'drawn_with is'), (dict(step=5), 'drawn_with does not know step: it takes steps, sampler'),
+    (dict(steps='x'), "steps is 'x'"), (dict(steps=10**9), 'steps is 1000000000'), (dict(sampler=['ddim']), 'sampler is one of'), (dict(spacing={}), 'times fall'), (dict(spacing=5), 'spacing is'), (dict(guidance='x'), "guidance is 'x'")])
+def test_an_index_that_says_how_to_draw_is_asked(tmp_path, how, words):
+    small().save_pretrained(tmp_path)
+    index(tmp_path, drawn_with=how)
+    assert words in one_line(lambda: LatentDiffusionPipeline.from_pretrained(tmp_path, 'cpu').draw(1, bs=1))
 
 @pytest.mark.parametrize('make,dtype,far', [(small, torch.float16, .005), (listening, torch.bfloat16, .05)])
 def test_half_precision_draws_nearly_the_same(make, dtype, far):
@@ -588,6 +626,15 @@ def test_a_scheduler_that_fails_in_the_middle_of_a_drawing_is_refused_as_it_is_g
     assert p.own_scheduler is None
     p.scheduler = right
     assert p.own_scheduler is right and right.num_inference_steps is None and torch.initial_seed() == 0 and torch.equal(torch.rand(3), torch.rand(3, generator=seeded()))
+
+@pytest.mark.parametrize('cls', [DDPMScheduler, DDIMScheduler, PNDMScheduler])
+def test_a_scheduler_that_fails_at_another_number_of_steps_than_its_trial_says_so(cls):
+    "Its first time lies beyond its table in a step for each time, not in eight; what the network raises is left alone"
+    p, scheduler = quiet(small(process=Process('ddpm_linear', 'eps', 'uniform', steps=20))), cls(20, steps_offset=5)
+    assert p.draw(1, 8, scheduler, bs=1).isfinite().all()
+    for draw in (lambda: p.draw(1, 20, scheduler, bs=1), lambda: p(1, 20, sampler=scheduler)): assert f'{cls.__name__} cannot draw in 20 steps (' in one_line(draw)
+    p.denoiser.forward = lambda *args: {}['mine']
+    with pytest.raises(KeyError, match='mine'): p.draw(1, 8, scheduler, bs=1)
 
 def index(f, **kw): (f/'model_index.json').write_text(json.dumps({**json.loads((f/'model_index.json').read_text()), **kw}))
 def other_vae(f): index(f, vqvae=['diffusers', 'VQModel'])

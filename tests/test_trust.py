@@ -316,6 +316,9 @@ def test_the_noise_of_a_scheduler_is_what_it_was_told_by_position(process):
     "Ours is one, too: it draws for its own network, and one of other noise is not taken"
     assert N.process_of(process.to_diffusers()).steps == process.steps and not N.other_noise(process.to_diffusers(), process)
     assert 'noise' in N.other_noise(DDPM(500, clip_sample=False), N.Process('ddpm_linear', 'eps'))
+    said, network = 'the scheduler is for ddpm_linear noise and target eps, {}, the network for ddpm_linear noise and target eps, {}', N.Process('ddpm_linear', 'eps')
+    assert N.other_noise(DDPM(500, clip_sample=False), network) == said.format('steps 500', 'steps 1000')   # not two equal halves
+    assert N.other_noise(DDPM(beta_end=.01, clip_sample=False), network) == said.format('beta_end 0.01', 'beta_end 0.02')
 
 # --- networks, latents and what is said about them
 
