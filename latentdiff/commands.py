@@ -190,6 +190,11 @@ def denoiser(self:Run):
     return self.once('denoiser', lambda: conditioning.make_conditional(*given, *tell(self.images, self.seed), **kw))
 
 @patch(as_prop=True)
+def sampling(self:Run):
+    d = dict(steps=self.p.sample_steps, sampler=self.p.sampler or sampling.SAMPLER)
+    return d | (dict(spacing=self.p.spacing) if self.p.spacing else {})
+
+@patch(as_prop=True)
 def pipeline(self:Run):
     "The three parts as one; `model_index.json` says that they are there"
     how = self.sampling | {k: v for k, v in self.asked.items() if k == 'guidance'}   # whoever draws, by default
@@ -207,11 +212,6 @@ def write_npz(path, px, put=None): # as for `write_whole`
     f = io.BytesIO()
     np.savez_compressed(f, px)
     write_whole(path, f.getvalue(), put)
-
-@patch(as_prop=True)
-def sampling(self:Run):
-    d = dict(steps=self.p.sample_steps, sampler=self.p.sampler or sampling.SAMPLER)
-    return d | (dict(spacing=self.p.spacing) if self.p.spacing else {})
 
 @patch(as_prop=True)
 def how(self:Run): return dict(**self.sampling, seed=self.seed, bs=self.p.bs)
@@ -502,7 +502,7 @@ def eval_cli(
     generated:str, # folder of images, or .npz with one uint8 array (n,h,w,c)
     real:str,      # the same
     out:str=None,  # JSON file for the result
-    seed:int=0     # of the split in halves that gives the floor
+    seed:int=0     # of the split of the real ones in halves, which gives the floor of KID
 ):
     "Score one set of images against another: KID with its standard error and floor, and FID, whose error is not known"
     if out:
@@ -516,5 +516,5 @@ def eval_cli(
         print(f'compared at {size} px, by {(judge := kid_eval.EfficientNetFeatures()).name}', flush=True)
         scores = kid_eval.evaluate(a, b, judge, seed=seed)
     print(d := json.dumps(scores, indent=1))
-    for k, why in report.caution(scores).items(): print(f'{k}: {why}', file=sys.stderr, flush=True)
+    for k, why in report.cautions(scores).items(): print(f'{k}: {why}', file=sys.stderr, flush=True)
     if out: write_whole(out, d, put_beside)

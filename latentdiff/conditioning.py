@@ -191,6 +191,8 @@ class Conditioned(nn.Module, ConfigMixin):
 def context_of(net, cond):
     "Tokens and mask for the bare denoiser, from whatever `net` takes"
     conds = cond if isinstance(cond, tuple) else (cond,)
+    if not hasattr(net, 'conditioners') and [getattr(o, 'ndim', 0) for o in conds[:1]] != [3]:
+        raise UserError(f'cond is {cond!r:.80}: for a network without conditioners give tokens (b,n,dim)')
     tokens, mask = net.tokens(*conds) if hasattr(net, 'conditioners') else (*conds, None)[:2]
     return tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask
 
@@ -360,6 +362,7 @@ def attention_maps(net, x, time, tokens, mask=None # ConditionalUNet, and what i
 # %% ../nbs/60_conditioning.ipynb #n602
 def conditions_of(images): # `Images`, or their `Latents`
     "What a denoiser can be told of these: of 'class' and 'text' those that there are"
+    if not hasattr(images, 'labels'): checked(images=images)
     several = images.labels is not None and len(images.labels[images.labels >= 0].unique()) > 1
     return [k for k, there in (('class', several), ('text', any(images.captions or ()))) if there]
 

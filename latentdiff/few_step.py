@@ -159,6 +159,7 @@ SHARES = {1.: .3, .5: .25, .25: .2, .125: .15, 0.: .1}   # of a batch, by the le
 def draw_steps(n, generator=None, device=None): # rows; on the device
     "(t, d), each (n,): step lengths in the order of `SHARES`, and times that are whole numbers of such steps"
     number(0, 10**7, n=n)
+    if generator is not None: checked(generator=generator)
     ends = (torch.tensor([*SHARES.values()]).cumsum(0)/sum(SHARES.values())*n).round().long()
     d = torch.tensor([*SHARES]).repeat_interleave(ends.diff(prepend=torch.zeros(1, dtype=torch.long))).to(device)
     u = torch.rand(n, generator=generator, device=device)

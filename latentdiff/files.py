@@ -116,7 +116,7 @@ def _fetch(url, part, tag):
 
 def download(url, path): # http(s); where the file goes, whose folder is made
     "Download once: goes on where it broke off, appears in one step. Raises `UserError` when it cannot be had"
-    path = Path(path)
+    path = place(path=path)
     if not is_url(url): raise UserError(f'{url!r} is no address: begin with https://')
     part, tag, lock = (path.with_name(f'{path.name}.part{o}') for o in ('', '.tag', '.lock'))
     try:
@@ -291,7 +291,7 @@ OURS = 'run.json', 'model_index.json', 'made.json'   # a run, a pipeline, a part
 
 def files_below(folder):
     "Sorted paths of the files in it that are not hidden or `OURS`, and [(name, why)] of the folders that are left out"
-    top, found, left = Path(folder), [], []
+    top, found, left = place(folder=folder), [], []
     def leave(path, why): left.append((f'{name_below(top, path)}/', why))
     closed = lambda e: leave(e.filename, f'cannot be entered: {e.strerror}')
     with patience(f'looking at every file in {folder}', 2):

@@ -202,7 +202,7 @@ def fid(a, b): # features (m,d), (n,d) -> float
 # %% ../nbs/50_kid_eval.ipynb #c089
 def halves(x, seed=0):
     "Two sets of equal size, split from one at random"
-    if not hasattr(x, '__len__') or len(x) < 2:
+    if not hasattr(x, '__len__') or getattr(x, 'ndim', 1) == 0 or len(x) < 2:
         raise UserError(f'x is {kind_of(x)}: two rows or more are needed for two halves')
     a, b = torch.randperm(len(x), generator=torch.Generator().manual_seed(stream(seed, 'halves'))).chunk(2)
     return x[a[:len(b)]], x[b]
@@ -210,7 +210,7 @@ def halves(x, seed=0):
 # %% ../nbs/50_kid_eval.ipynb #c093
 def evaluate(fake, real,       # images or features, as `features` takes them
              extractor,        # pixels -> features
-             floor_from=None,  # more real images, for the floor; None splits `real` into halves
+             floor_from=None,  # more real images, for the floor; None: halves of `real`, whose FID is above its floor
              seed=0) -> dict:
     "KID and FID of generated against real images, and of real against real: the floor that no generator should beat"
     start, seed = time.monotonic(), number(seed=seed)

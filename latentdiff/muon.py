@@ -8,11 +8,15 @@ __all__ = ['muon', 'orthogonalise', 'moves', 'Muon']
 # %% ../nbs/parts/muon.ipynb #m004
 import torch
 from functools import partial
+from .checks import number
+from .disk import UserError
 from fastai.basics import OptimWrapper
 
 # %% ../nbs/parts/muon.ipynb #n001
 def orthogonalise(x, coefs=(3.4445, -4.775, 2.0315), steps=5): # matrices (n,r,c); of the polynomial; how often
     "Nearly the same matrices with all singular values one ('Muon', Jordan et al. 2024)"
+    if not torch.is_tensor(x) or x.ndim != 3: raise UserError(f'x is {x!r:.80}: give matrices, a tensor (n,r,c)')
+    number(0, 1000, steps=steps)
     if x.shape[1] > x.shape[2]: return orthogonalise(x.mT, coefs, steps).mT
     x = x/(x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     (a, b, c), gram, eye = coefs, x@x.mT, torch.eye(x.shape[1], device=x.device)
@@ -36,6 +40,7 @@ def moves(*ahead): # momenta (cout,cin,...)
 class Muon(torch.optim.AdamW):
     "Convolutions, unless very thin, follow their orthogonalised momentum (Jordan et al. 2024), everything else AdamW"
     def __init__(self, params, lr=1e-3, momentum=.95, **kw): # share of the old momentum kept; as for AdamW
+        number(0, 1e9, False, momentum=momentum, lr=lr.item() if torch.is_tensor(lr) else lr)
         super().__init__(params, lr, fused=True, **kw)
         self.momentum, self.recorded = momentum, {}
         self._step_supports_amp_scaling = False   # `move` wants gradients that are unscaled

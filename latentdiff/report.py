@@ -6,7 +6,7 @@
 __all__ = ['GUIDANCES', 'CHOICES', 'STYLE', 'PAGE', 'to_pil', 'save_png', 'labelled', 'picture_rows', 'path_picture',
            'history_of', 'loss_curves', 'kid_curve', 'training_curves', 'class_judge', 'caption_judge', 'told',
            'by_guidance', 'guidance_curves', 'inside', 'figure', 'asked_for', 'table', 'caution', 'check_measured',
-           'headline', 'guidance_figure', 'samples_figure', 'figures', 'is_of', 'report']
+           'cautions', 'headline', 'guidance_figure', 'samples_figure', 'figures', 'is_of', 'report']
 
 # %% ../nbs/parts/report.ipynb #c004
 import base64, io, os, shlex
@@ -52,7 +52,7 @@ def labelled(im, cols, rows):
 
 def picture_rows(rows): # name -> uint8 (n,c,h,w) of one size, the longest row first or the others filled up with white
     "PIL image: a row for each, with its name beside it"
-    for k, x in rows.items(): check_images(x, name=k)
+    for k, x in checked(rows=rows).items(): check_images(x, name=k)
     n = max(map(len, rows.values()), default=0)
     if not n: raise UserError('rows is empty: give pictures by the name of their row')
     full = [torch.cat([x, x.new_full((n - len(x), *x.shape[1:]), 255)]) for x in rows.values()]
@@ -221,7 +221,7 @@ def table(d):
 
 def caution(m):
     "A warning for `headline` if there are few pictures to score against, else nothing"
-    if min(m['n_real'], m['n_fake']) >= 500: return {}
+    if min(checked(m=m)['n_real'], m['n_fake']) >= 500: return {}
     return {'caution': f"{m['n_real']:,} real pictures and {m['n_fake']:,} samples: KID can be off by "
                        f"{2*m['kid_se']:.2g} (two standard errors); FID rises as they get fewer, and has no error."}
 
@@ -239,6 +239,13 @@ def check_measured(m): # as for `report`
     if told: number(whole=False, guidance=told.get('guidance'))
     there = {k: seen.get(k) for k in ('right', 'luck') if seen.get(k) is not None}
     if seen: number(1, n=seen.get('n'), n_real=seen.get('n_real')), number(0, 1, False, **there)
+
+def cautions(m): # as `evaluate` returns it
+    "The same, and one if the floor is of fewer pictures than the score"
+    (a, b), (fake, real) = m['n_floor'], (m['n_fake'], m['n_real'])
+    if 1/a + 1/b <= 1/fake + 1/real: return caution(m)
+    return caution(m) | {'fid_floor': f'of {a:,} real pictures against {b:,}, not {fake:,} against {real:,}: FID rises '
+                                      "as they get fewer, so this is no floor of it; KID's is one."}
 
 def headline(m):
     "The numbers that matter, each with what it rests on and its floor: a dict for `table`"
@@ -268,7 +275,7 @@ def samples_figure(m):
     "The samples as a row for `figures`: how they were drawn, and what they were asked to show"
     told, how = m.get('told') or {}, f"in order, not chosen: {m['sampler']}, {m['steps']} steps"   # {} in older runs
     words = [o for o in told.get('cond', ()) if isinstance(o, str)]   # classes are numbers
-    rows = ', each above what it was asked to show' if words else ', a row a class' if told else ''
+    rows = ', each above what it was asked to show' if words else ', a row a class (the first 16)' if told else ''
     if told: how += f", guidance {told['guidance']:g}"
     return 'Samples', 'samples/grid', f'The first samples{rows}, {how}.', '', words
 

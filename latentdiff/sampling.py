@@ -165,6 +165,8 @@ def heun(net, process, x, ts, callback=None, generator=None,
     "Heun's method, EDM (2206.00364), algorithm 1: an Euler step, then again with the mean of both slopes"
     first = pairs(ts)[0][0]
     if straight is None: straight = levels(process, 1.)[0] == 0 or levels(process, first)[0] < 1e-3   # x/alpha explodes
+    if not straight and levels(process, first)[0] == 0:
+        raise UserError('straight is off, but alpha is 0 at the first time, and x/alpha infinite: leave it away')
     for i, (t, u) in enumerate(pairs(ts)):
         (a, s), (a1, s1) = levels(process, t), levels(process, u)
         c, c1 = (a+s, a1+s1) if straight else (a, a1)
@@ -279,7 +281,7 @@ def slerp(a, b, w): # (b, ...) two batches of noise; 0 gives `a`, 1 gives `b`
 # %% ../nbs/40_sampling.ipynb #c115
 def interpolate(a, b, k, mix=slerp): # (b, ...) two batches of noise; how many, ends included; or `torch.lerp`
     "(b, k, ...) start noises on the way from `a` to `b`"
-    like(a=a, b=b)
+    like(a=a, b=b), checked(mix=mix)
     return torch.stack([mix(a, b, float(w)) for w in torch.linspace(0, 1, number(1, 10**4, k=k))], 1)
 
 # %% ../nbs/40_sampling.ipynb #c119
@@ -288,7 +290,7 @@ def img2img(net, process, z, # z: (b, ...) standardised latents to start from
             steps=20, sampler=SAMPLER, seed=0): # a name in `SAMPLERS`, or a function like them
     "Latents like `z`, with everything redrawn that the noise of time `strength` hides"
     step = _sampler_of(sampler)
-    like(z=z)
+    check_latents(False, z=z)
     if number(0, 1, False, strength=strength) == 0: return z
     ts, gens = time_steps(process, steps, start=strength), generators(seed, len(z))
     a, s = levels(process, ts[0])

@@ -66,7 +66,7 @@ def fitting(name, images, condition): # as for `opened`; `Images`; 'class', 'tex
     pipe, other = opened(name), f"take another{by_option('from', ' ')}, or none."
     ae, net = pipe.autoencoder, pipe.denoiser
     has = dict(size=pipe.size, channels=channels_of(ae), condition=told_of(pipe))
-    for k, v in dict(size=images.size, channels=images.channels, condition=condition).items():
+    for k, v in dict(size=checked(images=images).size, channels=images.channels, condition=condition).items():
         if has[k] != v: raise UserError(f'{name} has {k} {has[k]}, this run {k} {v}: change that, or {other}')
     strange = {*images.classes} - {*net.conditioners[0].config.classes} if condition == 'class' else ()
     if strange: raise UserError(f'{name} was trained without the class {min(strange)}: {other}')

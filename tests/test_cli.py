@@ -344,7 +344,7 @@ def test_eval_of_one_set_against_itself(cli, drawn, tmp_path):
     (pngs/'broken.png').write_bytes(b'x'), (pngs/'more').symlink_to(drawn/'pngs')
     r = cli('eval', pngs, drawn/'all.npz', '--out', tmp_path/'new'/'scores.json')
     assert r.rc == 0, r.err
-    for w in ('pngs: 8 images', '2 skipped', 'broken.png: not a picture', 'more/: a link to a folder', 'all: 8 images', 'caution: 8 real pictures and 8 samples: KID can be off by'): assert w in r.err, r.err
+    for w in ('pngs: 8 images', '2 skipped', 'broken.png: not a picture', 'more/: a link to a folder', 'all: 8 images', 'caution: 8 real pictures and 8 samples: KID can be off by', 'fid_floor: of 4 real pictures against 4, not 8 against 8: FID rises'): assert w in r.err, r.err
     d = json.loads(r.out)
     assert d == json.loads((tmp_path/'new'/'scores.json').read_text())
     assert abs(d['fid']) < 1e-3 and d['kid'] <= 0 and d['n_fake'] == d['n_real'] == 8

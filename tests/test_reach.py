@@ -5,7 +5,7 @@ import matplotlib.pyplot as plt, numpy as np, pytest, torch, torch.nn.functional
 from errors import one_line
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
-from latentdiff import source
+from latentdiff import report, source
 from latentdiff.autoencoder import AELoss, KLAutoencoder, ae_learner, as_double
 from latentdiff.commands import Run, run_cli
 from latentdiff.core import beside_file, default_device, made, read_toml, sealed, settings_of, to_toml
@@ -587,3 +587,13 @@ def test_a_page_is_of_its_scores_and_names_where_the_data_lies(tmp_path):
     for noted, right in ((of, True), (of | dict(kid=1), True), (dict(made_from='a'), True), (dict(made_from='a', data='/c'), False), (dict(made_from='c', data='/b'), False), ({}, False)):
         (tmp_path/'metrics.json').write_text(json.dumps(sealed(noted)))
         assert is_of(page, of) is right
+
+@pytest.mark.parametrize('fake,real,floor,high', [(600, 600, (300, 300), True), (600, 600, (600, 600), False), (600, 700, (500, 700), True), (600, 5000, (2500, 2500), False)])
+def test_a_floor_of_fewer_pictures_than_the_score_is_a_caution(fake, real, floor, high):
+    "FID rises about as 1/n + 1/m, so from halves of few real pictures comes more than real ones would score"
+    said = report.cautions(dict(n_fake=fake, n_real=real, kid_se=.1, n_floor=floor))
+    assert list(said) == ['fid_floor']*high and (not high or f'of {floor[0]} real pictures against {floor[1]}, not {fake} against {real}' in said['fid_floor'])
+
+def test_more_classes_than_rows_are_said():
+    m = dict(sampler='ddim', steps=4, told=dict(cond=[0, 1], guidance=2.))
+    assert report.samples_figure(m)[2] == 'The first samples, a row a class (the first 16), in order, not chosen: ddim, 4 steps, guidance 2.'

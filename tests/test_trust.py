@@ -8,7 +8,7 @@ from latentdiff import autoencoder as A, conditioning as G, core as C, data as D
 from latentdiff.core import UserError, made, save_component
 from latentdiff.data import kind_of
 from errors import one_line
-from latentdiff import denoisers as DE, few_step, labs_data, report, sampling, training, unet
+from latentdiff import denoisers as DE, few_step, labs_data, muon, report, sampling, source, training, unet
 
 nan, inf = math.nan, math.inf
 X = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))*2 - 1    # images
@@ -283,6 +283,16 @@ CALLS |= {
     **each(few_step.teacher_of, 'net', *NOT), **each(few_step.autoguide, 'net', *NOT, weak=UNET), **each(few_step.autoguide, 'weak', *NOT, net=UNET), **each(few_step.with_steps, 'net', lambda x, t: x, title='with_steps of', says='denoiser is'), **{k: v for f, s in ((few_step.midpoint, dict(velocity=lambda x, t: x)), (few_step.two_in_one, dict(slope=lambda x, t, d: x))) for o, bad in (([*s][0], NOT), ('x', (None, 5, 'a', Z[:0], Z.long())), ('t', NO_TIME), ('d', NO_TIME)) for k, v in each(f, o, *bad, says=f'{o} is' if o in s else ' is', **but(dict(s, x=Z, t=L5, d=L5), o)).items()},
     **each(few_step.step_input, 'd', *NO_TIME, L5[:3], process=FLOW, t=L5, says='d is'), **each(few_step.make_shortcut, 'latents', *NOT, folder='x', net=UNET, process=FLOW, steps=1), **each(few_step.make_shortcut, 'net', *NOT, folder='x', latents=None, process=FLOW, steps=1), **each(few_step.make_shortcut, 'process', *NOT, folder='x', latents=None, net=UNET, steps=1),
     **each(G.TextConditioner().words, 'caption', None, 5, [], ['a'], '\ud800', title='words', says='caption'), **each(G.TextConditioner().encode, 'captions', None, 5, [], [5], ['\ud800'], title='encode'), **each(report.table, 'd', *NOT), **each(report.headline, 'm', *NOT, {}), **each(report.headline, 'm', dict(MEASURED, kid=None), dict(MEASURED, kid='<b>'), title='headline of', says='kid is'), **each(labs_data.read_norb, 'path', *NO_PATH),
+}
+
+CALLS |= { # what nobody has in mind, at doors of lessons
+    **each(G.guide, 'cond', ['cat'], 5, (), torch.tensor(1), torch.ones(3, 8), net=TOLD.net, title='guide without conditioners', says='cond is'), **each(G.conditions_of, 'images', *NOT),
+    **each(G.check_condition, 'images', *NOT, kind='class'), **each(sampling.interpolate, 'mix', 5, 'slerp', None, a=Z, b=Z, k=2), **each(sampling.img2img, 'z', torch.tensor(0.), net=UNET, process=FLOW, says='z is'),
+    **each(sampling.heun, 'straight', 0, False, net=UNET, process=FLOW, x=Z8, ts=[1., .5, 0.]), **each(few_step.draw_steps, 'generator', *GENERATORS, n=4), **each(K.halves, 'x', torch.tensor(0.), title='halves of a number'),
+    **each(report.picture_rows, 'rows', *NOT[:4], title='rows in'), **each(report.caution, 'm', *NOT), **each(F.download, 'path', *NO_PATH, url='http://127.0.0.1:1/a.zip'), **each(F.files_below, 'folder', *NO_PATH),
+    **each(lambda images: source.fitting('rooms64', images, None), 'images', *NOT, title='fitting'),
+    **each(muon.orthogonalise, 'steps', 2.5, -1, 'a', None, nan, x=torch.ones(1, 2, 2)), **each(muon.orthogonalise, 'x', *NOT, torch.ones(2, 2)),
+    **each(muon.Muon, 'lr', 'a', None, nan, -1., params=[torch.nn.Parameter(torch.ones(2))]), **each(muon.Muon, 'momentum', 'a', None, nan, params=[torch.nn.Parameter(torch.ones(2))]),
 }
 
 @pytest.mark.parametrize('title', CALLS)
