@@ -166,7 +166,7 @@ def heun(net, process, x, ts, callback=None, generator=None,
     first = pairs(ts)[0][0]
     if straight is None: straight = levels(process, 1.)[0] == 0 or levels(process, first)[0] < 1e-3   # x/alpha explodes
     if not straight and levels(process, first)[0] == 0:
-        raise UserError('straight is off, but alpha is 0 at the first time, and x/alpha infinite: leave it away')
+        raise UserError(f'straight is {straight}, but alpha is 0 at the first time, x/alpha infinite: leave it away')
     for i, (t, u) in enumerate(pairs(ts)):
         (a, s), (a1, s1) = levels(process, t), levels(process, u)
         c, c1 = (a+s, a1+s1) if straight else (a, a1)
