@@ -197,7 +197,7 @@ def channel_stats(batches): # an iterable of tensors (b,c,...)
     n, s1, s2 = 0, 0., 0.
     for z in checked(batches=batches):
         z = as_double(z).transpose(0, 1).flatten(1)
-        n, s1, s2 = n + z.shape[1], s1 + z.sum(1), s2 + z.square().sum(1)
+        n, s1, s2 = n + z.shape[1], s1 + like(**({'s': s1} if n else {}), batches=z.sum(1)), s2 + z.square().sum(1)
     if not n: raise UserError('batches are empty: give one tensor (b,c,...) or more')
     return (mean := s1/n), (s2/n - mean**2).clamp(min=1e-12).sqrt()
 

@@ -345,7 +345,7 @@ def artefact(path, make,        # the folder; make(folder) fills one, maybe begu
              version=1,         # of the recipe: one more when the same settings give something else
              cheap=False):      # `remake`, and make again what was deleted or changed in it, which a loader refuses
     "Make the artefact at `path` unless it is there and made from the same; returns `path`"
-    path = place(path=path)
+    path, _ = place(path=path), [checked(d=o) for o in (parents, settings)]
     want = json.loads(json.dumps(dict(settings=settings, parents=parents, version=version), default=str))
     there, old = agreed((os.path.lexists(path), made(path)))
     differs = old and _difference(old, want)

@@ -374,8 +374,9 @@ class ArrayImages(Images):
 
     def read(self, idxs):
         "uint8 (n,c,size,size) of these indices, resized as pictures of a folder are"
-        x = (ImageOps.fit(TF.to_pil_image(self.raw[i]), (self.size,)*2, Image.Resampling.LANCZOS) for i in idxs)
-        return fit_pixels(torch.stack([*map(TF.pil_to_tensor, x)]), self.size, self.channels)
+        fit = lambda o: ImageOps.fit(TF.to_pil_image(o), (self.size,)*2, Image.Resampling.LANCZOS)
+        kind = 'L' if self.channels == 1 else 'RGB'
+        return torch.stack([TF.pil_to_tensor(fit(self.raw[i]).convert(kind)) for i in idxs])
 
 # %% ../nbs/00_data.ipynb #c240
 @lru_cache(16)

@@ -343,13 +343,13 @@ def whole_folder(path, first=False, put=None): # True: what is there by then is 
     "A fresh folder to fill, which takes its place at `path` only if nothing goes wrong"
     path = place(path=path)
     new = _beside(Path(tempfile.gettempdir())/path.name if rank() else path, 'new')   # that of the others nobody keeps
-    with on_disk(path):
-        try:
+    try:
+        with on_disk(path):   # what is free is asked before its own half is gone
             remove(new)
             new.mkdir(parents=True)
             yield new
             if not (first and os.path.exists(path)): (put or replace_folder)(new, path)
-        finally: remove(new)
+    finally: remove(new)
 
 # %% ../nbs/parts/disk.ipynb #d018
 def new_place(path, option):

@@ -165,7 +165,7 @@ def features(extractor, # pixels -> features
     idxs = torch.from_numpy(positions(n, idxs=range(n) if idxs is None else idxs))
     if flat: return images[idxs]
     get = (lambda i: images[i]) if torch.is_tensor(images) else images.pixels
-    rows = torch.arange(len(idxs)).split(number(1, bs=bs))
+    rows = torch.arange(len(idxs)).split(number(1, 10**9, bs=bs))
     split = 1 < world() <= len(rows)   # each of several processes takes its share of the batches
     if split: rows = [*share(rows)]
     batches = progress(rows, what=f'features of {len(idxs):,} images')

@@ -210,7 +210,8 @@ def moved(folder, told, old, opened): # of a run, a Path; settings as for `told_
     new, was = (str(o.get('data')) for o in (told, old))
     if new == was: return {}
     if not os.path.isabs(new): check_there(folder, was)   # no place that is there, or a data set
-    elif os.path.isabs(was) and (of := made_of(folder)) and opened().fingerprint == of: return dict(data=new)
+    elif (os.path.isabs(was) or '{' in was) and (of := made_of(folder)):   # shards were once kept as they were named
+        if opened().fingerprint == of: return dict(data=new)
     return {}
 
 def told_anew(folder, told, old, # of a run, a Path; its settings as this call gives them, and as they stand, dicts

@@ -1,11 +1,11 @@
 "Core: presets, streams, files and folders that are whole or absent, components, artefacts, locks."
-import json, os, signal, stat, subprocess, sys, time
+import errno, json, os, signal, stat, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest, torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from safetensors.torch import load_file, save_file
-from latentdiff import core
+from latentdiff import core, disk
 from latentdiff.core import *
 from latentdiff.disk import *
 
@@ -170,6 +170,13 @@ def test_a_folder_is_whole_or_as_before(tmp_path):
     assert here(tmp_path/'a') == ['y'] and here(tmp_path) == ['a']
 
 # --- components
+
+def test_what_is_free_on_a_full_disk_is_asked_while_its_own_half_lies_there(tmp_path, monkeypatch):
+    "Else the line would say that there is no space left, and that there is some"
+    monkeypatch.setattr(disk, 'room_at', lambda path: (0 if any(tmp_path.iterdir()) else 21e6, tmp_path, 'go elsewhere'))
+    with pytest.raises(UserError, match='No space left on device; 0 kB free'), whole_folder(tmp_path/'a'): raise OSError(errno.ENOSPC, 'No space left on device')
+    assert not any(tmp_path.iterdir())
+
 
 def test_component_round_trip(tmp_path):
     a = Toy(4, deep=2).train()

@@ -719,7 +719,7 @@ def test_as_images():
 
 # arrays
 
-@pytest.mark.parametrize('shape,size,channels', [((3, 48, 48), 32, 3), ((3, 20, 31), 32, 3), ((1, 28, 28), 32, 1), ((1, 28, 28), 16, 3)])
+@pytest.mark.parametrize('shape,size,channels', [((3, 48, 48), 32, 3), ((3, 20, 31), 32, 3), ((1, 28, 28), 32, 1), ((1, 28, 28), 16, 3), ((3, 24, 24), 24, 1)])
 def test_pictures_of_an_npz_are_resized_as_those_of_a_folder(tmp_path, shape, size, channels):
     "By one function: else a set is not what it was, and KID and FID see the difference"
     x = torch.randint(256, (9, *shape), generator=torch.Generator().manual_seed(0)).to(torch.uint8)

@@ -59,6 +59,12 @@ def same(a, b): # two networks
 
 # --- what fits ------------------------------------------------------------------------------------------------------
 
+def test_shards_that_a_run_of_earlier_named_otherwise_are_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(source, 'made_of', lambda folder: 'same')
+    moved = lambda of, was='s/{00..01}.tar': source.moved(tmp_path, dict(data=f'{tmp_path}/s/{{00..01}}.tar'), dict(data=was), lambda: SimpleNamespace(fingerprint=of))
+    assert moved('same') == dict(data=f'{tmp_path}/s/{{00..01}}.tar') and moved('another') == {} == moved('same', 'rooms')
+
+
 def test_what_fits_is_opened(saved, rooms):
     assert same(source.fitting(saved, rooms, None).denoiser, small().denoiser)
 
