@@ -12,6 +12,7 @@ __all__ = ['CrossAttention', 'ConditionalUNet', 'conditional', 'ClassConditioner
 import json, re, torch, torch.nn.functional as F, unicodedata
 from functools import lru_cache
 from importlib.util import find_spec
+from numbers import Integral
 from threading import RLock
 from torch import nn
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -116,7 +117,7 @@ class ClassConditioner(nn.Module, AsGiven, ConfigMixin):
         if label in classes: return classes.index(label)
         whole = all(_typed(o).isdecimal() for o in classes)
         same = (lambda o: int(o) == int(label)) if whole and digits else lambda o: _typed(o) == _typed(label)
-        alike = [k for k, o in enumerate(classes) if isinstance(label, str if not whole else (str, int)) and same(o)]
+        alike = [k for k, o in enumerate(classes) if isinstance(label, (str, Integral)[:1 + whole]) and same(o)]
         if len(alike) == 1: return alike[0]
         if digits and not whole and int(label) < len(classes): return int(label)
         raise self.strange(label)
@@ -134,7 +135,7 @@ class ClassConditioner(nn.Module, AsGiven, ConfigMixin):
         if not torch.is_tensor(labels): labels = torch.tensor([self.number(o) for o in labels])
         elif labels.device.type == 'cpu':
             for o in labels.unique().tolist():
-                if not -1 <= o < len(self.config.classes): raise self.strange(o)
+                if type(o) is not int or not -1 <= o < len(self.config.classes): raise self.strange(o)
         labels = labels.to(self.embedding.weight.device)[:, None]
         return self.embedding(labels.clamp(min=0)), labels >= 0
 

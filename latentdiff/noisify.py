@@ -9,7 +9,7 @@ __all__ = ['SCHEDULES', 'TARGETS', 'TIMES', 'FILES', 'PREDICTION_TYPES', 'BETA_S
            'process_of', 'other_noise', 'load_process', 'save_process', 'mend_process']
 
 # %% ../nbs/20_noisify.ipynb #c003
-import functools, hashlib, inspect, json, math, os, shutil, time, warnings
+import contextlib, functools, hashlib, inspect, json, math, os, shutil, time, warnings
 import numpy as np, torch
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -70,7 +70,8 @@ def _as_level(t, low=0, high=1, name='t'): # float or tensor; what a float may b
     if not torch.is_tensor(t) and not np.ndim(t): number(low, high, whole=False, **{name: t})
     if isinstance(t, (list, tuple)): numbers(len(t), **{name: t})
     t = torch.as_tensor(t)
-    if t.is_cpu and t.numel(): [number(low, high, False, **{name: o.item()}) for o in (t.min(), t.max())]  # or NaN
+    with contextlib.suppress(RuntimeError):   # within torch.func nobody can look at them
+        if t.is_cpu and t.numel(): [number(low, high, False, **{name: o.item()}) for o in (t.min(), t.max())]
     return t if t.dtype==torch.float64 else t.float()
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Process:
     def __post_init__(self):
         for what,names in dict(schedule=SCHEDULES, target=TARGETS, times=TIMES).items():
             one_of(names, **{what: getattr(self, what)})
-        number(1, 10**6, steps=self.steps)
+        number(1 + self.schedule.endswith('zero'), 10**6, steps=self.steps)
         number(1e-9, .9999, False, beta_start=self.beta_start, beta_end=self.beta_end)
         number(1e-9, number(1e-9, 1e6, False, rho=self.rho, sigma_max=self.sigma_max), False, sigma_min=self.sigma_min)
 

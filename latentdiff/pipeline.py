@@ -175,10 +175,10 @@ def how(self:LatentDiffusionPipeline, steps=None, sampler=None, guidance=None, s
 def sampler_of(self:LatentDiffusionPipeline, sampler=None): # name in `NAMED`, a function, a diffusers scheduler
     "The sampler's function; None: as `how` says"
     s = self.how(sampler=sampler)['sampler']
-    if hasattr(s, 'set_timesteps'): return scheduled(s if s is self.own_scheduler else tried(s), self.process)
+    if hasattr(s, 'set_timesteps'):
+        return scheduled(s if s is self.own_scheduler else tried(checked(scheduler=s)), self.process)
     if callable(s): return s
-    if s not in tuple(NAMED):
-        raise UserError(f"sampler is one of {', '.join(NAMED)}, or a diffusers scheduler, not {s!r:.80}")
+    if s not in tuple(NAMED): raise UserError(f"sampler is {s!r:.80}: give a scheduler, or one of {', '.join(NAMED)}")
     if s == 'shortcut' and not any(isinstance(o, Shortcut) for o in layers_of(self.denoiser)):
         raise UserError('this denoiser has not learned long steps: take another sampler, or make_shortcut')
     return NAMED[s]

@@ -18,7 +18,7 @@ from fastai.basics import AvgSmoothLoss, Callback, CancelFitException, DataLoade
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from .core import UNFIT, UserError, agreed, default_device, fingerprint, first_ahead, not_finite, number
 from .core import checked, largest_divisor, rank, read_weights, sealed, stream, world, write_whole
-from .data import as_images, kind_of, like, shifted, show_images
+from .data import from_uint8, kind_of, like, shifted, show_images
 from .disk import crc_of, enough, lies_in, make_in, matching, readable
 from .muon import Muon, muon, orthogonalise   # other modules ask for them here
 
@@ -73,7 +73,7 @@ class DeviceLoader(DataLoader):
         "The batch of step `k`: (x,) or (x, *ys), a function of (seed, k)"
         epoch, i = divmod(k, len(self))
         x, *ys = (o[self.order(epoch)[i*self.bs:(i + 1)*self.bs]] for o in self.dataset.tensors)
-        x = as_images(x)
+        x = from_uint8(x) if x.dtype == torch.uint8 else x.float()
         chance = lambda what: torch.Generator(self.device).manual_seed(stream(self.seed, what, k))
         if self.flip:
             coin = torch.rand(len(x), *[1]*(x.ndim - 1), generator=chance('mirror'), device=self.device) < .5

@@ -3,7 +3,7 @@ import json, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
-import pytest, torch
+import numpy as np, pytest, torch
 from safetensors.torch import load_file
 from torch import nn
 from diffusers.models.attention_processor import Attention
@@ -158,7 +158,7 @@ def test_a_class_may_be_typed_as_it_is_read(name, typed):
 def test_where_names_are_numbers_a_number_is_a_name():
     "Grades 1 to 5, months: what is asked for is that class, or nothing; a tensor holds places, as labels do"
     c = ClassConditioner(['1', '10', '2'], 8)
-    assert [c.number(o) for o in ('1', 1, '10', 10, '2', 2)] == [0, 0, 1, 1, 2, 2] and ClassConditioner(['01', '02'], 8).number(1) == 0
+    assert [c.number(o) for o in ('1', np.int64(1), '10', 10, '2', 2)] == [0, 0, 1, 1, 2, 2] and ClassConditioner(['01', '02'], 8).number(1) == 0
     for bad in ('0', 0, '3', -1, True):
         with pytest.raises(UserError, match='give one of 1, 10, 2'): c.number(bad)
     assert torch.equal(c(torch.tensor([0, 2]))[0], c(['1', 2])[0])

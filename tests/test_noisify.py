@@ -29,6 +29,13 @@ def test_add_noise_equals_diffusers_at_every_step(ours, theirs, cls):
     assert gap(Process(ours).add_noise(x, e, T), sched.add_noise(x, e, K)) < 1e-6
     assert gap(Process(ours, 'v').target_of(x, e, T), sched.get_velocity(x, e, K)) < 1e-6
 
+def test_levels_can_be_asked_for_within_torch_func():
+    "Where no number can be looked at"
+    t = torch.linspace(.1, .9, 5)
+    for p in (Process(), Process('edm', 'v'), Process('ddpm_linear', 'eps')):
+        for f in (p.alpha, p.time_input, p.t_of): assert torch.allclose(torch.func.vmap(f)(t), f(t)), (p.schedule, f)
+
+
 def test_beta_end_reaches_the_schedule():
     x, e = pair()
     assert gap(Process('ddpm_linear', beta_end=.01).add_noise(x, e, T), DDPMScheduler(beta_end=.01).add_noise(x, e, K)) < 1e-6

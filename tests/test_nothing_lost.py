@@ -290,7 +290,7 @@ def on_small_disk(server, tmp_path, what, *args):
     return AttrDict(json.loads(r.out.splitlines()[-1]))
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='needs namespaces')
-@pytest.mark.parametrize('what,says', [('checkpoint', '1.2 MB to be written'), ('encoding', '4.4 MB to be written'), ('pngs', 'MB free in'), ('unpack', 'LATENTDIFF_DATA'), ('page', '0.4 MB to be written'),
+@pytest.mark.parametrize('what,says', [('checkpoint', '1.2 MB to be written'), ('encoding', '4.4 MB to be written'), ('pngs', ' kB free in'), ('unpack', 'LATENTDIFF_DATA'), ('page', '0.4 MB to be written'),
     ('many', 'no more files are free in')])
 def test_a_full_disk_is_one_line_and_after_room_was_made_it_goes_on(server, tmp_path, what, says):
     "How much, where, and what to set; nothing half-written stays, and what was whole is whole"

@@ -494,7 +494,7 @@ def test_a_pipeline_draws_as_it_says_where_its_caller_says_nothing(tmp_path):
     assert LatentDiffusionPipeline(**few.components, drawn_with=how).how() == few.how()
 
 @pytest.mark.parametrize('how,words', [(5, 'drawn_with is 5: give a dict'), (['steps'], 'drawn_with is'), (dict(step=5), 'drawn_with does not know step: it takes steps, sampler'),
-    (dict(steps='x'), "steps is 'x'"), (dict(steps=10**9), 'steps is 1000000000'), (dict(sampler=['ddim']), 'sampler is one of'), (dict(spacing={}), 'times fall'), (dict(spacing=5), 'spacing is'), (dict(guidance='x'), "guidance is 'x'")])
+    (dict(steps='x'), "steps is 'x'"), (dict(steps=10**9), 'steps is 1000000000'), (dict(sampler=['ddim']), "sampler is ['ddim']: give"), (dict(spacing={}), 'times fall'), (dict(spacing=5), 'spacing is'), (dict(guidance='x'), "guidance is 'x'")])
 def test_an_index_that_says_how_to_draw_is_asked(tmp_path, how, words):
     small().save_pretrained(tmp_path)
     index(tmp_path, drawn_with=how)

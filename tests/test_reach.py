@@ -69,6 +69,7 @@ def test_what_fits_is_opened(saved, rooms):
     assert same(source.fitting(saved, rooms, None).denoiser, small().denoiser)
 
 class Kind: # of images
+    pixels = None
     def __init__(self, size=32, channels=3, classes=None): self.size, self.channels, self.classes = size, channels, classes
 
 @pytest.mark.parametrize('build,images,condition,words', [
