@@ -300,7 +300,7 @@ def metrics(self:Run):
     ae, net = (notes[k]['facts'] for k in self.pipeline.parts())
     d = self.scores | dict(psnr=ae.get('psnr'), ssim=ae.get('ssim'), n_reconstructed=ae.get('n'))
     for k in SCORES: number(whole=False, **{f'{k}, in a made.json in {self.folder},': d.get(k)})
-    return d | dict(kid_curve=net.get('kid', []), told=self.asked and {**self.told(64), 'cond': self.wanted(64)},
+    return d | dict(kid_curve=net.get('kid', []), told=self.told(len(self.samples)), condition=self.condition,
         **{k: notes['samples']['settings'][k] for k in ('sampler', 'steps')}, threads=torch.get_num_threads(),
         seconds={k: v['seconds'] for k, v in notes.items() if v}, peak_gb=round(training.peak_gb(self.device), 2))
 
@@ -379,7 +379,7 @@ def go(self:Run, goals=GOALS):
         for o in ('run.json', 'metrics.json'): clear_away(self.folder/o, 'part')   # what need not be written again
         if (fresh or self.more) and self.images.skipped:   # opened before further steps are written down
             write_json(self.folder/'skipped.json', self.images.skipped, indent=1)
-        new = fresh or source.no_options(self.folder/'config.toml', self.options())
+        new = fresh or may and source.no_options(self.folder/'config.toml', self.options())
         if new or read_json(self.folder/'run.json', 'delete it').get('settings') != self.settings: self.write()
         for k in goals:
             getattr(self, k)

@@ -11,6 +11,7 @@ __all__ = ['FITS', 'FEW', 'CROPS', 'LSUN_HUB', 'to_uint8', 'from_uint8', 'as_ima
 # %% ../nbs/00_data.ipynb #c004
 import hashlib, math, os, sys, unicodedata, zlib, gzip
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -63,8 +64,10 @@ def check_images(x, channels=(1, 3), most=1.001, uint8=True, name='images', ndim
 def all_finite(**given): # one tensor by its name
     "It; raises `UserError` where it has other numbers than finite ones and lies on the CPU: a GPU would have to wait"
     (k, v), = given.items()
-    if not v.is_cpu or v.isfinite().all(): return v
-    raise UserError(f'{k} of {kind_of(v)} holds what is not a finite number: look at it')
+    with suppress(RuntimeError):   # within torch.func nobody can look at them
+        if not v.is_cpu or torch.compiler.is_compiling() or v.isfinite().all(): return v
+        raise UserError(f'{k} of {kind_of(v)} holds what is not a finite number: look at it')
+    return v
 
 def like(rows=False, /, **given): # may they have other numbers of rows; tensors by their names
     "The last one; raises `UserError` unless all are floats, one or more, of the shape of the first"

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['FULL', 'NOWHERE', 'world', 'rank', 'Stopped', 'last_words', 'stop_politely', 'UserError', 'data_home', 'runs_home',
-           'DiskError', 'place', 'size_of', 'lies_in', 'still_there', 'make_in', 'room_at', 'by_option', 'on_disk',
-           'enough', 'free_memory', 'reserve', 'remove', 'matching', 'clear_away', 'put_beside', 'write_whole',
-           'write_json', 'readable', 'read_text', 'read_json', 'crc_of', 'file_md5', 'content_of', 'contents_of',
-           'altered', 'of_this_version', 'check_unchanged', 'replace_folder', 'whole_folder', 'new_place', 'new_places',
-           'refused', 'utf8', 'check_call', 'printable', 'patience', 'plain_output', 'one_line_errors']
+           'DiskError', 'place', 'size_of', 'lies_in', 'still_there', 'own_folder', 'make_in', 'room_at', 'by_option',
+           'on_disk', 'enough', 'free_memory', 'reserve', 'remove', 'matching', 'clear_away', 'put_beside',
+           'write_whole', 'write_json', 'readable', 'read_text', 'read_json', 'crc_of', 'file_md5', 'content_of',
+           'contents_of', 'altered', 'of_this_version', 'check_unchanged', 'replace_folder', 'whole_folder',
+           'new_place', 'new_places', 'refused', 'utf8', 'check_call', 'printable', 'patience', 'plain_output',
+           'one_line_errors']
 
 # %% ../nbs/parts/disk.ipynb #k001
 import os, signal, sys
@@ -114,11 +115,15 @@ def still_there(path):
     "`UserError` if a file or folder that the work began with is not where it was"
     if not os.path.exists(path): raise UserError(f'{path} is gone, or was moved: repeat the command where it is now')
 
+def own_folder(folder): # of checkpoints
+    "It; raises `UserError` if it, or the one above, is a link, through which something elsewhere would be written"
+    links = [o for o in (folder, folder.parent) if o.is_symlink() and 'checkpoints' in (o.name, o.parent.name)]
+    if not links: return folder
+    raise UserError(f'{links[0]} is a link, and nothing is written elsewhere: put a folder in its place')
+
 def make_in(home, folder): # what the folder `lies_in`, asked when the work on it began
     "Make it, unless `home` is not there any more: then raises `UserError`"
     still_there(home)
-    links = [o for o in (folder, folder.parent) if o.is_symlink() and 'checkpoints' in (o.name, o.parent.name)]
-    if links: raise UserError(f'{links[0]} is a link, and nothing is written elsewhere: put a folder in its place')
     folder.mkdir(parents=True, exist_ok=True)
 
 def room_at(path): # where something is to be written
@@ -315,7 +320,8 @@ def altered(path, note): # an artefact's folder; what `made` says of it
 
 def of_this_version(folder): # maybe of a run, or of a part of one
     "It; raises `UserError` if that is a run of version 0.1"
-    for f in (Path(folder)/'run.json', Path(folder).parent/'run.json'):
+    own = os.path.isfile(Path(folder)/'model_index.json')   # else it may be a part of one
+    for f in (Path(folder)/'run.json', Path(folder).parent/'run.json')[:2 - own]:
         d = {}
         with suppress(OSError, ValueError): d = read_json(f, '')   # what is damaged, others find
         if 'stages' in d: raise UserError(f'{f.parent} is a run of version 0.1, which this one cannot read: train anew')

@@ -122,14 +122,12 @@ def download(url, path): # http(s); where the file goes, whose folder is made
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if os.path.isdir(path): raise IsADirectoryError(f'{path} is a folder: delete it')
-        for o in (part, tag, lock):
-            if o.is_symlink(): o.unlink()                         # else what it leads to would be written over
+        for o in filter(Path.is_symlink, (part, tag, lock)): o.unlink()   # else what it leads to would be written over
         if not os.path.exists(path):
             with on_disk(part), FileLock(lock):                   # a second process waits
                 try: _fetch_all(url, path, part, tag)
                 finally:                                          # nobody but its holder may remove the lock
-                    try: lock.unlink()
-                    except OSError: pass                          # Windows keeps an open file: it goes below
+                    with suppress(OSError): lock.unlink()         # Windows keeps an open file: it goes below
         for o in (tag, lock) if not rank() else (): o.unlink(missing_ok=True)   # of a process that was killed just here
     except UserError: raise
     except OSError as e: raise UserError(f'could not download {url} ({one_line(e)}): set LATENTDIFF_DATA') from None
@@ -249,6 +247,10 @@ def bytes_of(path):
     if (size := os.stat(place(file=path)).st_size) <= LARGEST: return Path(path).read_bytes()
     raise OSError(errno.EFBIG, f'{size/1e9:,.0f} GB, too much for a picture')
 
+def _shallow(im): # as opened: do its colours have 16 bits, of which Pillow keeps the upper eight, that are hardly used?
+    deep, bands = any(';16' in str(o) for o in im.tile), im.getbands()
+    return deep and len(bands) > 1 and 0 < max(o[1] for k, o in zip(bands, im.getextrema()) if k != 'A') < 64
+
 def load_pixels(file, size, channels=3): # path of an image file, or its bytes; pixels a side; 3, or 1 for grey
     "A file as uint8 (channels,size,size): the middle square, resized with antialiasing"
     size, channels = number(1, 2048, size=size), one_of((1, 3), channels=channels)
@@ -259,6 +261,7 @@ def load_pixels(file, size, channels=3): # path of an image file, or its bytes; 
         if math.prod(im.size) > 1 << 26 or max(im.size) > 32*min(im.size):
             raise ValueError(f'{im.size[0]:,}x{im.size[1]:,} pixels, too many or too long and thin')
         if im.format == 'PNG': Image.open(io.BytesIO(raw), formats=['PNG']).verify()
+        if _shallow(im): raise ValueError('values of fewer than 15 bits in 16, not surely of which range: use 8 bits')
         im = ImageOps.fit(to_rgb(im), (size, size), Image.Resampling.LANCZOS)
     return TF.pil_to_tensor(im.convert('L') if channels == 1 else im)
 
@@ -274,9 +277,8 @@ def is_picture(path): # of a file, whatever it is called
     "Whether its suffix is a picture's, or, if nobody knows its suffix, its first bytes are"
     suffix = path.suffix.lower()
     if suffix in SUFFIXES or suffix in _TEXTS or no_file(path): return suffix in SUFFIXES
-    try:
-        with path.open('rb') as f: return bool(_PICTURE.match(f.read(16)))
-    except OSError: return False
+    with suppress(OSError), path.open('rb') as f: return bool(_PICTURE.match(f.read(16)))
+    return False
 
 def pixels_or_why(file, size, channels):
     "What `load_pixels` gives, or in a few words why it gives nothing"
@@ -486,8 +488,7 @@ def npz_pixels(path): # of an .npz with one array
     theirs = OSError, TypeError, AttributeError, OverflowError, MemoryError, SyntaxError, tokenize.TokenError, *DAMAGED
     try:
         if why := no_file(path): raise OSError(why)
-        names = (z := np.load(path)).files
-        size = max((o.file_size for o in z.zip.infolist()), default=0)
+        names, size = (z := np.load(path)).files, max((o.file_size for o in z.zip.infolist()), default=0)
     except theirs: raise damaged from None
     enough(f'Reading {path}', path, memory=size)
     try: a = z['arr_0' if 'arr_0' in names else names[0]] if names else None

@@ -16,9 +16,8 @@ from dataclasses import asdict, dataclass
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from fastai.basics import Callback, Path, patch
 from .autoencoder import fit_bs
-from .core import UserError, agreed, artefact, check_contents, checked, default_device, fingerprint
-from .core import first_ahead, made, number, numbers, one_of, positions, progress, rank
-from .core import read_json, sealed, share, stream, unsealed, world
+from .core import UserError, agreed, artefact, check_contents, checked, default_device, fingerprint, first_ahead, made
+from .core import number, numbers, one_of, positions, progress, rank, read_json, sealed, share, stream, unsealed, world
 from .data import CROPS, FEW, all_finite, cropped, from_uint8, kind_of, leeway, like
 from .disk import NOWHERE, on_disk, place, remove, reserve, write_json
 
@@ -69,10 +68,11 @@ def _as_level(t, low=0, high=1, name='t'): # float or tensor; what a float may b
     "`t` as a tensor: float64 if it is one, else float32 (half precision cannot tell one level from the next)"
     if not torch.is_tensor(t) and not np.ndim(t): number(low, high, whole=False, **{name: t})
     if isinstance(t, (list, tuple)): numbers(len(t), **{name: t})
-    t = torch.as_tensor(t)
+    t = t if (t := torch.as_tensor(t)).dtype==torch.float64 else t.float()
     with contextlib.suppress(RuntimeError):   # within torch.func nobody can look at them
-        if t.is_cpu and t.numel(): [number(low, high, False, **{name: o.item()}) for o in (t.min(), t.max())]
-    return t if t.dtype==torch.float64 else t.float()
+        seen = (t.min(), t.max()) if t.is_cpu and t.numel() and not torch.compiler.is_compiling() else ()
+        for o in seen: number(low, high, False, **{name: round(o.item(), 6)})   # rounding goes beyond
+    return t
 
 @dataclass(frozen=True)
 class Process:

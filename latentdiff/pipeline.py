@@ -27,8 +27,8 @@ from .autoencoder import Autoencoder, fit_bs, open_autoencoder
 from .noisify import Process, load_process, other_noise, process_of, save_process
 from .files import ON_HUB, OURS, one_line
 from .unet import AnyUNet2D, OtherNetwork
-from .card import PIPELINES, check_channels, check_index, check_saved, check_size, load_scheduler, model_card
-from .card import names_class
+from .card import PIPELINES, as_drawn, check_channels, check_index, check_saved, check_size, load_scheduler
+from .card import model_card, names_class
 from .conditioning import guide
 from .sampling import SAMPLER, SAMPLERS, denoise_path, evaluations, levels, sample, start_noise, time_steps
 from .few_step import Shortcut, shortcut, unipc
@@ -44,7 +44,7 @@ def no_more(what, takes, given): # a function; what it takes, in words; further 
         hint = f'{k} is called {NAMES[k]} here' if k in NAMES else f'it takes {takes}'
         raise UserError(f'{what} does not know {k:.80}: {hint}')
 
-_MOST, _HOW = 2048, ('steps', 'sampler', 'spacing', 'guidance')   # pixels a side; what `drawn_with` may say
+_MOST = 2048   # pixels a side
 
 class LatentDiffusionPipeline(DiffusionPipeline):
     "An autoencoder, a denoiser and a noise process that fit each other: all it takes to draw images"
@@ -63,8 +63,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         checked(**parts, **({} if scheduler is None else dict(scheduler=scheduler)))
         number(1, _MOST, size=size)
         self.register_modules(**parts, scheduler=scheduler)
-        own = checked(drawn_with={} if drawn_with is None else drawn_with)
-        no_more('drawn_with', ', '.join(_HOW), own.keys() - {*_HOW})
+        own = as_drawn(drawn_with, NAMED)
         self.register_to_config(size=size, **(dict(drawn_with=own) if own else {}))
         self.drawn_with, self.size, self.latent_shape = own, size, tuple(autoencoder.latent_shape(size))
         check_channels(denoiser, self.latent_shape[0])
@@ -385,7 +384,8 @@ def our_parts(folder, d): # as `save_pretrained` left it; its model_index.json, 
     autoencoder, denoiser = (load_part(folder/k, d[k][1]) for k in names)
     scheduler = scheduler_in(folder, process := load_process(folder, folder/names[1]))
     own = scheduler if d.get('sampler') == 'scheduler' else None
-    return autoencoder, denoiser, process, d['size'], own, d.get('drawn_with')
+    how = as_drawn(d.get('drawn_with'), NAMED, f"drawn_with in {folder/'model_index.json'}")
+    return autoencoder, denoiser, process, d['size'], own, how
 
 # %% ../nbs/80_pipeline.ipynb #L105
 @patch

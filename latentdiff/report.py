@@ -274,7 +274,8 @@ def guidance_figure(d): # as `by_guidance` returns it; None: nothing was told
 def samples_figure(m):
     "The samples as a row for `figures`: how they were drawn, and what they were asked to show"
     told, how = m.get('told') or {}, f"in order, not chosen: {m['sampler']}, {m['steps']} steps"   # {} in older runs
-    words = [o for o in told.get('cond', ()) if isinstance(o, str)]   # classes are numbers
+    classes = m.get('condition') == 'class'   # in older runs, which do not say so, these are numbers
+    words = [o for o in told.get('cond', ()) if isinstance(o, str) and not classes][:64]
     rows = ', each above what it was asked to show' if words else ', a row a class (the first 16)' if told else ''
     if told: how += f", guidance {told['guidance']:g}"
     return 'Samples', 'samples/grid', f'The first samples{rows}, {how}.', '', words

@@ -87,6 +87,7 @@ def as_there(given): # options of a run, by name
 def counted_as(classes, images): # names, None: leave them; `Images`, whose classes are all among these
     "`images`, with labels that are places in `classes`"
     if not classes: return images
+    if images.classes is None: raise UserError(f'{images.kind:.80} has no classes any more: choose other pictures')
     if strange := [o for o in images.classes if o not in classes]:
         raise UserError(f'{strange[0]!s:.80} is none of the classes that run.json names: choose other pictures')
     places = images.labels.new_tensor([*map(list(classes).index, images.classes), -1])   # the last one is for label -1

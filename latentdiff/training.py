@@ -19,7 +19,7 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision
 from .core import UNFIT, UserError, agreed, default_device, fingerprint, first_ahead, not_finite, number
 from .core import checked, largest_divisor, rank, read_weights, sealed, stream, world, write_whole
 from .data import from_uint8, kind_of, like, shifted, show_images
-from .disk import crc_of, enough, lies_in, make_in, matching, readable
+from .disk import crc_of, enough, lies_in, make_in, matching, own_folder, readable
 from .muon import Muon, muon, orthogonalise   # other modules ask for them here
 
 # %% ../nbs/parts/training.ipynb #c007
@@ -314,11 +314,11 @@ class Checkpoint:
         self.folder, self.made_from, self.every, self.home = Path(folder), made_from, every, lies_in(folder)
         self.spent, self.begun = 0, time.monotonic()   # seconds of the calls before this one; its own beginning
 
-    def path(self, name): return self.folder/f'{name}.safetensors'
+    def path(self, name): return own_folder(self.folder)/f'{name}.safetensors'
 
     def save(self, name, tensors, note):
         "Write tensors and a note (a dict) in one step, and clear away what a killed process left half written"
-        make_in(self.home, self.folder)
+        make_in(self.home, own_folder(self.folder))
         tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         own = dict(made_from=self.made_from, spent=round(self.spent + time.monotonic() - self.begun))
         note = json.loads(json.dumps(note, default=float)) | own | dict(sums=crc_of(tensors))

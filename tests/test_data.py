@@ -1,5 +1,5 @@
 "The data lesson's promises, on pictures, archives and servers made here: no network, no data set needed"
-import csv, errno, gzip, hashlib, http.server, io, itertools, json, os, resource, subprocess, sys, tarfile, threading, unicodedata, zipfile, zlib
+import csv, errno, gzip, hashlib, http.server, io, itertools, json, os, resource, struct, subprocess, sys, tarfile, threading, unicodedata, zipfile, zlib
 import numpy as np, pytest, torch
 from PIL import Image
 from fastcore.basics import AttrDict
@@ -275,6 +275,18 @@ def test_floats_of_no_known_range_are_skipped(tmp_path, mode, values):
     save(tmp_path/'x'/'c.tif', Image.fromarray(np.resize(np.float32([0, 254]), (16, 16))))
     images = open_images(tmp_path/'x', 16)
     assert images.pixels().flatten(1).aminmax(dim=1).max.tolist() == [255, 254] and 'values from' in images.skipped[0][1]
+
+@pytest.mark.parametrize('channels', [3, 4])
+def test_colours_of_fewer_bits_in_sixteen_are_left_out(tmp_path, channels):
+    "Pillow keeps the upper eight, so that ten to fourteen bits are nearly black, with an alpha channel nearly white"
+    def png48(bits):
+        rows = np.random.default_rng(0).integers(1, 2**bits, (16, 16, channels)).astype('>u2')
+        lines = b''.join(b'\0' + o.tobytes() for o in rows)
+        chunk = lambda kind, data: struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+        return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', 16, 16, 16, 2 + 4*(channels == 4), 0, 0, 0)) + chunk(b'IDAT', zlib.compress(lines)) + chunk(b'IEND', b'')
+    for bits in (10, 12, 14):
+        with pytest.raises(ValueError, match='use 8 bits'): load_pixels(png48(bits), 16)
+    assert load_pixels(png48(16), 16).float().mean() > 99
 
 def test_a_dark_picture_of_eight_bits_in_sixteen_is_taken():
     "Its values are multiples of 257, so that their range is known; ten bits would be nearly black, as they are in the folder of any microscope"

@@ -34,6 +34,8 @@ def test_levels_can_be_asked_for_within_torch_func():
     t = torch.linspace(.1, .9, 5)
     for p in (Process(), Process('edm', 'v'), Process('ddpm_linear', 'eps')):
         for f in (p.alpha, p.time_input, p.t_of): assert torch.allclose(torch.func.vmap(f)(t), f(t)), (p.schedule, f)
+        assert torch.allclose(torch.compile(p.alpha, fullgraph=True, backend='eager')(t), p.alpha(t))
+        assert p.alpha(torch.tensor(1 + 1e-7)).isfinite()   # rounding goes beyond
 
 
 def test_beta_end_reaches_the_schedule():

@@ -1077,7 +1077,8 @@ def test_nothing_is_written_to_where_a_link_in_a_run_leads(tmp_path):
     (big/'samples'/'a').unlink()
     (run/'samples').symlink_to(big/'samples')
     (run/'checkpoints').symlink_to(big)
-    assert f'{run}/checkpoints is a link' in one_line(lambda: Checkpoint(run/'checkpoints'/'unet', 'x').save('last', {}, dict(k=1, steps=2)))
+    c = Checkpoint(run/'checkpoints'/'unet', 'x')
+    for f in (lambda: c.save('last', {}, dict(k=1, steps=2)), lambda: c.load('last')): assert f'{run}/checkpoints is a link' in one_line(f)   # before the work
     make()
     assert (run/'samples'/'a').exists() and not (run/'samples').is_symlink() and {o.name for o in big.rglob('*')} == {'samples', 'made.json'}
 
@@ -1090,6 +1091,8 @@ def test_a_run_of_version_0_1_is_called_one(tmp_path):
     write_json(tmp_path/'autoencoder'/'config.json', dict(_class_name='KLAutoencoder'))
     for f in (pipeline.LatentDiffusionPipeline.from_pretrained, lambda o: source.as_there({'from': str(o)}), autoencoder.open_autoencoder, lambda o: autoencoder.open_autoencoder(o/'autoencoder')):
         assert f'{tmp_path} is a run of version 0.1' in one_line(lambda: f(tmp_path))
+    (tmp_path/'new').mkdir(), write_json(tmp_path/'new'/'model_index.json', {})
+    assert disk.of_this_version(tmp_path/'new') == tmp_path/'new'   # a pipeline beside it
 
 def test_advice_for_a_run_that_is_there(tmp_path, monkeypatch):
     "A command without --out cannot be told to choose a place, nor to set where new runs go"

@@ -136,6 +136,8 @@ def test_what_run_json_says_of_the_source_is_compared_with_it(went_on, tmp_path,
 def test_classes_that_the_source_cannot_have_are_one_line(rooms):
     images = SimpleNamespace(labels=rooms.labels, classes=['red'])
     assert 'red' in one_line(source.counted_as, ['blue'], images)
+    images = SimpleNamespace(labels=None, classes=None, kind='flat')   # whose folders of classes are gone
+    assert 'flat has no classes any more' in one_line(source.counted_as, ['blue'], images) and source.counted_as(None, images) is images
 
 def test_a_run_goes_on_with_the_process_of_its_source(tmp_path):
     "A source that predicts noise under the betas of DDPM: the loss of that process falls, and the run says what it was trained for."
@@ -604,3 +606,5 @@ def test_a_floor_of_fewer_pictures_than_the_score_is_a_caution(fake, real, floor
 def test_more_classes_than_rows_are_said():
     m = dict(sampler='ddim', steps=4, told=dict(cond=[0, 1], guidance=2.))
     assert report.samples_figure(m)[2] == 'The first samples, a row a class (the first 16), in order, not chosen: ddim, 4 steps, guidance 2.'
+    named = m | dict(condition='class', told=dict(cond=['a', 'b']*50, guidance=2.))
+    assert report.samples_figure(named) == report.samples_figure(m) and report.samples_figure(named | dict(condition='text'))[4] == ['a', 'b']*32
