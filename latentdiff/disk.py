@@ -483,7 +483,10 @@ def one_line_errors(f):
         _options[:] = names
         try:
             check_call(kwargs)
-            return f(*args, **kwargs)
+            found = f(*args, **kwargs)
+            for n in _SIGNALS:
+                if signal.getsignal(n) is _stop: signal.signal(n, signal.SIG_IGN)   # nothing is left to be stopped
+            return found
         except BrokenPipeError: os._exit(141)   # the reader of a pipe has gone, as `| head` does
         except Exception as e:
             if not (why := refused(e)): raise

@@ -171,6 +171,17 @@ def test_a_folder_is_whole_or_as_before(tmp_path):
 
 # --- components
 
+def test_a_signal_when_the_work_is_done_is_nothing_any_more():
+    "While the interpreter leaves, which takes seconds after a training: no traceback, no word that something was stopped"
+    code = """import sys; sys.argv = ['latentdiff-x']
+from latentdiff.disk import one_line_errors
+import atexit, os, time
+atexit.register(lambda: [(os.kill(os.getpid(), n), time.sleep(.1)) for n in (2, 15, 1)])
+one_line_errors(lambda: print('done'))()"""
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert (r.returncode, r.stdout, r.stderr) == (0, 'done\n', '')
+
+
 def test_what_is_free_on_a_full_disk_is_asked_while_its_own_half_lies_there(tmp_path, monkeypatch):
     "Else the line would say that there is no space left, and that there is some"
     monkeypatch.setattr(disk, 'room_at', lambda path: (0 if any(tmp_path.iterdir()) else 21e6, tmp_path, 'go elsewhere'))
