@@ -372,7 +372,7 @@ class ArrayImages(Images):
         x = npz_pixels(path)
         keep = pick([f'{i:06d}' for i in range(len(x))], n, seed)
         self.raw, contents = x[keep], [hashlib.md5(o.numpy().tobytes()).hexdigest() for o in x[keep]]
-        stamp = 'Lanczos' if x.shape[2:] != (size, size) else None
+        stamp = 'Lanczos' if x.shape[2:] != (size, size) else ''
         super().__init__(Path(path).stem, [f'{i:06d}' for i in keep], size, channels or x.shape[1], contents, stamp)
 
     def read(self, idxs):

@@ -115,10 +115,10 @@ def still_there(path):
     "`UserError` if a file or folder that the work began with is not where it was"
     if not os.path.exists(path): raise UserError(f'{path} is gone, or was moved: repeat the command where it is now')
 
-def own_folder(folder): # of checkpoints
-    "It; raises `UserError` if it, or the one above, is a link, through which something elsewhere would be written"
-    links = [o for o in (folder, folder.parent) if o.is_symlink() and 'checkpoints' in (o.name, o.parent.name)]
-    if not links: return folder
+def own_folder(folder): # of checkpoints, maybe RUN/checkpoints/UNET
+    "It; raises `UserError` if in a run it, or the one above, is a link, as a stranger may have put there"
+    links = [o for o in (folder, folder.parent) if o.is_symlink()]
+    if not links or not os.path.exists(folder.parent.parent/'run.json'): return folder
     raise UserError(f'{links[0]} is a link, and nothing is written elsewhere: put a folder in its place')
 
 def make_in(home, folder): # what the folder `lies_in`, asked when the work on it began
