@@ -105,7 +105,7 @@ def place(**given): # one argument by its name: of a file or a folder
     raise UserError(f'{k} is {v!r:.80}: give the path of a file or folder')
 
 def size_of(n): # bytes, in words
-    return f'{n/1e9:,.1f} GB' if n >= 1e9 else f'{n/1e6:,.1f} MB' if n >= 1e5 else f'{n/1e3:,.0f} kB'
+    return f'{n/1e9:,.1f} GB' if n >= 1e9 else f'{n/1e6:,.1f} MB' if n >= 1e5 else f'{math.ceil(n/1e3)} kB'
 
 def lies_in(path):
     "The first folder above `path` that is there"

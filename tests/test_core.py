@@ -185,6 +185,7 @@ one_line_errors(lambda: print('done'))()"""
 def test_what_is_free_on_a_full_disk_is_asked_while_its_own_half_lies_there(tmp_path, monkeypatch):
     "Else the line would say that there is no space left, and that there is some"
     monkeypatch.setattr(disk, 'room_at', lambda path: (0 if any(tmp_path.iterdir()) else 21e6, tmp_path, 'go elsewhere'))
+    assert [disk.size_of(o) for o in (0, 1, 999, 1001, 2e5)] == ['0 kB', '1 kB', '1 kB', '2 kB', '0.2 MB']   # something is never nothing
     with pytest.raises(UserError, match='No space left on device; 0 kB free'), whole_folder(tmp_path/'a'): raise OSError(errno.ENOSPC, 'No space left on device')
     assert not any(tmp_path.iterdir())
 
