@@ -473,7 +473,7 @@ def make_autoencoder(folder, images, p, seed=0, device=None): # of the run; `Ima
                 ae = KLAutoencoder(images.channels, p.ae_widths, p.ae_patch, 1, p.latent_channels)
             history = train_autoencoder(ae, some_pixels(images, 'train', seed), x_valid, p.ae_steps, **kw).history
         save_component(ae, work)
-        return dict(history=history, before=getattr(kw.get('checkpoint'), 'spent', 0), **quality(ae, x_valid))
+        return dict(history=history, seconds_before=getattr(kw.get('checkpoint'), 'spent', 0), **quality(ae, x_valid))
 
     return load_component(artefact(path, make, parents, settings)).to(device)
 

@@ -388,7 +388,7 @@ def _make(path, make, want):
         if not rank(): _begin(work, want)
     if not agreed((there := made(work)) and not altered(work, there)):   # else it is done, but not in place
         note = {**want, 'fingerprint': fingerprint(**want), 'facts': make(work) or {}}
-        secs = note['facts'].pop('before', 0) + time.monotonic() - start   # `before`: in earlier calls
+        secs = note['facts'].pop('seconds_before', 0) + time.monotonic() - start   # in earlier calls, and this one
         if not rank(): note |= dict(contents=contents_of(work), seconds=round(secs, 1))
         write_json(work/'made.json', sealed(note), indent=1)
     with first_ahead(), on_disk(path): replace_folder(work, path)   # now it is there for all

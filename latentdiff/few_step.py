@@ -234,6 +234,6 @@ def make_shortcut(folder, net, process, latents, steps, # of the run: gets denoi
         learn = train_shortcut(with_steps(net), process, teacher_of(teacher, guidance), *z, steps, lr, seed,
                                bs=bs, device=device, checkpoint=checkpoint)
         save_component(learn.model, out)
-        return dict(learn.history, before=checkpoint.spent)
+        return dict(learn.history, seconds_before=checkpoint.spent)
     made_at = artefact(folder/'shortcut', make, parents, dict(**settings, steps=steps), remake)
     return load_component(made_at).to(device)

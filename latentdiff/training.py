@@ -507,7 +507,7 @@ def fit_steps(learn,                                 # a fastai Learner whose tr
     given = {k: v for k, v in dict(steps=steps, epochs=epochs, minutes=minutes).items() if v is not None}
     if len(given) != 1: raise UserError('say how long to train: steps=..., epochs=... or minutes=..., one of the three')
     number({'steps': 1, 'epochs': 0}.get(*given, 1e-6), 10**9, 'steps' in given, **given)
-    number(0, 1e38, False, lr=lr), number(1, 10**4, rounds=rounds), number(seed=seed)
+    lr, _, _ = number(0, 1e38, False, lr=lr), number(1, 10**4, rounds=rounds), number(seed=seed)
     dl, net, name = checked(learn=learn).dls.train, learn.model, type(learn.model).__name__
     if all(not p.requires_grad for p in net.parameters()): raise UserError(f'{name} is frozen: call requires_grad_()')
     with torch.random.fork_rng():

@@ -355,7 +355,7 @@ def make_denoiser(folder, latents, p, # run folder: gets unet/, process/, schedu
         learn = train_denoiser(net, process, *z, steps=p.steps, lr=p.lr, **recipe, **kw)
         save_process(process, folder)
         save_component(net, out)
-        return dict(learn.history, before=checkpoint.spent)
+        return dict(learn.history, seconds_before=checkpoint.spent)
     made_at = artefact(folder/name, make, parents, dict(**settings, lr=p.lr, steps=p.steps), remake)
     with first_ahead(): mend_process(process, folder)
     return load_component(made_at).to(default_device(device)), load_process(folder, made_at)

@@ -1,7 +1,7 @@
 "Training: batches by number, averages, rates; a training that was killed, or continued, ends with the weights of one that was not."
 import copy, json, math, os, random, time
 from types import SimpleNamespace
-import pytest, torch
+import numpy as np, pytest, torch
 from fastai.basics import SGD, Callback, DataLoaders, Learner
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -284,6 +284,13 @@ def test_the_rate_rises_stays_and_falls_to_zero(steps):
 def test_the_shortest_trainings_have_rates_too(steps):
     assert all(0 < rate(k, steps) <= 1 for k in range(steps))
 
+@pytest.mark.parametrize('lr', [np.float64(1e-3), np.geomspace(1e-4, 1e-3, 2)[1], np.float32(1e-3)])
+def test_a_rate_of_numpy_is_a_rate(lr):
+    "As from a range of rates that somebody tries"
+    a, b = small_learner(), small_learner()
+    quiet(a, steps=2, rounds=1, lr=lr), quiet(b, steps=2, rounds=1, lr=1e-3)
+    for x, y in zip(a.model.parameters(), b.model.parameters()): torch.testing.assert_close(x, y)
+
 def test_the_optimizer_gets_that_rate():
     class Look(Callback):
         def before_step(self): seen.append(self.opt.hypers[-1]['lr'])
@@ -539,7 +546,7 @@ def test_the_seconds_of_a_training_are_those_of_all_its_calls(tmp_path, monkeypa
         keep = Checkpoint(tmp_path/'checkpoints', 'this', every=0)
         def make(work):
             quiet(small_learner(), steps=steps, checkpoint=keep, cbs=[Tick(), *cbs])
-            return dict(before=keep.spent)
+            return dict(seconds_before=keep.spent)
         now[0] += 1000   # nobody trains
         note = core.made(core.artefact(tmp_path/'unet', make, {}, dict(steps=steps), remake=True))
         assert 'before' not in note['facts']
