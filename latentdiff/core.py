@@ -168,7 +168,7 @@ def settings_of(data=None, preset=None, size=None, minutes=None, seed=0, n=None,
         raise UserError('--from brings its own autoencoder along: leave --autoencoder away.')
     p = preset_of(dict(preset=preset, data=data, size=size, n=n, autoencoder=autoencoder))
     if From is None and (autoencoder or p.data.split('/')[0] in DATASETS): From = 'none'  # else it will be seen
-    here = lambda d, file: os.path.exists(os.path.expanduser(place(path=d)/file)) or '{' in str(d).split(':')[0] # shards
+    here = lambda d, file: os.path.exists(os.path.expanduser(place(path=d)/file)) or '{' in str(d).split(':')[0]
     there = lambda d, file: d and d not in DATASETS and here(d, file)
     whole = lambda d, file='': utf8(path=str(Path(os.path.expanduser(d)).resolve())) if there(d, file) else d
     return dict(data=whole(p.data), preset=p.name, size=p.size, minutes=minutes, seed=seed, n=p.n,
