@@ -117,7 +117,7 @@ def still_there(path):
 
 def own_folder(folder): # of checkpoints, maybe RUN/checkpoints/UNET
     "It; raises `UserError` if in a run it, or the one above, is a link, as a stranger may have put there"
-    links = [o for o in (folder, folder.parent) if o.is_symlink()]
+    links = [o for o in (folder, folder.parent) if os.path.islink(o)]
     if not links or not os.path.exists(folder.parent.parent/'run.json'): return folder
     raise UserError(f'{links[0]} is a link, and nothing is written elsewhere: put a folder in its place')
 

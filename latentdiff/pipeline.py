@@ -44,7 +44,7 @@ def no_more(what, takes, given): # a function; what it takes, in words; further 
         hint = f'{k} is called {NAMES[k]} here' if k in NAMES else f'it takes {takes}'
         raise UserError(f'{what} does not know {k:.80}: {hint}')
 
-_MOST = 2048   # pixels a side
+_MOST, NAMED = 2048, SAMPLERS | dict(unipc=unipc, shortcut=shortcut)   # pixels a side; samplers by name
 
 class LatentDiffusionPipeline(DiffusionPipeline):
     "An autoencoder, a denoiser and a noise process that fit each other: all it takes to draw images"
@@ -154,8 +154,6 @@ def listening(self:LatentDiffusionPipeline, n, bs, # how many latents; how many 
     return map(guided, starts)
 
 # %% ../nbs/80_pipeline.ipynb #c017
-NAMED = SAMPLERS | dict(unipc=unipc, shortcut=shortcut)
-
 def layers_of(net): # maybe compiled
     "The network, and the one inside it: what listens to conditions, or takes long steps, wraps another"
     net = getattr(net, '_orig_mod', net)
