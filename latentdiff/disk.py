@@ -48,7 +48,8 @@ def _stop(n, frame):
     os._exit(last_words(n))
 
 def _not_begun(kind, e, trace): # as `sys.excepthook` is called
-    "One line, where the imports of a command have ended it"
+    "One line, where the imports of a command have ended it, or a signal outside of its function"
+    if isinstance(e, Stopped): os._exit(last_words(*e.args))
     if isinstance(e, Exception) and (why := refused(e)): sys.stderr.write(printable(f'latentdiff: {why}') + '\n')
     else: sys.__excepthook__(kind, e, trace)
 

@@ -182,6 +182,13 @@ one_line_errors(lambda: print('done'))()"""
     assert (r.returncode, r.stdout, r.stderr) == (0, 'done\n', '')
 
 
+@pytest.mark.parametrize('n', [2, 15, 1])
+def test_a_signal_between_imports_and_command_is_one_line(n):
+    code = f"import sys; sys.argv = ['latentdiff-x']\nfrom latentdiff import disk\nimport os, time\nos.kill(os.getpid(), {n})\ntime.sleep(1)"
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert r.returncode == 128 + n and r.stderr.count('\n') == 1 and r.stderr.startswith('stopped: '), r
+
+
 def test_what_is_free_on_a_full_disk_is_asked_while_its_own_half_lies_there(tmp_path, monkeypatch):
     "Else the line would say that there is no space left, and that there is some"
     monkeypatch.setattr(disk, 'room_at', lambda path: (0 if any(tmp_path.iterdir()) else 21e6, tmp_path, 'go elsewhere'))
