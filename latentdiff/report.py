@@ -276,7 +276,8 @@ def samples_figure(m):
     told, how = m.get('told') or {}, f"in order, not chosen: {m['sampler']}, {m['steps']} steps"   # {} in older runs
     classes = m.get('condition') == 'class'   # in older runs, which do not say so, these are numbers
     words = [o for o in told.get('cond', ()) if isinstance(o, str) and not classes][:64]
-    rows = ', each above what it was asked to show' if words else ', a row a class (the first 16)' if told else ''
+    more = ' (the first 16)'*(len({*told.get('cond', ())}) > 16)   # as `Run.grid` has them
+    rows = ', each above what it was asked to show' if words else f', a row a class{more}' if told else ''
     if told: how += f", guidance {told['guidance']:g}"
     return 'Samples', 'samples/grid', f'The first samples{rows}, {how}.', '', words
 

@@ -266,6 +266,15 @@ def test_a_link_that_an_editor_leaves_in_a_run_is_nothing_to_it(cli, run, tmp_pa
     r = cli('run', *run.args, '--out', folder)
     assert r.rc == 0 and 'nothing to do' in r.out, r.err
 
+def test_a_finished_run_where_nobody_may_write_is_finished(run, tmp_path, monkeypatch, capsys):
+    "As on a CD, also where its config.toml is cut: nothing can be written, and nothing has to be"
+    folder = shutil.copytree(run.folder, tmp_path/'run')
+    (folder/'config.toml').write_text('data = ')
+    settings = json.loads((folder/'run.json').read_text())['settings']
+    monkeypatch.setattr(os, 'access', lambda *_: False)
+    Run(folder, settings).go()
+    assert 'nothing to do' in capsys.readouterr().out and (folder/'config.toml').read_text() == 'data = '
+
 def test_two_commands_in_one_folder(server, run):
     "The second leaves in one line while the first is at work."
     with locked(run.folder):

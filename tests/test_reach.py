@@ -605,6 +605,7 @@ def test_a_floor_of_fewer_pictures_than_the_score_is_a_caution(fake, real, floor
 
 def test_more_classes_than_rows_are_said():
     m = dict(sampler='ddim', steps=4, told=dict(cond=[0, 1], guidance=2.))
-    assert report.samples_figure(m)[2] == 'The first samples, a row a class (the first 16), in order, not chosen: ddim, 4 steps, guidance 2.'
+    assert report.samples_figure(m)[2] == 'The first samples, a row a class, in order, not chosen: ddim, 4 steps, guidance 2.'
+    for n, said in ((16, False), (17, True)): assert ('a row a class (the first 16), in order' in report.samples_figure(m | dict(told=dict(cond=[*range(n)], guidance=2.)))[2]) is said
     named = m | dict(condition='class', told=dict(cond=['a', 'b']*50, guidance=2.))
     assert report.samples_figure(named) == report.samples_figure(m) and report.samples_figure(named | dict(condition='text'))[4] == ['a', 'b']*32
