@@ -19,8 +19,8 @@ import numpy as np
 from fastcore.basics import patch
 from fastcore.script import call_parse
 from .core import RATES, STEPS, UserError, above_zero, agreed, artefact, beside_file, check_settings, default_device
-from .core import either_way, fingerprint, first_ahead, locked, made, number, preset_of, progress, rank, read_json
-from .core import run_folder, sealed, seals, settings_of, spread, to_toml, unsealed, whole_folder, write_json
+from .core import either_way, fingerprint, first_ahead, locked, made, multiples, number, preset_of, progress, rank
+from .core import read_json, run_folder, sealed, seals, settings_of, spread, to_toml, unsealed, whole_folder, write_json
 
 # %% ../nbs/90_commands.ipynb #n201
 class _Lazy:
@@ -49,8 +49,7 @@ class Run:
             foreign = {o.name for o in matching(self.folder, '*')} - begun and not [*self.folder.glob('*/made.json')]
             if not foreign and (os.path.isdir(self.folder) or not os.path.lexists(self.folder)): return settings
             raise UserError(f'{self.folder} exists and is not a run folder: {other}')
-        d = read_json(f, f'delete the folder, or {other}')
-        old = d.get('settings')
+        old = (d := read_json(f, f'delete the folder, or {other}')).get('settings')
         if not isinstance(old, dict) or 'stages' in d:
             raise UserError(f'{self.folder} is a run of version 0.1, which this version cannot go on with: {other}')
         before, asked = ({**o, 'from': o.get('from') or 'none'} for o in (old, settings))
@@ -87,11 +86,10 @@ def opened(self:Run, p, seed): return self.once('opened', lambda: source.picture
 @patch(as_prop=True)
 def images(self:Run):
     "The data, opened once; `UserError` if there are too few to test on"
-    d, classes = self.settings['data'], self.settings.get('start', {}).get('classes')
-    found = self.once('images', lambda: source.counted_as(classes, self.opened(self.p, self.seed)))
-    if len(found.valid_idxs) >= 8: return found
-    n, few = len(found), len(found.valid_idxs)
-    raise UserError(f'{d} has {n} images, {few} of them to test on, by chance: give {max(100, 2*n)} or more.')
+    d, start = self.settings['data'], self.settings.get('start', {})
+    found = self.once('images', lambda: source.counted_as(start.get('classes'), self.opened(self.p, self.seed)))
+    if (few := len(found.valid_idxs)) >= 8: return found
+    raise UserError(f'{d} has {(n := len(found))} images, {few} to test on, by chance: give {max(100, 2*n)} or more.')
 
 @patch(as_prop=True)
 def autoencoder(self:Run):
@@ -325,14 +323,14 @@ def step_times(self:Run):
     found = lambda: self.source.autoencoder if 'start' in self.settings else autoencoder.open_autoencoder(given)
     ae = found() if given else autoencoder.KLAutoencoder(c, p.ae_widths, p.ae_patch, 1, p.latent_channels)
     x = self.images.pixels(self.images.train_idxs[:p.bs])
-    z, process = torch.randn(p.bs, *ae.latent_shape(p.size)), noisify.Process()
+    multiples(ae.factor << len(p.widths) - 1, size=p.size)   # of the autoencoder, and of the U-Net
+    z = torch.randn(p.bs, *ae.latent_shape(p.size))
     net = unet.unet_for(z.shape[1:], p)
     if self.condition:
         net = conditioning.Conditioned(conditioning.conditional(net, 384), conditioning.ClassConditioner([''], 384))
         z = z, torch.zeros(p.bs, dtype=torch.long)
-    learn = unet.denoiser_learner(net, process, z, z, bs=p.bs, device=self.device)
     first = 0. if given else training.step_time(autoencoder.ae_learner(ae, x, x, bs=p.bs, device=self.device))
-    return first, training.step_time(learn)
+    return first, training.step_time(unet.denoiser_learner(net, noisify.Process(), z, z, bs=p.bs, device=self.device))
 
 @patch
 def fix_steps(self:Run):
@@ -419,7 +417,9 @@ def _options(
 def _verb(name, goals, doc):
     "A command with the options of a run, that makes its `goals`"
     @wraps(_options)
-    def f(*args, **kwargs): _options(*args, **kwargs).go(goals)
+    def f(*args, **kwargs):
+        if kwargs.get('track') and goals != GOALS: raise UserError('--track needs a denoiser: use latentdiff-run')
+        _options(*args, **kwargs).go(goals)
     f.__name__, f.__doc__ = f'{name}_cli', doc
     return call_parse(one_line_errors(f))
 

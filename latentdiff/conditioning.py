@@ -19,7 +19,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from fastai.basics import DataLoaders, Path
 from .core import UNFIT, AsGiven, UserError, checked, find_class, fingerprint, multiples, number, stream, write_json
 from .training import DeviceLoader, Learner, adamw, fit_steps, largest_divisor, rows_of, zero_init
-from .data import as_images, check_images, kind_of, like
+from .data import all_finite, as_images, check_images, kind_of, like
 from .files import one_line
 from .unet import UNet, make_denoiser, unet_for
 
@@ -211,6 +211,7 @@ def guide(net, # Conditioned, or a bare net(x, time, tokens, mask)
     negative=None): # what to move away from, like `cond` or one row of it; None: the unconditional answer
     "net(x, time) for b rows of x: classifier-free guidance (Ho & Salimans 2022, eq. 6) from one batch of 2b, at 1 of b"
     if not torch.is_tensor(scale): number(-1e6, 1e6, False, scale=scale)
+    else: all_finite(scale=scale)
     tokens, mask = context_of(checked(net=net), cond)
     against = (tokens, torch.zeros_like(mask)) if negative is None else context_of(net, negative)
     b, n = len(tokens), max(tokens.shape[1], against[0].shape[1])

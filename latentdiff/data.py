@@ -407,7 +407,7 @@ def open_images(
     if data.split('/')[0] in ('stanford_cars', 'smallnorb'):
         from latentdiff.labs_data import CarImages, NorbImages
         return CarImages(**how) if data == 'stanford_cars' else NorbImages(**how, only=data.split('/')[1:])
-    if '{' in data and data.split('?')[0].endswith('.tar') and not there(data):
+    if '{' in data and (data.split('?')[0] if '://' in data else data).endswith('.tar') and not there(data):
         return StreamImages(data, shard_samples(shard_names(data, seed)), size, n, channels)
     path = at_hand(data)
     try:

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['FULL', 'NOWHERE', 'world', 'rank', 'Stopped', 'last_words', 'stop_politely', 'UserError', 'data_home', 'runs_home',
            'DiskError', 'place', 'size_of', 'lies_in', 'still_there', 'own_folder', 'make_in', 'room_at', 'by_option',
-           'on_disk', 'enough', 'free_memory', 'reserve', 'remove', 'matching', 'clear_away', 'put_beside',
-           'write_whole', 'write_json', 'readable', 'read_text', 'read_json', 'crc_of', 'file_md5', 'content_of',
-           'contents_of', 'altered', 'of_this_version', 'check_unchanged', 'replace_folder', 'whole_folder',
-           'new_place', 'new_places', 'refused', 'utf8', 'check_call', 'printable', 'patience', 'plain_output',
-           'one_line_errors']
+           'on_disk', 'enough', 'free_memory', 'reserve', 'remove', 'matching', 'clear_away', 'no_empty_folders',
+           'put_beside', 'write_whole', 'write_json', 'readable', 'read_text', 'read_json', 'crc_of', 'file_md5',
+           'content_of', 'contents_of', 'altered', 'of_this_version', 'check_unchanged', 'replace_folder',
+           'whole_folder', 'new_place', 'new_places', 'refused', 'utf8', 'check_call', 'printable', 'patience',
+           'plain_output', 'one_line_errors']
 
 # %% ../nbs/parts/disk.ipynb #k001
 import os, signal, sys
@@ -28,15 +28,16 @@ def rank():
 
 # %% ../nbs/parts/disk.ipynb #k003
 _SIGNALS = [getattr(signal, o) for o in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, o)]
-_asked, _said = [], []
+_asked, _said, _in_place = [], [], []
 
 class Stopped(KeyboardInterrupt):
     "A signal asked the command to stop; its number is the argument"
 
 def last_words(n=signal.SIGINT): # number of a signal
     "Say once, on stderr, that the command stops; the exit code that belongs to the signal"
-    line = b'stopped: what is finished is kept, and the same command goes on from there\n'
-    if not _said and not rank(): os.write(2, b'\n'*os.isatty(2) + line)
+    line = 'stopped: what is finished is kept, and the same command goes on from there'
+    if _in_place: line = f"stopped, with {printable(' and '.join(_in_place))} complete"
+    if not _said and not rank(): os.write(2, b'\n'*os.isatty(2) + os.fsencode(line) + b'\n')
     _said.append(n)
     return 128 + n
 
@@ -233,11 +234,21 @@ def clear_away(path, *kinds): # 'part', 'new', 'old'
             told = re.fullmatch(rf'\.{name}\.([0-9a-f]{{8}}-\d+)\.({kind})', o.name)
             if told and (told[2] == 'old' or _gone(told[1])): remove(o)
 
+@contextmanager
+def no_empty_folders(path):
+    "Folders on the way to `path` that were not there before are gone again if nothing is in them"
+    missing = [o for o in Path(path).parents if not os.path.lexists(o)]
+    try: yield
+    finally:
+        for o in missing:
+            with suppress(OSError): o.rmdir()
+
 def put_beside(new, path): # what is finished, and the place that was free when it was begun
     "Put `new` at `path`; if somebody has taken that meanwhile, under another name, which a `UserError` tells"
     names = itertools.chain([path], (path.with_name(f'{path.stem}-{k}{path.suffix}') for k in itertools.count(2)))
     place = next(o for o in names if not os.path.lexists(o))
     new.rename(place)
+    _in_place.append(str(place))
     clear_away(path, 'part', 'new')
     if place != path: raise UserError(f'{path} was taken by somebody else meanwhile, so the result is in {place}')
 
@@ -246,7 +257,7 @@ def write_whole(path, data, put=None): # of the file, whose folder exists; str o
     if rank(): return
     path, data = place(path=path), data.encode() if isinstance(data, str) else data
     tmp = _beside(path, 'part')
-    with on_disk(path, len(data), NOWHERE):
+    with no_empty_folders(path), on_disk(path, len(data), NOWHERE):
         try:
             if put: path.parent.mkdir(parents=True, exist_ok=True)
             tmp.write_bytes(data)
@@ -350,32 +361,30 @@ def whole_folder(path, first=False, put=None): # True: what is there by then is 
     "A fresh folder to fill, which takes its place at `path` only if nothing goes wrong"
     path = place(path=path)
     new = _beside(Path(tempfile.gettempdir())/path.name if rank() else path, 'new')   # that of the others nobody keeps
-    try:
-        with on_disk(path):   # what is free is asked before its own half is gone
-            remove(new)
-            new.mkdir(parents=True)
-            yield new
-            if not (first and os.path.exists(path)): (put or replace_folder)(new, path)
-    finally: remove(new)
+    with no_empty_folders(path):
+        try:
+            with on_disk(path):   # what is free is asked before its own half is gone
+                remove(new)
+                new.mkdir(parents=True)
+                yield new
+                if not (first and os.path.exists(path)): (put or replace_folder)(new, path)
+        finally: remove(new)
 
 # %% ../nbs/parts/disk.ipynb #d018
 def new_place(path, option):
     "`UserError` before the work starts if nothing can be written at `path`, or something is there"
     if rank(): return
     path = Path(path)
-    missing = [o for o in path.parents if not os.path.lexists(o)]
     try:
         if os.path.lexists(path) or os.path.exists(os.path.abspath(path)):   # such as new/..
             raise UserError(f'{path} exists: choose another place with {option}, or delete it.')
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _beside(path, 'part').touch()
-        _beside(path, 'part').unlink()
+        with no_empty_folders(path):   # nothing shall be left of a command that is refused later
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _beside(path, 'part').touch()
+            _beside(path, 'part').unlink()
     except (OSError, RecursionError) as e:
         why = getattr(e, 'strerror', None) or 'too many folders'
         raise UserError(f'{str(path):.200} cannot be written ({why}): choose another with {option}.') from None
-    finally:
-        for o in missing:   # nothing shall be left of a command that is refused later
-            with suppress(OSError): o.rmdir()
 
 def new_places(**places): # the options without their dashes; None: not asked for
     "The same for several, none of which may lie in another"
@@ -496,5 +505,5 @@ def one_line_errors(f):
             raise SystemExit(f"latentdiff-{f.__name__.removesuffix('_cli')}: {printable(str(why))}") from None
         except Stopped as e: _leave(last_words(*e.args))
         except KeyboardInterrupt: raise SystemExit(last_words()) from None   # in a notebook
-        finally: _options.clear()
+        finally: _options.clear(), _in_place.clear()
     return _f

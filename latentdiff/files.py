@@ -448,10 +448,10 @@ def hub_folder(spec, n): # 'owner/name', '?image=..&label=..&caption=..&split=..
 # %% ../nbs/parts/files.ipynb #f038
 def shard_names(spec, seed=0):
     "The shards that a path or URL with {000..017} stands for, mixed if there is a seed; raises `UserError`"
-    m = re.fullmatch(r'([^{}]*)\{(\d{1,9})\.\.(\d{1,9})\}([^{}]*)', str(spec))
-    if not m or not 0 <= int(m[3]) - int(m[2]) < 1_000_000:
+    m = re.split(r'\{(\d{1,9})\.\.(\d{1,9})\}', str(spec))
+    if len(m) != 4 or not 0 <= int(m[2]) - int(m[1]) < 1_000_000:
         raise UserError(f"'{spec}' names no shards: write one range such as {{0000..0009}}, of fewer than a million")
-    names = [f'{m[1]}{k:0{len(m[2])}d}{m[4]}' for k in range(int(m[2]), int(m[3]) + 1)]
+    names = [f'{m[0]}{k:0{len(m[1])}d}{m[3]}' for k in range(int(m[1]), int(m[2]) + 1)]
     return random.Random(int(number(seed=seed))).sample(names, len(names)) if seed else names
 
 # %% ../nbs/parts/files.ipynb #f041

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 import numpy as np, torch
 from .core import Bar, UserError, checked, default_device, gathered, number, share, world
-from .data import kind_of, like
+from .data import all_finite, kind_of, like
 from .noisify import check_latents, check_level
 
 # %% ../nbs/40_sampling.ipynb #c011
@@ -270,7 +270,7 @@ def denoise_path(net, process, x, ts,              # x: start noise, at the stre
 # %% ../nbs/40_sampling.ipynb #c113
 def slerp(a, b, w): # (b, ...) two batches of noise; 0 gives `a`, 1 gives `b`
     "Spherical interpolation, sample by sample: between two noises lies a noise of the same length"
-    like(a=a, b=b)
+    like(a=all_finite(a=a), b=all_finite(b=b))
     fa, fb = a.flatten(1), b.flatten(1).to(a)
     if not torch.is_tensor(w): check_level(w=w)
     elif w.ndim: like(rows=fa[:, :1], w=w)

@@ -632,6 +632,10 @@ def test_conditions_that_cannot_be(cli, two_colours, tmp_path):
     one_line(cli('run', *start, tmp_path/'a', '--condition', 'class'), 'classes', 'folder of its own')
     one_line(cli('run', *start, tmp_path/'a', '--condition', 'text'), 'captions', 'metadata.csv')
 
+def test_what_trains_no_denoiser_has_nothing_to_track(cli, tmp_path):
+    one_line(cli('encode', '--data', 'rooms', '--preset', 'tiny', '--out', tmp_path/'run', '--track', 'tensorboard'), '--track', 'latentdiff-run')
+    assert not any(tmp_path.iterdir())
+
 def test_shards_of_a_run_may_be_asked_for_from_another_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert settings_of('v/sh/{00..01}.tar', 'tiny')['data'] == str(tmp_path.resolve()/'v/sh/{00..01}.tar')

@@ -422,6 +422,7 @@ def test_scale_one_is_the_conditional_answer_to_the_bit():
     guide(net, pos, 1.01, neg)(x, t)
     assert shown == [(2, 3)]*4 + [(4, 7)]
     with pytest.raises(UserError, match='give one'): guide(net, noise(3, 3, 12), 1., negative=noise(2, 3, 12))
+    with pytest.raises(UserError, match='not a finite number'): guide(net, pos, torch.tensor([1., math.nan])[:, None, None, None])
     for bad in (float('nan'), float('inf'), 'a', None, True):
         with pytest.raises(UserError, match='scale') as e: guide(net, pos, bad)
         one_line(e)

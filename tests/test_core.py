@@ -184,6 +184,26 @@ one_line_errors(lambda: print('done'))()"""
 
 
 @pytest.mark.parametrize('n', [2, 15, 1])
+def test_a_signal_when_a_result_is_in_place_says_so(n, tmp_path):
+    "The same command would be refused, as the place is taken; the next one in this process knows nothing of it"
+    code = f"""import signal, sys; sys.argv = ['latentdiff-x']
+signal.signal({n}, signal.SIG_DFL)   # a background process may have it ignored
+from latentdiff.disk import one_line_errors, put_beside, write_whole
+import os, time
+one_line_errors(lambda: write_whole('b', 'x', put_beside))()
+def f():
+    if 'early' in os.environ: os.kill(os.getpid(), {n}), time.sleep(1)
+    for o in ('a', 'c'): write_whole(o, 'x', put_beside)
+    os.kill(os.getpid(), {n}), time.sleep(1)
+signal.signal({n}, signal.SIG_DFL)
+one_line_errors(f)()"""
+    for early, said in ((True, 'what is finished is kept, and the same command goes on from there'), (False, 'with a and c complete')):
+        r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path, env=os.environ | ({'early': '1'} if early else {}) | {'PYTHONPATH': str(Path(disk.__file__).parents[1])})
+        assert r.returncode == 128 + n and r.stderr.count('\n') == 1 and said in r.stderr, r
+        (tmp_path/'b').unlink()
+
+
+@pytest.mark.parametrize('n', [2, 15, 1])
 def test_a_signal_between_imports_and_command_is_one_line(n):
     code = f"import signal, sys; sys.argv = ['latentdiff-x']\nsignal.signal({n}, signal.SIG_DFL)   # a background process has it ignored\nfrom latentdiff import disk\nimport os, time\nos.kill(os.getpid(), {n})\ntime.sleep(1)"
     r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)

@@ -774,6 +774,7 @@ def files_of(n, start=0):
 def test_shard_names():
     assert W.shard_names('a/{008..011}.tar') == ['a/008.tar', 'a/009.tar', 'a/010.tar', 'a/011.tar']
     assert W.shard_names('{9..10}.tar?x=1') == ['9.tar?x=1', '10.tar?x=1']
+    assert W.shard_names('a/w{1}x/{0..1}.tar') == ['a/w{1}x/0.tar', 'a/w{1}x/1.tar']
     for bad in ('{5..4}.tar', '{0..9999999}.tar', '{0..9}{0..9}.tar', '{a,b}.tar'): assert 'shards' in one_line(W.shard_names, bad)
 
 def test_shards(tmp_path):
@@ -787,6 +788,10 @@ def test_shards(tmp_path):
     assert five.captions == images.captions[:5] and five.fingerprint != images.fingerprint == open_images(spec, 48).fingerprint
     assert len({tuple(open_images(spec, 48, n=5, seed=s).names) for s in range(9)}) == 2 and len(image_dls(images, 4, device='cpu').one_batch()) == 1
     assert 'none' in one_line(open_images, str(tmp_path/'none'/'{0..2}.tar'), 48)
+
+@pytest.mark.parametrize('name', ['w{1}x', 'what?', '{a,b}'])
+def test_shards_in_a_folder_with_such_a_name(tmp_path, name):
+    assert len(open_images(shards_of(tmp_path/name, [files_of(2)]), 48)) == 2
 
 def test_points_in_the_names_of_a_shard(tmp_path):
     "WebDataset's key ends at the first point: `0.05.png` is sample 0, and `05.png` is no picture. Said, and counted"

@@ -1115,7 +1115,26 @@ def test_more_than_a_hundred_pictures_may_be_too_few(tmp_path):
     r = Run(tmp_path/'run', settings_of('rooms', 'tiny'))
     for n, most in ((120, 240), (20, 100)):
         r.kept['images'] = type('Few', (), dict(__len__=lambda self: n, valid_idxs=[0]*7))()
-        assert one_line(lambda: r.images).endswith(f'{n} images, 7 of them to test on, by chance: give {most} or more.')
+        assert one_line(lambda: r.images).endswith(f'{n} images, 7 to test on, by chance: give {most} or more.')
+
+@pytest.mark.parametrize('size', [3, 4, 12])
+def test_a_size_that_will_not_do_is_answered_with_one_that_will(tmp_path, size):
+    "For the autoencoder and for the U-Net, which halves what that leaves"
+    from latentdiff.commands import Run
+    run = lambda size: Run(tmp_path/'run', settings_of('rooms', 'tiny', n=120, size=size, From='none'))
+    said = one_line(lambda: run(size).go(()))
+    found = [int(o) for o in said.split('such as ')[1].split(' or ')]
+    assert found and size not in found and not (tmp_path/'run'/'run.json').exists(), said
+    for o in found: assert len(run(o).step_times()) == 2
+
+def test_a_folder_on_the_way_to_a_result_does_not_stay_without_it(tmp_path):
+    def refused(): raise OSError(errno.ENOSPC, 'No space left on device')
+    with pytest.raises(UserError), disk.whole_folder(tmp_path/'a'/'b'/'c'): refused()
+    with pytest.raises(UserError): disk.write_whole(tmp_path/'a'/'b'/'c', 'x', lambda *_: refused())
+    assert not any(tmp_path.iterdir())
+    (tmp_path/'a').mkdir()   # of somebody else: it stays
+    with pytest.raises(UserError), disk.whole_folder(tmp_path/'a'/'b'): refused()
+    assert [*tmp_path.rglob('*')] == [tmp_path/'a']
 
 def test_minutes_without_end_write_nothing(tmp_path):
     "They become more steps than a run may have: said before anything is written, so that the folder stays free"

@@ -455,6 +455,12 @@ def test_slerp():
     assert interpolate(a, b, 6).shape == (3, 6, 4, 5, 5)
     close(interpolate(a.double(), b, 3).float(), interpolate(a, b, 3), 1e-5)   # noise of another width, as a user has it
 
+def test_noise_that_is_not_finite_is_no_start():
+    a, nan = torch.randn(2, 3, 4, 4), torch.full((2, 3, 4, 4), math.nan)
+    for pair in ((nan, a), (a, nan)):
+        for f in (slerp, lambda *o: interpolate(*o, 3)):
+            with pytest.raises(UserError, match='not a finite number'): f(*pair, *[.5]*(f is slerp))
+
 def test_img2img_keeps_more_at_low_strength():
     p = Process(); z = POINTS + .1
     moved = [(img2img(optimal_denoiser(p, POINTS, .3), p, z, s) - z).pow(2).mean().item() for s in (.01, .3, 1.)]

@@ -264,6 +264,9 @@ def test_loss_by_level_of_the_silent_net(target, expected):
     assert gap(t, torch.tensor([.1, .3, .5, .7, .9])) < 1e-6
     assert gap(loss, torch.full((5,), expected)) < .03
 
+def test_loss_by_level_of_latents_that_are_not_finite():
+    with pytest.raises(UserError, match='not a finite number'): loss_by_level(Says(), Process(), torch.full((2, 4, 4, 4), math.nan), n_levels=2)
+
 def test_act_stats_of_a_normal():
     "|N(0,1)|: mean sqrt(2/pi), std sqrt(1-2/pi), 3.99 % below 0.05; every value lands in one bin."
     stats = ActStats()
