@@ -5,7 +5,7 @@
 
 It reads `lsun_bedroom/sd_latents_u8.npz` in the data folder, 9,000 latents in the order of their names (see lab 5), trains on the first
 8,000 and measures on the last 1,000. On the way, ever more rarely, it notes the error on the noise, under the run's own noise and under
-that of the others, and how the activations stand (`looks.json`); at the end KID and a picture of samples (`scores.json`, `samples.png`).
+that of the others, and how the activations stand (`looks.json`); at the end KID and a picture of samples (`scores.json`, `samples.jpg`).
 """
 import argparse
 from dataclasses import dataclass

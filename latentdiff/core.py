@@ -87,7 +87,7 @@ PRESETS = {p.name: p for p in (
            30, ae_pretrained='stabilityai/sd-vae-ft-ema'))}
 
 DATASETS = ('rooms', 'fashion_mnist', 'mnist', 'lsun_bedroom', 'stanford_cars', 'smallnorb')
-_SMALL = dict(n=None, ae_pretrained=None, ae_widths=(64,128), widths=(128,256))
+_SMALL = dict(n=None, ae_pretrained=None, ae_widths=(64,128), widths=(128,256), attn_levels=(1,))
 _FOR_DATA = {
     ('cpu', 'rooms'): dict(size=64, n=6000, ae_widths=(32,64), latent_channels=6, ae_steps=350, ae_lr=8e-3, ae_kl=5e-3,
         steps=660, n_eval=500, sample_steps=26, sampler='dpmpp_2m_sde', spacing='logsnr', minutes=5.9, gb=2.3),

@@ -9,7 +9,8 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.resnet import ResnetBlock2D
 from fastai.basics import Callback
-from latentdiff.core import PRESETS, UserError, load_component, made, save_component
+from latentdiff.autoencoder import KLAutoencoder
+from latentdiff.core import DATASETS, PRESETS, UserError, load_component, made, preset, save_component
 from latentdiff.noisify import Process, save_process
 from latentdiff.sampling import SAMPLERS, time_steps
 import latentdiff.training
@@ -263,6 +264,14 @@ def test_loss_by_level_of_the_silent_net(target, expected):
     t,loss = loss_by_level(Says(), Process('flow', target, 'uniform'), noise(2000, 4, 4, 4, seed=9), n_levels=5)
     assert gap(t, torch.tensor([.1, .3, .5, .7, .9])) < 1e-6
     assert gap(loss, torch.full((5,), expected)) < .03
+
+@pytest.mark.parametrize('name', PRESETS)
+def test_the_networks_of_a_preset_fit_one_another_on_every_data_set(name):
+    for data in (*DATASETS, 'some/pictures'):
+        p, c = preset(name, data), 1 if 'mnist' in data or 'norb' in data else 3
+        with torch.device('meta'):
+            shape = (4, p.size//8, p.size//8) if p.ae_pretrained else KLAutoencoder(c, p.ae_widths, p.ae_patch, 1, p.latent_channels).latent_shape(p.size)
+            assert unet_for(shape, p)(torch.zeros(1, *shape), torch.zeros(1)).shape[1:] == shape
 
 def test_loss_by_level_of_latents_that_are_not_finite():
     with pytest.raises(UserError, match='not a finite number'): loss_by_level(Says(), Process(), torch.full((2, 4, 4, 4), math.nan), n_levels=2)
