@@ -88,11 +88,11 @@ class PSNR(Mean):
 def _blur(x): return gaussian_blur(gaussian_blur(x, (11, 1), 1.5), (1, 11), 1.5)
 
 # %% ../nbs/10_autoencoder.ipynb #c026
-def ssim_map(x, y, data_range=2.): # images (b,c,h,w), 6x6 or larger; 2 for those in [-1,1]
+def ssim_map(x, y, data_range=2.): # images (b,c,h,w), 6x6 or larger, their range around 0: 2 for [-1,1]
     "Structural similarity of every pixel, float64 (Wang et al. 2004, eq. 13)"
     like(x=check_images(x, most=1e30, uint8=False, name='x'), y=y), number(1e-6, 1e6, False, data_range=data_range)
     if min(x.shape[2:]) < 6: raise UserError(f'x is {kind_of(x)}: give pictures of 6 x 6 pixels or more')
-    x, y = as_double(x), as_double(y)
+    x, y = as_double(x) + data_range/2, as_double(y) + data_range/2   # from 0 up: means are brightness
     mx, my = _blur(x), _blur(y)
     vx, vy, cov = (_blur(x*x) - mx*mx).clamp(min=0), (_blur(y*y) - my*my).clamp(min=0), _blur(x*y) - mx*my
     c1, c2 = (0.01*data_range)**2, (0.03*data_range)**2

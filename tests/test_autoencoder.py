@@ -137,8 +137,8 @@ def batches(dtype):
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
 @pytest.mark.parametrize('ours,theirs', [(PSNR, PeakSignalNoiseRatio), (SSIM, StructuralSimilarityIndexMeasure)])
 def test_metrics_equal_torchmetrics(ours, theirs, dtype):
-    m, t = ours(), theirs(data_range=2.).to(torch.float64)
-    for u, v in batches(dtype): m.update(v, u), t.update(v.double(), u.double())
+    m, t = ours(), theirs(data_range=1.).to(torch.float64)   # in [0,1], for which SSIM is defined
+    for u, v in batches(dtype): m.update(v, u), t.update(v.double()/2 + .5, u.double()/2 + .5)
     assert m.compute().dtype == torch.float64
     assert m.compute().item() == pytest.approx(t.compute().item(), rel=1e-6)
 
@@ -157,6 +157,8 @@ def test_metrics_merge_and_reset(cls):
 def test_metric_closed_forms():
     im = images()
     assert psnr(im*0, im*0 + .2) == pytest.approx(20, rel=1e-6)   # range 2, error 0.2: 10 log10(4/0.04)
+    flat = lambda v: torch.full_like(im, v)   # (2 mx my + c1)/(mx^2 + my^2 + c1), of means in [0,1]: mid-grey and a little darker are alike
+    assert ssim(flat(0.), flat(-.1)) == pytest.approx((2*.5*.45 + 1e-4)/(.5**2 + .45**2 + 1e-4), rel=1e-6)
     assert ssim(im, im) == pytest.approx(1, abs=1e-12) and psnr(im, im) == float('inf')
 
 def test_metrics_on_a_device_without_float64(monkeypatch):
