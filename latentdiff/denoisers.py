@@ -233,9 +233,11 @@ class MLPDenoiser(Denoiser):
 def sincos_places(h, w, dim, device=None): # tokens down and across; length of each vector, a multiple of 4
     "Fixed 2-D positions (h*w, dim), row by row: half says the column, half the row (MAE, He et al. 2021, app. A.1)"
     multiples(4, dim=checked(h=h, w=w, dim=dim))
-    speed = 10000**(-torch.arange(dim//4, dtype=torch.float64)/(dim//4))
-    wave = lambda n: torch.cat([(a := torch.arange(n)[:, None]*speed).sin(), a.cos()], dim=1)
-    return torch.cat([wave(w).repeat(h, 1), wave(h).repeat_interleave(w, 0)], dim=1).float().to(device)
+    kind = torch.float32 if torch.device(device or 'cpu').type == 'mps' else torch.float64
+    count_to = partial(torch.arange, dtype=kind, device=device)   # there from the start: a recorded step cannot copy
+    speed = 10000**(-count_to(dim//4)/(dim//4))
+    wave = lambda n: torch.cat([(a := count_to(n)[:, None]*speed).sin(), a.cos()], dim=1)
+    return torch.cat([wave(w).repeat(h, 1), wave(h).repeat_interleave(w, 0)], dim=1).float()
 
 # %% ../nbs/35_denoisers.ipynb #c059
 class DiTBlock(nn.Module):

@@ -221,7 +221,7 @@ def evaluate(fake, real,       # images or features, as `features` takes them
     sides = {k: o and o[0] for k, o in sizes.items()}
     if len({*sides.values()} - {None}) > 1: raise UserError(f'pixels a side: {sides}: bring all to one size first')
     f, r = features(extractor, fake), features(extractor, real)
-    a, b = halves(r, seed) if floor_from is None else (features(extractor, floor_from)[:len(f)], r)
+    a, b = halves(r, seed) if floor_from is None else (spread(features(extractor, floor_from), len(f)), r)
     (k, se), (k0, se0) = kid(f, r), kid(a, b)
     scores = dict(kid=k, kid_se=se, kid_floor=k0, kid_floor_se=se0, fid=fid(f, r), fid_floor=fid(a, b))
     return dict(**scores, n_fake=len(f), n_real=len(r), n_floor=(len(a), len(b)), extractor=extractor.name,

@@ -8,10 +8,9 @@ __all__ = ['NAMES', 'NAMED', 'no_more', 'LatentDiffusionPipeline', 'several', 'a
            'with_their_scale', 'their_parts', 'expectation', 'KIDCurve']
 
 # %% ../nbs/80_pipeline.ipynb #c006
-import copy, importlib.resources, inspect, os, re, tempfile, time
+import copy, diffusers, importlib.resources, inspect, os, re, tempfile, time, torch
 from contextlib import nullcontext, suppress
 from pathlib import Path
-import diffusers, torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.torch_utils import randn_tensor
@@ -30,7 +29,7 @@ from .unet import AnyUNet2D, OtherNetwork
 from .card import PIPELINES, as_drawn, check_channels, check_index, check_saved, check_size, load_scheduler
 from .card import model_card, names_class
 from .conditioning import guide
-from .sampling import SAMPLER, SAMPLERS, denoise_path, evaluations, levels, sample, start_noise, time_steps
+from .sampling import SAMPLER, SAMPLERS, denoise_path, evaluations, generators, levels, noise_like, sample, time_steps
 from .few_step import Shortcut, shortcut, unipc
 from .training import peak_gb
 
@@ -220,10 +219,12 @@ def pixels(self:LatentDiffusionPipeline, n=8, steps=None, sampler=None, seed=0, 
     return torch.cat([to_uint8(x)[:, :x.shape[1]] for x in images])
 
 def path_of(pipe, n, steps, seed, **told): # a `LatentDiffusionPipeline`; images; sampler steps; of the noise; as above
-    "The way from noise to image: a list of (t, noisy latents, guess of the clean ones), steps+1 long"
-    x = start_noise(checked(pipe=pipe).process, (number(1, 10**5, n=n), *pipe.latent_shape), seed, pipe.device)
-    net, = pipe.listening(n, n, **told)
-    with torch.inference_mode(): return denoise_path(net, pipe.process, x, time_steps(pipe.process, steps))
+    "The way that `draw` takes: a list of (t, noisy latents, guess of the clean ones), steps+1 long"
+    how, gens = checked(pipe=pipe).how(steps), generators(seed, number(1, 10**5, n=n))
+    (net,), ts = pipe.listening(n, n, **told), time_steps(pipe.process, how['steps'], how.get('spacing'))
+    x = levels(pipe.process, ts[0])[1]*noise_like(torch.empty(n, *pipe.latent_shape, device=pipe.device), gens)
+    step = SAMPLER if hasattr(how['sampler'], 'set_timesteps') else pipe.sampler_of()   # diffusers' tell no guess
+    with torch.inference_mode(): return denoise_path(net, pipe.process, x, ts, step, gens)
 
 # %% ../nbs/80_pipeline.ipynb #L101
 def after_steps(pipe, bar, tell): # the bar of diffusers; called with (pipe, step, timestep, dict(latents=...)), or None
@@ -265,7 +266,7 @@ def __call__(self:LatentDiffusionPipeline, num_images=8, num_inference_steps=Non
     if any(getattr(g, 'device', g) != torch.device('cpu') for g in gens if generator is not None):
         raise UserError('noise is drawn on the CPU, the same for every device: give torch.Generator().manual_seed(0)')
     step, ts = self.sampler_of(sampler), time_steps(self.process, how['steps'], how.get('spacing'))
-    x = levels(self.process, 1.)[1]*randn_tensor((num_images, *self.latent_shape), generator, self.device)
+    x = levels(self.process, ts[0])[1]*randn_tensor((num_images, *self.latent_shape), generator, self.device)
     net, = self.listening(num_images, num_images, cond, guidance_scale, negative)
     with self.progress_bar(total=len(ts) - 1) as bar:
         begins, ended = after_steps(self, bar, callback_on_step_end)

@@ -78,6 +78,22 @@ def test_denoisers(device, name):
         net = made(make, device)
         check(device, lambda: F.mse_loss(net(batch(*shape, device=device), FLOW.time_input(times(device))), batch(*shape, device=device)))
 
+@each(NETS)
+def test_a_step_that_is_recorded_copies_nothing_from_the_CPU(name):
+    "A CUDA graph cannot: what a network looks up is made where it is used"
+    from torch.utils._python_dispatch import TorchDispatchMode
+    copied = []
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            out = f(*args, **kwargs or {})
+            if '_to_copy' in str(f) and (args[0].device.type, out.device.type) == ('cpu', 'cuda'): copied.append(tuple(out.shape))
+            return out
+    make, shape = NETS[name]
+    with on('cuda'):
+        net, x, t = made(make, 'cuda'), batch(*shape, device='cuda'), 1000*times('cuda')
+        with Watch(): net(x, t)
+    assert not copied
+
 @both
 def test_conditioned_networks(device):
     "All three conditioners, dropped at random; then guided by each, with a negative."

@@ -382,6 +382,10 @@ def test_evaluate_floor_and_repeatability():
     drop = lambda d: {k: v for k, v in d.items() if k != 'seconds'}
     assert drop(good) == drop(K.evaluate(same, real, ex))
     assert K.evaluate(same, real, ex, floor_from=draw(500, seed=9).float())['n_floor'] == (300, 400)
+    five = torch.arange(500)[:, None]//100*.5   # sorted by class, as folders are: the floor is of all classes
+    shift = lambda x: x + five[torch.linspace(0, 499, len(x)).long()]
+    found = K.evaluate(shift(same), shift(real), ex, floor_from=draw(500, seed=9).float() + five)
+    assert abs(found['kid_floor']) < 4*found['kid_floor_se'] + .1, found
 
 def test_an_identical_set_scores_zero():
     a = draw(200)

@@ -126,6 +126,23 @@ def test_path_goes_from_noise_to_image():
     assert [round(t, 2) for t, *_ in path] == [1, .75, .5, .25, 0]
     assert torch.equal(path[-1][1], p.latents(2, 4, bs=2)) and path[0][1].std() > .8
 
+@pytest.mark.parametrize('how', [dict(sampler='dpmpp_2m_sde', spacing='logsnr'), dict(sampler='ddpm'), dict(sampler='heun', spacing='karras')], ids=str)
+def test_the_way_shown_is_the_way_drawn(how):
+    "By the pipeline's own sampler and times, from the noise of the first of them"
+    p = LatentDiffusionPipeline(**small().components, drawn_with=dict(steps=4, **how))
+    path = path_of(p, 2, None, seed=3)
+    torch.testing.assert_close(path[-1][1], p.latents(2, seed=3, bs=2))
+    assert len(path) == 5 and path[0][1].std() > .8
+
+def test_a_call_begins_at_the_strength_of_its_first_time():
+    "As `latents` does; a start in the middle of the way is no pure noise"
+    p, seen = small(), []
+    forward = p.denoiser.forward
+    p.denoiser.forward = lambda x, t, cond=None: (seen.append(x.std().item()), forward(x, t))[1]
+    p(8, spacing=[.5, .2, 0.], num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type='latent')
+    p.latents(8, 2, spacing=[.5, .2, 0.], bs=8)
+    assert [round(seen[0], 1), round(seen[2], 1)] == [.5, .5], seen
+
 def test_path_of_a_known_score():
     "With a denoiser that always answers 'the clean latent is c', the guess is c from the first step and the end is c."
     p = small(process=Process('flow', 'x0', 'uniform'))
