@@ -166,7 +166,7 @@ class Autoencoder(nn.Module, AsGiven, ConfigMixin):
     def decode(self, z): # latents as `encode` gives them
         "Images (b,c,h,w) float32 in [-1,1]"
         m, s = self.scale(z)
-        return self.decode_raw((z*s + m).to(torch.promote_types(s.dtype, torch.float32))).clamp(-1, 1)
+        return self.decode_raw((z*s + m).to(s.dtype)).clamp(-1, 1)
 
     def forward(self, images):
         "(reconstruction, raw mean, raw logvar or None)"
@@ -178,7 +178,7 @@ class Autoencoder(nn.Module, AsGiven, ConfigMixin):
         "`images`; raises `UserError` unless height and width divide by `factor`"
         found = check_images(images, {self.config.get('in_channels', 3)}, 1e30, False)
         multiples(self.factor, sides=tuple(found.shape[2:]))
-        return images.to(torch.promote_types(self.latent_mean.dtype, torch.float32))
+        return images.to(self.latent_mean.dtype)
 
     def latent_shape(self, size): # side of the image in pixels
         "Shape of one latent"
@@ -337,7 +337,7 @@ class PretrainedKL(Autoencoder):
     def load_state_dict(self, state, **kw): return self.model.load_state_dict(state, **kw)
 
     def save_config(self, folder, **kw):
-        mean, std = self.latent_mean.tolist(), self.latent_std.tolist()
+        mean, std = (self.config[k] or getattr(self, k).tolist() for k in ('latent_mean', 'latent_std'))   # not rounded
         self.model.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.)
         self.model.save_config(folder)
 

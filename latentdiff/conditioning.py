@@ -207,7 +207,7 @@ def fitted(tokens, mask, b, n):
 @torch.no_grad()
 def guide(net, # Conditioned, or a bare net(x, time, tokens, mask)
     cond,      # labels, captions, images; a tuple for several conditioners; for a bare net tokens or (tokens, mask)
-    scale=2.,  # 0: unconditional, 1: conditional, above: further away from unconditional. Ho & Salimans call it 1 + w
+    scale=2.,  # 0: unconditional, 1: conditional, above: further away; or (b,). Ho & Salimans call it 1 + w
     negative=None): # what to move away from, like `cond` or one row of it; None: the unconditional answer
     "net(x, time) for b rows of x: classifier-free guidance (Ho & Salimans 2022, eq. 6) from one batch of 2b, at 1 of b"
     if not torch.is_tensor(scale): number(-1e6, 1e6, False, scale=scale)
@@ -223,7 +223,8 @@ def guide(net, # Conditioned, or a bare net(x, time, tokens, mask)
         like(x=x)
         if len(x) != b: raise UserError(f'{b} conditions for {len(x)} images: give one for each, and `sample` bs={b}')
         answers = bare(torch.cat([x]*k), torch.cat([time]*k), *told).chunk(k)
-        return answers[0] if k == 1 else answers[0] + scale*(answers[1] - answers[0])
+        by = scale.view(-1, *[1]*(x.ndim - 1)) if getattr(scale, 'ndim', 0) == 1 else scale
+        return answers[0] if k == 1 else answers[0] + by*(answers[1] - answers[0])
     return guided
 
 # %% ../nbs/60_conditioning.ipynb #c051

@@ -18,7 +18,7 @@ from .training import Checkpoint, Graphed, fit_steps, zero_init
 from .noisify import NoisifyCB, bcast, check_latents, weights_hash
 from .unet import TimeMLP, denoiser_learner
 from .sampling import levels, pairs, predict
-from .conditioning import guide
+from .conditioning import ClassConditioner, guide
 
 # %% ../nbs/70_few_step.ipynb #f010
 def _lambda(process, t): # one time, 0..1 -> log(alpha/sigma): -inf for pure noise, inf for none
@@ -218,19 +218,24 @@ def train_shortcut(net, process, teacher, # from `with_steps`; as `Shortcuts` ta
     return fit_steps(learn, steps, lr=lr, seed=seed, checkpoint=checkpoint, rounds=rounds, cbs=cbs)
 
 # %% ../nbs/70_few_step.ipynb #f043
-def make_shortcut(folder, net, process, latents, steps, # of the run: gets denoiser/; trained; its process; `Latents`
-                  guidance=1., lr=1e-3, bs=32, seed=0, device=None, remake=False): # as for `guide` and `make_denoiser`
+def make_shortcut(folder, net, process, latents, steps, # of the run: gets shortcut/; trained; its process; `Latents`
+                  guidance=1., lr=1e-3, bs=32, seed=0, device=None, remake=False, # as for `guide` and `make_denoiser`
+                  conds=None): # (n,) what the net is told of each image, as for `make_denoiser`; None: its class
     "The few-step network of a run, in eval mode: loaded, or trained now from `net`, which it replaces"
     folder, device = place(folder=folder), default_device(device)
     checked(net=net, process=process, latents=latents)
+    if conds is None and not all(isinstance(o, ClassConditioner) for o in getattr(net, 'conditioners', ())):
+        raise UserError('net is told more than classes: give conds, such as net.conditioners[0].rows(captions)')
+    told = latents.labels if conds is None else torch.as_tensor(conds)
     parents = dict(latents=latents.fingerprint, teacher=weights_hash(net))
+    if conds is not None: parents['conditions'] = fingerprint(conds=told.tolist())
     settings = dict(guidance=guidance, lr=lr, bs=bs, seed=seed, shares=list(SHARES.items()))
     checkpoint = Checkpoint(folder/'checkpoints'/'shortcut', fingerprint(**parents, **settings))
     def make(out):
         torch.manual_seed(seed)
         teacher, z = net.to(device).eval(), [latents.tensor('train'), spread(latents.tensor('valid'), 256)]
         if hasattr(net, 'conditioners'):
-            z = [(x, latents.labels[spread(latents.idxs(o), len(x))]) for x, o in zip(z, ('train', 'valid'))]
+            z = [(x, told[spread(latents.idxs(o), len(x))]) for x, o in zip(z, ('train', 'valid'))]
         learn = train_shortcut(with_steps(net), process, teacher_of(teacher, guidance), *z, steps, lr, seed,
                                bs=bs, device=device, checkpoint=checkpoint)
         save_component(learn.model, out)

@@ -139,10 +139,10 @@ class EfficientNetFeatures(Extractor):
         x = F.interpolate(pixels.float(), (self.size, self.size), mode='bilinear', antialias=True)
         if self.blur: x = gaussian_blur(x, 2*math.ceil(3*self.blur) + 1, self.blur)
         x = ((x - 127)/128).to(memory_format=torch.channels_last) # the range these weights were trained on
-        end = self.net.extract_features(x).mean((2, 3))
-        if not self.first: return end
-        first = self.net._blocks[0](self.net._swish(self.net._bn0(self.net._conv_stem(x))))
-        return torch.cat([end, self.first*first.mean((2, 3))], 1)
+        first = x = self.net._blocks[0](self.net._swish(self.net._bn0(self.net._conv_stem(x))))
+        for block in self.net._blocks[1:]: x = block(x)
+        end = self.net._swish(self.net._bn1(self.net._conv_head(x))).mean((2, 3))
+        return torch.cat([end, self.first*first.mean((2, 3))], 1) if self.first else end
 
 # %% ../nbs/50_kid_eval.ipynb #c087
 def as_pixels(x): # float (b,c,h,w) in [-1,1], or uint8 (b,c,h,w) with 1 or 3 channels

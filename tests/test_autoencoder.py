@@ -154,6 +154,27 @@ def test_metrics_merge_and_reset(cls):
     alone = cls().update(*batches(torch.float32)[0])
     assert whole.compute() == alone.compute()
 
+def test_the_scale_is_saved_as_it_was_measured(tmp_path):
+    "Not as bfloat16 rounds it"
+    model = dict(AutoencoderKL(block_out_channels=(32, 64), down_block_types=('DownEncoderBlock2D',)*2, up_block_types=('UpDecoderBlock2D',)*2).config)
+    ae = PretrainedKL(model)
+    ae.set_scale(mean := [.123456789]*4, std := [1.23456789]*4)
+    ae.to(torch.bfloat16).save_config(tmp_path)
+    saved = json.loads((tmp_path/'config.json').read_text())
+    assert (saved['latents_mean'], saved['latents_std']) == (mean, std)
+
+@pytest.mark.parametrize('dtype,far', [(torch.bfloat16, .2), (torch.float16, .02), (torch.float64, 1e-4)])
+def test_an_autoencoder_in_another_precision_takes_any_pictures(dtype, far):
+    torch.manual_seed(0)
+    ae, x = tiny(), images(2, 3, 16)
+    ae.set_scale([.1]*4, [.7]*4)
+    z, y = ae.eval().encode(x), ae.decode(ae.encode(x))
+    other = copy.deepcopy(ae).to(dtype)
+    for pictures in (x, x.to(dtype)):
+        found = other.encode(pictures)
+        assert found.dtype == dtype and (found.double() - z).abs().max() < far*z.abs().max()
+        for latents in (found, z): assert (other.decode(latents).double() - y).abs().max() < far + .02
+
 def test_metric_closed_forms():
     im = images()
     assert psnr(im*0, im*0 + .2) == pytest.approx(20, rel=1e-6)   # range 2, error 0.2: 10 log10(4/0.04)

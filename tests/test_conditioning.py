@@ -384,6 +384,12 @@ def test_guidance_is_a_line(scale):
     assert gap(guide(toy, WHICH, scale)(x, t), without + scale*(cond - without)) < 1e-5 and toy.calls == [4 if scale == 1 else 8]
     assert gap(cond, without) > .1
 
+def test_guidance_of_its_own_for_each_image():
+    "(b,) as well as (b,1), also where b is the width"
+    x, t, by = noise(2, 2), torch.tensor([100., 400.]), torch.tensor([1., 3.])
+    each = torch.cat([guide(toy, WHICH[i:i+1], by[i].item())(x[i:i+1], t[i:i+1]) for i in range(2)])
+    for scale in (by, by[:, None]): assert gap(guide(toy, WHICH[:2], scale)(x, t), each) < 1e-5
+
 @pytest.mark.parametrize('scale', [0., 1., 3.])
 def test_negative_takes_the_place_of_unconditional(scale):
     x,t = noise(4, 2), 1000*torch.tensor([.1, .4, .7, .9])

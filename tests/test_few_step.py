@@ -252,6 +252,18 @@ def test_a_run_makes_it_once(make, tmp_path):
         bare, guided = teacher_of(teacher, 1.), teacher_of(teacher, 3.)
         close(guided(x, t, *cond), teacher(x, t) + 3*(bare(x, t, *cond) - teacher(x, t)), 1e-4)
 
+def test_captions_have_to_be_given_row_by_row(tmp_path, monkeypatch):
+    "Class numbers are no rows of a table of captions"
+    class Words(nn.Module): pass
+    teacher, kw, seen = noisy(classes()), dict(bs=8, device='cpu'), []
+    def train(net, process, teacher, *z, **kw): seen.extend(z[:2]); raise KeyboardInterrupt
+    monkeypatch.setattr('latentdiff.few_step.train_shortcut', train)
+    with pytest.raises(KeyboardInterrupt): make_shortcut(tmp_path, teacher, FLOW, FewLatents(), 2, conds=range(100, 140), **kw)
+    for (x, rows), split in zip(seen, ('train', 'valid')): assert torch.equal(rows, 100 + FewLatents().idxs(split)) and len(x) == len(rows)
+    teacher.conditioners[0] = Words()
+    with pytest.raises(UserError, match='give conds'): make_shortcut(tmp_path/'b', teacher, FLOW, FewLatents(), 2, **kw)
+    assert not (tmp_path/'b').exists()
+
 def test_a_pipeline_of_few_steps_is_saved_and_drawn(tmp_path):
     zoo = LatentDiffusionPipeline.from_pretrained('fashion_mnist32', 'cpu')
     pipe = LatentDiffusionPipeline(zoo.autoencoder, with_steps(zoo.denoiser).eval(), zoo.process, 32)

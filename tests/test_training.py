@@ -320,6 +320,12 @@ def test_measuring_leaves_no_trace():
     with torch.random.fork_rng(): secs = step_time(learn)
     assert 0 < secs < 1 and same(before, state(learn)) and torch.equal(drawn, torch.random.get_rng_state())
 
+def test_a_step_is_timed_without_the_validation_between_two():
+    "Where an epoch has one batch, there is one between any two of them"
+    class Slow(Callback):
+        def before_validate(self): time.sleep(.3)
+    with torch.random.fork_rng(): assert step_time(small_learner(Slow(), n=8)) < .2
+
 def test_a_bare_denoiser_is_timed_and_left_as_it_was():
     net = nn.Conv2d(2, 2, 1)
     before = net.weight.clone()
