@@ -116,12 +116,12 @@ def ssim(x, y):
 
 # %% ../nbs/10_autoencoder.ipynb #c034
 def patch_pca(x, f, k): # images (n,c,h,w) in [-1,1], side of a patch, components
-    "Mean (c*f*f,), first k principal directions (c*f*f,k), deviations along them, 1 % of the first or more; float64"
+    "Mean (c*f*f,), first k principal directions (c*f*f,k), deviations along them, each at least 1 % of the first; float64"
     checked(f=f, k=k), multiples(f, sides=tuple(check_images(x, most=1e30, name='x').shape[2:]))
     p = F.pixel_unshuffle(as_double(x), f).transpose(0, 1).flatten(1).T
     mean = p.mean(0)
     var, dirs = torch.linalg.eigh((p - mean).T@(p - mean)/len(p))
-    least = max(1e-8, 1e-4*var[-1].item())   # pictures may lie in fewer directions, of which their crops know nothing
+    least = max(1e-8, 1e-4*var[-1].item())   # a small set may lie in fewer directions than its crops
     return mean, dirs.flip(1)[:, :k], var.flip(0)[:k].clamp(min=least).sqrt()
 
 # %% ../nbs/10_autoencoder.ipynb #c054

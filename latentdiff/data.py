@@ -47,7 +47,7 @@ def as_images(x, device=None): # uint8 pixels, or float images in [-1,1]; None: 
     return from_uint8(x) if x.dtype == torch.uint8 else x.float()
 
 # %% ../nbs/00_data.ipynb #L901
-def kind_of(x): return f'{x.dtype} {tuple(x.shape)}' if torch.is_tensor(x) else type(x).__name__ # in words
+def kind_of(x): return f'{x.dtype} {tuple(x.shape)}' if torch.is_tensor(x) else type(x).__name__ # type and shape, for messages
 
 def check_images(x, channels=(1, 3), most=1.001, uint8=True, name='images', ndims=(4,)): # what is allowed; a name
     "`x` if it is images (b,c,h,w); else raises `UserError`. Values are looked at on the CPU: a GPU would have to wait"
@@ -62,15 +62,15 @@ def check_images(x, channels=(1, 3), most=1.001, uint8=True, name='images', ndim
     return x
 
 def all_finite(**given): # one tensor by its name
-    "It; raises `UserError` where it has other numbers than finite ones and lies on the CPU: a GPU would have to wait"
+    "The tensor; raises `UserError` for NaN or infinity (looked for on the CPU only: a GPU would have to wait)"
     (k, v), = given.items()
     with suppress(RuntimeError):   # within torch.func nobody can look at them
         if not v.is_cpu or torch.compiler.is_compiling() or v.isfinite().all(): return v
         raise UserError(f'{k} of {kind_of(v)} holds what is not a finite number: look at it')
     return v
 
-def like(rows=False, /, **given): # may they have other numbers of rows; tensors by their names
-    "The last one; raises `UserError` unless all are floats, one or more, of the shape of the first"
+def like(rows=False, /, **given): # compare all but the first dimension? tensors by name
+    "The last tensor; raises `UserError` unless all are floats, not empty, of the shape of the first"
     shape = lambda o: tuple(getattr(o, 'shape', ()))[int(rows):]
     of = shape([*given.values()][0])
     for k, v in given.items():

@@ -162,11 +162,11 @@ def t_of_time(self:Process, time): # as `time_input` gives it, or diffusers' tim
 
 # %% ../nbs/20_noisify.ipynb #L940
 def check_level(**given): # one argument by its name: a number, or a tensor of one
-    "It as a float; raises `UserError` unless it is from 0 to 1"
+    "The level as a float; raises `UserError` unless it is from 0 to 1"
     (k, v), = given.items()
     return float(number(0, 1, False, **{k: v.item() if getattr(v, 'ndim', 1) == 0 else v}))
 
-def check_latents(look=True, **given): # at the numbers, where no GPU has to wait for that; tensors by their names
+def check_latents(look=True, **given): # at the values too (on the CPU only)? tensors by name
     "Raises `UserError` unless they are floats (b,...) of the shape of the first, of one sample or more, and finite"
     like(**given)
     for k,z in given.items():

@@ -182,7 +182,7 @@ def heun(net, process, x, ts, callback=None, generator=None,
 
 # %% ../nbs/40_sampling.ipynb #c054
 def dpmpp_2m(net, process, x, ts, callback=None, generator=None):
-    "DPM-Solver++(2M) (2211.01095), algorithm 2; the first and the last step are first order"
+    "DPM-Solver++(2M) (2211.01095), algorithm 2; the first, the last and, from alpha 0, the second step are first order"
     old, h_old = None, None
     for i, (t, u) in enumerate(pairs(ts)):
         (a, s), (a1, s1) = levels(process, t), levels(process, u)
