@@ -116,7 +116,7 @@ def ssim(x, y):
 
 # %% ../nbs/10_autoencoder.ipynb #c034
 def patch_pca(x, f, k): # images (n,c,h,w) in [-1,1], side of a patch, components
-    "Mean (c*f*f,), first k principal directions (c*f*f,k), deviations along them, each at least 1 % of the first; float64"
+    "Mean (c*f*f,), first k principal directions (c*f*f,k), deviations along them (at least 1 % of the first); float64"
     checked(f=f, k=k), multiples(f, sides=tuple(check_images(x, most=1e30, name='x').shape[2:]))
     p = F.pixel_unshuffle(as_double(x), f).transpose(0, 1).flatten(1).T
     mean = p.mean(0)
@@ -164,15 +164,15 @@ class Autoencoder(nn.Module, AsGiven, ConfigMixin):
         return posterior_sample(mean, 2*std.log(), generator) if sample and std is not None else mean
 
     def decode(self, z): # latents as `encode` gives them
-        "Images (b,c,h,w) float32 in [-1,1]"
+        "Images (b,c,h,w) in [-1,1], of the precision of the weights"
         m, s = self.scale(z)
         return self.decode_raw((z*s + m).to(s.dtype)).clamp(-1, 1)
 
     def forward(self, images):
-        "(reconstruction, raw mean, raw logvar or None)"
+        "(reconstruction, raw mean, raw logvar); the last one only where there is a posterior"
         mean, logvar = self.encode_raw(images)
         z = posterior_sample(mean, logvar, draw=randn_rows) if self.training and logvar is not None else mean
-        return self.decode_raw(z), mean, logvar
+        return self.decode_raw(z), mean, *([] if logvar is None else [logvar])
 
     def checked(self, images): # (b,c,h,w)
         "`images`; raises `UserError` unless height and width divide by `factor`"
@@ -264,7 +264,7 @@ class AELoss:
         self.features = FeatureLoss().to(device) if feature_weight else None
 
     def __call__(self, pred, images):
-        x, mean, logvar = pred
+        x, mean, logvar = (*pred, None)[:3]
         loss = F.smooth_l1_loss(x, images, beta=0.1)
         if logvar is not None: loss = loss + self.kl_weight*kl_loss(mean, logvar)
         if self.features: loss = loss + self.feature_weight*self.features(x, images)
@@ -311,7 +311,7 @@ def train_autoencoder(ae, x_train, x_valid,                    # as for `ae_lear
                       steps=None, epochs=None, minutes=None,   # how long, in one of the three, see `fit_steps`
                       lr=2e-3, seed=0, checkpoint=None, **kw): # highest rate; of chance; to go on from if killed
     "Train in place, keep the best weights, measure the scale of the latents over the training set; returns the Learner"
-    if isinstance(ae, KLAutoencoder): pca_start(ae, x_train)
+    if isinstance(ae, KLAutoencoder) and not ae.decoder[-2].weight.any(): pca_start(ae, x_train)   # else it goes on
     learn = ae_learner(checked(ae=ae).requires_grad_(True), x_train, x_valid, seed=seed, **kw)
     fit_steps(learn, steps, epochs, minutes, lr, seed, checkpoint, rounds=5, keep_best=True)
     if kw.get('crop'): x_train = torch.cat([x := as_images(x_train), cropped(x, kw['crop'], seed)])   # as encoded later

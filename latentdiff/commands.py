@@ -144,7 +144,8 @@ QUICK = 10  # sampler steps behind the samples of the KID curve
 def score(self:Run, net, process):
     "KID and its standard error of a few samples of `net` against the held-out images"
     n, parts = min(128, max(16, self.p.n_eval//4)), (self.autoencoder, net, process, self.p.size)
-    x = pipeline.LatentDiffusionPipeline(*parts).pixels(n, QUICK, seed=self.seed, bs=min(n, self.p.bs), **self.told(n))
+    how = self.sampling | dict(steps=QUICK, seed=self.seed, bs=min(n, self.p.bs))   # by the sampler of the last one
+    x = pipeline.LatentDiffusionPipeline(*parts).pixels(n, **how, **self.told(n))
     return kid_eval.kid(kid_eval.features(self.judge, x), self.real_features)
 
 @patch(as_prop=True)
@@ -372,8 +373,7 @@ def go(self:Run, goals=GOALS):
     may = os.access(self.folder, os.W_OK)   # else nothing can be made, but what is finished can be seen
     with locked(self.folder) if may else nullcontext():
         self.settings = agreed(self.read(self.settings if fresh else self.given))   # as they have become meanwhile
-        self.p = preset_of(self.settings)
-        before = stamp()
+        self.p, before = preset_of(self.settings), stamp()
         for o in ('run.json', 'metrics.json'): clear_away(self.folder/o, 'part')   # what need not be written again
         if (fresh or self.more) and self.images.skipped:   # opened before further steps are written down
             write_json(self.folder/'skipped.json', self.images.skipped, indent=1)

@@ -332,19 +332,20 @@ class TextConditioner(nn.Module, AsGiven, ConfigMixin):
         old = self.table if len(self.table) else self.table.new_zeros(0, 1, tokens.shape[2])
         self.table = torch.cat([F.pad(o, (0, 0, 0, n - o.shape[1])) for o in (old, tokens.half())])
         self.used = torch.cat([F.pad(o, (0, n - o.shape[1])) for o in (self.used, used)])
-        self.places |= {o: len(self.places) + i for i, o in enumerate(captions)}
 
     def rows(self, captions): # list of str, an empty one says nothing -> (b,) int64
-        "The rows of captions in the table, to train with. Encodes what is new; `UserError` for what is no caption"
+        "The rows of captions in the table, to train with, filled when it is looked at; `UserError` for no caption"
         captions = captions_of(captions)
         with _TABLE:
-            new = [o for o in dict.fromkeys(captions) if o not in self.places]
-            for i in range(0, len(new), 256): self.add(new[i:i+256])
+            for o in captions: self.places.setdefault(o, len(self.places))
             return torch.tensor([self.places[o] for o in captions])
 
     def forward(self, captions): # list of str, or rows from `rows` -> tokens (b, n, dim), mask (b, n) bool
         with _TABLE:
-            rows = (captions if torch.is_tensor(captions) else self.rows(captions)).to(self.table.device)
+            rows = captions if torch.is_tensor(captions) else self.rows(captions)
+            new = [*self.places][len(self.table):] if len(self.places) > len(self.table) else []
+            for i in range(0, len(new), 256): self.add(new[i:i+256])
+            rows = rows.to(self.table.device)
             tokens, used = self.table[rows].float(), self.used[rows]
         if torch.is_tensor(captions): return tokens, used
         return tokens[:, used.any(0)], used[:, used.any(0)]   # more places, of longer ones, would change the last bits

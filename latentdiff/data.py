@@ -47,7 +47,7 @@ def as_images(x, device=None): # uint8 pixels, or float images in [-1,1]; None: 
     return from_uint8(x) if x.dtype == torch.uint8 else x.float()
 
 # %% ../nbs/00_data.ipynb #L901
-def kind_of(x): return f'{x.dtype} {tuple(x.shape)}' if torch.is_tensor(x) else type(x).__name__ # type and shape, for messages
+def kind_of(x): return f'{x.dtype} {tuple(x.shape)}' if torch.is_tensor(x) else type(x).__name__ # for messages
 
 def check_images(x, channels=(1, 3), most=1.001, uint8=True, name='images', ndims=(4,)): # what is allowed; a name
     "`x` if it is images (b,c,h,w); else raises `UserError`. Values are looked at on the CPU: a GPU would have to wait"
@@ -97,7 +97,8 @@ def show_images(
 ):
     "Show pictures in rows, with a title each, or with names of rows and columns, if given"
     pixels = to_uint8(images).cpu()
-    nrow, rows, titles = min(number(1, nrow=nrow), len(images)), *([*map(str, o or [])] for o in (rows, titles or cols))
+    nrow, rows = min(number(1, nrow=nrow), len(images)), [*map(str, rows or [])]
+    titles = [*map(str, titles or cols or [])]
     n, scale = -(-len(images)//nrow), number(.1, 50, False, scale=scale)
     above = .17*max((t.count('\n') + 1 for t in titles), default=0)*(1 if cols else -(-len(images)//nrow))
     left = .08*max((len(line) for r in rows for line in r.split('\n')), default=0)

@@ -282,7 +282,7 @@ class DiT(Denoiser):
     def predict(self, x, emb): # (b, c, h, w), sides multiples of `patch`; (b, width) -> like x
         h = self.patchify(x)
         grid, tokens = h.shape[2:], h.flatten(2).transpose(1, 2)
-        tokens = tokens + sincos_places(*grid, tokens.shape[2], x.device)
+        tokens = tokens + sincos_places(*grid, tokens.shape[2], x.device).to(tokens.dtype)
         for block in self.blocks: tokens = block(tokens, emb)
         shift, scale = self.ada(F.silu(emb))[:, None].chunk(2, dim=2)
         return self.unpatchify(self.linear_out(self.norm_out(tokens)*(1 + scale) + shift), grid)

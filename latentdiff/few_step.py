@@ -143,6 +143,7 @@ def with_steps(net): # a trained `UNet`, `ConditionalUNet`, or `Conditioned` aro
     return net
 
 # %% ../nbs/70_few_step.ipynb #f033
+@torch.no_grad()
 def shortcut(net, process, x, ts, callback=None, generator=None):
     "Sample with a `Shortcut` network: each step as long as it is told (2410.12557, algorithm 2)"
     checked(net=net, process=process), check_latents(False, x=x)
@@ -188,17 +189,16 @@ class Shortcuts(NoisifyCB):
     @torch.no_grad()
     def answers(self, x, t, d, cond):
         "Slopes (b, ...): of the teacher for the shortest steps, of two steps of half the length for the others"
-        shortest, y = min(o for o in SHARES if o > 0), torch.empty_like(x)
-        for rows in (d == 0, d == shortest, d > shortest):
-            c = [o[rows] for o in cond]
+        shortest = min(o for o in SHARES if o > 0)
+        a, b = torch.stack([(d > shortest).sum(), (d > 0).sum()]).tolist()   # d falls: one wait for a GPU
+        def part(rows, kind):
+            c, at = [o[rows] for o in cond], (x[rows], t[rows])
             velocity = lambda x, t: self.teacher(x, self.process.time_input(t), *c)
             slope = lambda x, t, d: self.average(x, step_input(self.process, t, d), *c)
-            at = x[rows], t[rows]
-            if not rows.any(): continue
-            if d[rows][0] == 0: y[rows] = velocity(*at)
-            elif d[rows][0] == shortest: y[rows] = midpoint(velocity, *at, d[rows])
-            else: y[rows] = two_in_one(slope, *at, d[rows])
-        return y
+            if not len(at[0]): return at[0]
+            if kind == 'long': return two_in_one(slope, *at, d[rows])
+            return midpoint(velocity, *at, d[rows]) if kind == 'shortest' else velocity(*at)
+        return torch.cat([part(slice(a), 'long'), part(slice(a, b), 'shortest'), part(slice(b, None), 'none')])
 
     def example(self, x0, cond, generator):
         t, d = self.draw(len(x0), generator, x0.device)

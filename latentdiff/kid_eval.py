@@ -25,7 +25,7 @@ from .core import UserError, artefact, checked, data_home, default_device, load_
 from .core import AsGiven, place, positions, progress, save_component, share, spread, stream, world
 from .data import check_images, from_uint8, kind_of, like, to_uint8
 from .training import DeviceLoader, Learner, fit_steps
-from .autoencoder import efficientnet_lite0
+from .autoencoder import as_double, efficientnet_lite0
 
 # %% ../nbs/50_kid_eval.ipynb #c012
 def poly_kernel(x, y): # features (m,d), (n,d) -> kernel values (m,n)
@@ -38,8 +38,8 @@ def kernel_sums(x,          # features (m,d)
                 y=None,     # features (n,d); None pairs x with itself and leaves out the diagonal
                 block=256): # rows of the kernel matrix that exist at one time
     "Row sums (m,), column sums (n,) and the sum of squares of the kernel matrix, in float64, by blocks"
-    x, self_pairs = x.double(), y is None
-    y = x if self_pairs else y.double()
+    x, self_pairs = as_double(x), y is None
+    y = x if self_pairs else as_double(y)
     rows, cols, squares = [], x.new_zeros(len(y)), x.new_zeros(())
     for i in range(0, len(x), block):
         k = poly_kernel(x[i:i+block], y)
@@ -221,7 +221,8 @@ def evaluate(fake, real,       # images or features, as `features` takes them
     sides = {k: o and o[0] for k, o in sizes.items()}
     if len({*sides.values()} - {None}) > 1: raise UserError(f'pixels a side: {sides}: bring all to one size first')
     f, r = features(extractor, fake), features(extractor, real)
-    a, b = halves(r, seed) if floor_from is None else (spread(features(extractor, floor_from), len(f)), r)
+    some = None if floor_from is None else spread(torch.arange(len(floor_from)), len(f))   # of every class in a folder
+    a, b = halves(r, seed) if some is None else (features(extractor, floor_from, idxs=some), r)
     (k, se), (k0, se0) = kid(f, r), kid(a, b)
     scores = dict(kid=k, kid_se=se, kid_floor=k0, kid_floor_se=se0, fid=fid(f, r), fid_floor=fid(a, b))
     return dict(**scores, n_fake=len(f), n_real=len(r), n_floor=(len(a), len(b)), extractor=extractor.name,
@@ -329,7 +330,7 @@ def merged(f, rows): # features (m,d) of the images that this process has seen; 
 class FID(FeatureMetric):
     "FID as a metric that streams and merges: keeps count, mean and centred scatter of both sides, float64"
     def summary(self, f):
-        x = f.double()
+        x = as_double(f)
         return [x.new_tensor(len(x)), x.mean(0), (x - x.mean(0)).T @ (x - x.mean(0))]
 
     def union(self, a, b): # Chan et al. 1979: exact, and stable far from 0

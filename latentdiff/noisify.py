@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from fastai.basics import Callback, Path, patch
 from .autoencoder import fit_bs
-from .core import UserError, agreed, artefact, check_contents, checked, default_device, fingerprint, first_ahead, made
-from .core import number, numbers, one_of, positions, progress, rank, read_json, sealed, share, stream, unsealed, world
+from .core import UserError, agreed, artefact, check_contents, checked, default_device, fingerprint, first_ahead
+from .core import made, number, numbers, one_of, positions, progress, read_json, sealed, share, spread, stream, unsealed
 from .data import CROPS, FEW, all_finite, cropped, from_uint8, kind_of, leeway, like
-from .disk import NOWHERE, on_disk, place, remove, reserve, write_json
+from .disk import NOWHERE, on_disk, place, rank, remove, reserve, world, write_json
 
 # %% ../nbs/20_noisify.ipynb #c076
 def cosine_levels(t): # levels in [0,1] -> (alpha, sigma) like t
@@ -347,7 +347,7 @@ class Latents:
         self.labels = None if m['labels'] is None else torch.tensor(m['labels'])
         valid = torch.isin(torch.arange(len(self)), torch.tensor(m['valid']))
         self.train_idxs,self.valid_idxs = (~valid).nonzero()[:,0],valid.nonzero()[:,0]
-        some = torch.tensor(self.mean[::-(-len(self)//256)]).float()   # enough to see whether they are latents
+        some = torch.tensor(spread(self.mean, 256)).float()   # enough to see whether they are latents
         std = some.transpose(0, 1).flatten(1).std(1)
         if not some.isfinite().all(): raise UserError(f'{folder} holds latents that are not finite: delete it')
         if len(some) > 16 and not 1/3 < std.min() <= std.max() < 3:

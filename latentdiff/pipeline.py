@@ -208,7 +208,7 @@ def decode(self:LatentDiffusionPipeline,
 
 @patch
 def draw(self:LatentDiffusionPipeline, n=8, steps=None, sampler=None, seed=0, bs=16, **told):
-    "Draw `n` images, float32 (n,c,h,w) in [-1,1]; the same seed draws the same images; `told` as for `listening`"
+    "Draw `n` images, float32 (n,c,h,w) in [-1,1], in whole batches: one costs as much as `bs`; see `latents`"
     return self.decode(self.latents(n, steps, sampler, seed, bs, **told), bs)
 
 @patch

@@ -308,9 +308,10 @@ def inpaint(net, process, z, # z: (b, ...) standardised latents, known where `ma
     ts, gens = time_steps(process, steps), generators(seed, len(z))
     x = levels(process, ts[0])[1]*noise_like(z, gens)
     with evaluating(net):
-        for (t, u), r in ((tu, r) for tu in pairwise(ts) for r in range(repeats if tu[1] > 0 else 1)):
+        for t, u in pairwise(ts):
             (a, s), (a1, s1) = levels(process, t), levels(process, u)
-            if r > 0: x = a/a1*x + math.sqrt(s**2 - (a/a1*s1)**2)*noise_like(z, gens)      # back from u to t
-            x = ddpm(net, process, x, [t, u], generator=gens)
-            x = torch.where(mask, x, a1*z + s1*noise_like(z, gens))                         # eq. 8: the known part
+            for r in range(repeats if u > 0 else 1):
+                if r > 0: x = a/a1*x + math.sqrt(s**2 - (a/a1*s1)**2)*noise_like(z, gens)  # back from u to t
+                x = ddpm(net, process, x, [t, u], generator=gens)
+                x = torch.where(mask, x, a1*z + s1*noise_like(z, gens))                     # eq. 8: the known part
     return x

@@ -140,7 +140,8 @@ class TimeMLP(nn.Module):
         multiples(2, dim=checked(temb=temb, dim=dim))
         self.linear_1, self.linear_2 = nn.Linear(dim, temb), nn.Linear(temb, temb)
     def forward(self, time): # (b,) `process.time_input(t)` -> (b, temb)
-        return self.linear_2(F.silu(self.linear_1(timestep_embedding(time, self.linear_1.in_features))))
+        emb = timestep_embedding(time, self.linear_1.in_features).to(self.linear_1.weight.dtype)   # computed in float32
+        return self.linear_2(F.silu(self.linear_1(emb)))
 
 # %% ../nbs/30_unet.ipynb #n000
 def unet2d_args(in_channels=4, out_channels=None, widths=(32,64,64,128), depth=2, attn_levels=None, head_dim=32,

@@ -154,6 +154,14 @@ def test_metrics_merge_and_reset(cls):
     alone = cls().update(*batches(torch.float32)[0])
     assert whole.compute() == alone.compute()
 
+def test_a_trained_autoencoder_is_trained_further(x):
+    "Its straight lines are where training has brought them, not set anew"
+    ae = tiny()
+    train_autoencoder(ae, x, x[:8], steps=3, bs=16, device='cpu')
+    before = ae.line_in.weight.clone()
+    train_autoencoder(ae, x, x[:8], steps=1, bs=16, lr=1e-9, device='cpu')
+    assert (ae.line_in.weight - before).abs().max() < 1e-6 and ae.decoder[-2].weight.any()
+
 def test_the_scale_is_saved_as_it_was_measured(tmp_path):
     "Not as bfloat16 rounds it"
     model = dict(AutoencoderKL(block_out_channels=(32, 64), down_block_types=('DownEncoderBlock2D',)*2, up_block_types=('UpDecoderBlock2D',)*2).config)

@@ -115,6 +115,13 @@ AES = {'TAEF2': (partial(TAEF2, 8, 4), 32), 'pretrained tiny': (lambda: Pretrain
        'pretrained KL': (lambda: PretrainedKL(dict(AutoencoderKL(block_out_channels=(32, 64), down_block_types=('DownEncoderBlock2D',)*2,
                                                                  up_block_types=('UpDecoderBlock2D',)*2).config)), 32)}
 
+@each(AES)
+def test_what_an_autoencoder_gives_can_be_recorded(name):
+    "`make_graphed_callables` asks each of them for `requires_grad`, so none may be None"
+    make, size = AES[name]
+    ae = make().train()
+    assert any([o.requires_grad for o in torch.utils._pytree.tree_leaves(ae(torch.rand(2, getattr(ae, 'channels', 3), size, size)))])
+
 @both
 @each(AES)
 def test_autoencoders(device, name):

@@ -252,6 +252,25 @@ def test_a_run_makes_it_once(make, tmp_path):
         bare, guided = teacher_of(teacher, 1.), teacher_of(teacher, 3.)
         close(guided(x, t, *cond), teacher(x, t) + 3*(bare(x, t, *cond) - teacher(x, t)), 1e-4)
 
+def test_a_step_of_the_training_uses_no_masks():
+    "Each of which a GPU would have to wait for; `d` falls along a batch, so its parts are slices"
+    from torch.utils._python_dispatch import TorchDispatchMode
+    waits = []
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            if 'nonzero' in str(f) or 'index' in str(f) and any(getattr(o, 'dtype', 0) == torch.bool for o in args[1]): waits.append(str(f))   # a boolean mask
+            return f(*args, **kwargs or {})
+    asks = Shortcuts(FLOW, lambda x, t, *c: x)
+    asks.average = lambda x, t, *c: x
+    t, d = draw_steps(30, torch.Generator().manual_seed(0), 'cpu')
+    assert len({*d.tolist()}) > 3 and (d.diff() <= 0).all()
+    with Watch(): asks.answers(torch.randn(30, 4), t, d, ())
+    assert not waits
+
+def test_what_is_drawn_has_no_graph():
+    net, x = Shortcut(UNet(4, widths=(16, 16), depth=1)).train(), torch.randn(2, 4, 8, 8)
+    assert not shortcut(net, FLOW, x, [1., .5, 0.]).requires_grad
+
 def test_captions_have_to_be_given_row_by_row(tmp_path, monkeypatch):
     "Class numbers are no rows of a table of captions"
     class Words(nn.Module): pass

@@ -1,5 +1,5 @@
 "The denoiser against diffusers on copied weights, and its training against closed forms."
-import inspect, json, math
+import copy, inspect, json, math
 from dataclasses import replace
 from types import SimpleNamespace
 import numpy as np, pytest, torch
@@ -10,6 +10,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.resnet import ResnetBlock2D
 from fastai.basics import Callback
 from latentdiff.autoencoder import KLAutoencoder
+from latentdiff.denoisers import DiT
 from latentdiff.core import DATASETS, PRESETS, UserError, load_component, made, preset, save_component
 from latentdiff.noisify import Process, save_process
 from latentdiff.sampling import SAMPLERS, time_steps
@@ -272,6 +273,16 @@ def test_the_networks_of_a_preset_fit_one_another_on_every_data_set(name):
         with torch.device('meta'):
             shape = (4, p.size//8, p.size//8) if p.ae_pretrained else KLAutoencoder(c, p.ae_widths, p.ae_patch, 1, p.latent_channels).latent_shape(p.size)
             assert unet_for(shape, p)(torch.zeros(1, *shape), torch.zeros(1)).shape[1:] == shape
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('make', [small, lambda: DiT(4, 2, 48, 2, 4)], ids=['U-Net', 'DiT'])
+def test_networks_answer_in_half_precision(make, dtype):
+    "As `UNet2DModel.half()` does; the embedding of the time is computed in float32"
+    torch.manual_seed(0)
+    net, x, t = make().eval(), noise(2, 4, 8, 8), torch.tensor([10., 990.])
+    for o in net.parameters(): o.data += .02*torch.randn_like(o)
+    with torch.no_grad(): want, got = net(x, t), copy.deepcopy(net).to(dtype)(x.to(dtype), t)
+    assert got.dtype == dtype and (got.float() - want).abs().max() < .1*want.abs().max()
 
 def test_loss_by_level_of_latents_that_are_not_finite():
     with pytest.raises(UserError, match='not a finite number'): loss_by_level(Says(), Process(), torch.full((2, 4, 4, 4), math.nan), n_levels=2)
