@@ -334,6 +334,24 @@ def poor(cells):
 
 FEW_DOTS = {'01_smallnorb', '02_mnist_cab', '05_lsun_bedroom'} # labs whose pictures are older
 
+def names_of(tree):
+    "What a cell imports, what it defines (methods given to a class by `@patch` aside), and what its functions use"
+    stored = lambda n: {m.id for m in ast.walk(n) if isinstance(m, ast.Name) and isinstance(m.ctx, ast.Store)}
+    imported = {a.asname or a.name.split('.')[0] for n in tree.body if is_import(n) for a in n.names}
+    defs = {n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and 'patch' not in ''.join(map(ast.dump, n.decorator_list))}
+    inner = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.Lambda))]
+    used = {m.id for n in inner for m in ast.walk(n) if isinstance(m, ast.Name) and isinstance(m.ctx, ast.Load)}
+    return imported, defs.union(*(stored(n) for n in tree.body if isinstance(n, ast.Assign))), used
+
+@pytest.mark.parametrize('name', [o for o in NAMES if o not in LABS])
+def test_no_cell_gives_a_name_of_the_library_another_meaning(name):
+    "In a notebook its functions would find that one: lesson 70 once defined a `spread` of its own, and `make_shortcut` below it called that"
+    library, rest = [], []
+    for c in code_cells(name): (library if c['source'].startswith('#| export') else rest).append(names_of(parsed(c)))
+    given, used = (set().union(*o) for o in ([i | d for i, d, _ in library], [u for _, _, u in library]))
+    own = {o for o in given & used if len(o) > 1}   # letters are of comprehensions
+    assert [sorted(o) for o in (d & own for _, d, _ in rest) if o] == []
+
 @pytest.mark.parametrize('name', NAMES)
 def test_figures_are_in_one_style(name):
     "That of `latentdiff/lesson.mplstyle`, 9 points and 100 dots an inch at least; some labs still have pictures with fewer dots"
