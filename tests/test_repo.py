@@ -341,7 +341,8 @@ def names_of(tree):
     defs = {n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and 'patch' not in ''.join(map(ast.dump, n.decorator_list))}
     inner = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.Lambda))]
     used = {m.id for n in inner for m in ast.walk(n) if isinstance(m, ast.Name) and isinstance(m.ctx, ast.Load)}
-    return imported, defs.union(*(stored(n) for n in tree.body if isinstance(n, ast.Assign))), used
+    rest = [n for n in tree.body if not isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    return imported, defs.union(*map(stored, rest)), used
 
 @pytest.mark.parametrize('name', [o for o in NAMES if o not in LABS])
 def test_no_cell_gives_a_name_of_the_library_another_meaning(name):
