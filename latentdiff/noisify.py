@@ -283,7 +283,7 @@ def prefetch(images, starts, bs, ahead=4): # `Images`, first row of each batch, 
 # %% ../nbs/20_noisify.ipynb #c037
 def _encode_batch(ae, pixels, first, how): # number of the first; see `make_latents`
     "float16 latents of the pictures and of some crops, and maybe of the mirror images of these: a list of arrays"
-    x = from_uint8(pixels.to(next(ae.buffers()).device))
+    x = from_uint8(pixels.to([*ae.parameters(), *ae.buffers()][0].device))
     crops = (cropped(x, how['leeway'], how['seed'], k*FEW+first) for k in range(how.get('crops', 0)))
     with torch.no_grad(), torch.autocast(x.device.type, torch.float16, enabled=x.is_cuda):
         z = [ae.encode(o).half().cpu() for v in (x, *crops) for o in (v, v.flip(-1))[:1+how['mirrored']]]

@@ -270,7 +270,7 @@ def denoise_path(net, process, x, ts,              # x: start noise, at the stre
 # %% ../nbs/40_sampling.ipynb #c113
 def slerp(a, b, w): # (b, ...) two batches of noise; 0 gives `a`, 1 gives `b`
     "Spherical interpolation, sample by sample: between two noises lies a noise of the same length"
-    like(a=all_finite(a=a), b=all_finite(b=b))
+    like(a=a, b=b), all_finite(a=a), all_finite(b=b)
     fa, fb = a.flatten(1), b.flatten(1).to(a)
     if not torch.is_tensor(w): check_level(w=w)
     elif w.ndim: like(rows=fa[:, :1], w=w)

@@ -132,7 +132,7 @@ def take_autoencoder(folder, images, start, source, seed=0): # of a run; `Images
     parents = dict(images=images.fingerprint, source=start['fingerprint'])
     if start['parts'][:1] not in (['autoencoder'], ['vae']):
         raise UserError(f'{folder}/run.json does not say what the run started from: do not trust it, delete {folder}')
-    if not trained(folder): source()   # refused, if it is another, before a folder for the denoiser is begun
+    if not (made(folder/'unet') or made(folder/'denoiser')): source()   # another one is refused before that begins
     return load_component(artefact(folder/start['parts'][0], make, parents, dict(seed=seed)))
 
 def said_already(make): # () -> `Latents`

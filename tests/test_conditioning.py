@@ -1,5 +1,5 @@
 "Cross-attention against diffusers on copied weights; masks, dropping and guidance against closed forms; text against the models it wraps."
-import json, time
+import json, math, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace

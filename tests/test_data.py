@@ -152,7 +152,7 @@ UNSAFE = {'up.tgz': tar_of({'a.png': png(), '../b.png': png()}), 'up.zip': zip_o
 def test_unsafe_archives(tmp_path, home, name, data):
     (tmp_path/name).write_bytes(data)
     assert 'not unpacked' in one_line(open_images, tmp_path/name, 16)
-    assert left(home) == [] and left(tmp_path) == sorted(['home', name])
+    assert left(home) == [] and left(tmp_path) == [name]   # not even the folder that was to hold it
 
 @pytest.mark.parametrize('keep', (.02, .3, .6, .97))
 @pytest.mark.parametrize('name', ('a.tgz', 'a.zip'))
