@@ -89,7 +89,7 @@ def images(self:Run):
     d, start = self.settings['data'], self.settings.get('start', {})
     found = self.once('images', lambda: source.counted_as(start.get('classes'), self.opened(self.p, self.seed)))
     if (few := len(found.valid_idxs)) >= 8: return found
-    raise UserError(f'{d} has {(n := len(found))} images, {few} to test on, by chance: give {max(100, 2*n)} or more.')
+    raise UserError(f'{d} has {len(found)} images, {few} to test on, by chance: give {max(100, 2*len(found))} or more.')
 
 @patch(as_prop=True)
 def autoencoder(self:Run):
@@ -324,7 +324,7 @@ def step_times(self:Run):
     found = lambda: self.source.autoencoder if 'start' in self.settings else autoencoder.open_autoencoder(given)
     ae = found() if given else autoencoder.KLAutoencoder(c, p.ae_widths, p.ae_patch, 1, p.latent_channels)
     x = self.images.pixels(self.images.train_idxs[:p.bs])
-    multiples(ae.factor << len(p.widths) - 1, size=p.size)   # of the autoencoder, and of the U-Net
+    multiples(ae.factor*2**(len(p.widths) - 1), size=p.size)   # of the autoencoder, and of the U-Net
     z = torch.randn(p.bs, *ae.latent_shape(p.size))
     net = unet.unet_for(z.shape[1:], p)
     if self.condition:

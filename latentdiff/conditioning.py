@@ -17,7 +17,8 @@ from threading import RLock
 from torch import nn
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from fastai.basics import DataLoaders, Path
-from .core import UNFIT, AsGiven, UserError, checked, find_class, fingerprint, multiples, number, stream, write_json
+from .core import UNFIT, AsGiven, UserError, checked, find_class, fingerprint, multiples, number, progress, stream
+from .core import write_json
 from .training import DeviceLoader, Learner, adamw, fit_steps, largest_divisor, rows_of, zero_init
 from .data import all_finite, as_images, check_images, kind_of, like
 from .files import one_line
@@ -344,7 +345,7 @@ class TextConditioner(nn.Module, AsGiven, ConfigMixin):
         with _TABLE:
             rows = captions if torch.is_tensor(captions) else self.rows(captions)
             new = [*self.places][len(self.table):] if len(self.places) > len(self.table) else []
-            for i in range(0, len(new), 256): self.add(new[i:i+256])
+            for i in progress(range(0, len(new), 256), what=f'{len(new):,} captions'): self.add(new[i:i+256])
             rows = rows.to(self.table.device)
             tokens, used = self.table[rows].float(), self.used[rows]
         if torch.is_tensor(captions): return tokens, used

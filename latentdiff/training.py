@@ -273,11 +273,11 @@ def together(model):
 class _Stopwatch(Callback):
     "Time a few steps, then stop the fit"
     order, run_valid, times = 100, False, ()
-    def before_train(self): self.times = [*self.times, [time.perf_counter()]]   # anew: no validation is timed
+    def before_train(self): self.began = time.perf_counter()   # anew: no validation is timed
     def after_batch(self):
         if self.learn.dls.device and torch.device(self.learn.dls.device).type == 'cuda': torch.cuda.synchronize()
-        self.times[-1].append(time.perf_counter())
-        if sum(map(len, self.times)) - len(self.times) > 3: raise CancelFitException
+        self.times, self.began = [*self.times, time.perf_counter() - self.began], time.perf_counter()
+        if len(self.times) > 3: raise CancelFitException
 
 def step_time(learn): # a fastai Learner
     "Seconds of one training step of `learn`: the best of three after a warm-up, which leave its weights as they were"
@@ -285,7 +285,7 @@ def step_time(learn): # a fastai Learner
     with learn.no_bar(), learn.no_logging(): learn.fit(4, 0., cbs=[watch, *together(learn.model)])
     learn.model.load_state_dict(state)
     learn.opt = None
-    return min([b - a for o in watch.times for a, b in zip(o, o[1:])][1:], default=.01)
+    return min(watch.times[1:], default=.01)
 
 def seconds_per_step(net, z, *cond): # denoiser; one batch of latents (b,c,h,w) on its device; their condition, if any
     "Forward and backward of a bare denoiser, the best of three after a warm-up; the weights stay as they are"

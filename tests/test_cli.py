@@ -568,6 +568,17 @@ def told_run(tmp_path, kind, images):
     r.kept['images'] = images
     return r
 
+def test_kid_on_the_way_is_drawn_as_the_last_one_is(tmp_path, monkeypatch):
+    "By the same sampler at the same kind of times, in fewer steps: else its last fall is the sampler's"
+    r, seen = Run(tmp_path/'none', settings_of('rooms', 'cpu')), {}
+    r.kept |= dict(autoencoder=None, judge=None, real=None)
+    drawn = type('Drawn', (), dict(__init__=lambda self, *parts: None, pixels=lambda self, n, **how: seen.update(how)))
+    monkeypatch.setattr('latentdiff.pipeline.LatentDiffusionPipeline', drawn)
+    for k in ('features', 'kid'): monkeypatch.setattr(f'latentdiff.kid_eval.{k}', lambda *_: None)
+    r.score(None, None)
+    assert {k: seen[k] for k in ('sampler', 'spacing')} == {k: r.how[k] for k in ('sampler', 'spacing')} == dict(sampler='dpmpp_2m_sde', spacing='logsnr')
+    assert seen['steps'] < r.how['steps'] and seen['seed'] == r.how['seed']
+
 def test_samples_are_told_what_held_out_images_are(tmp_path):
     "In their shares; never a class without a picture, and captions of training pictures if those held out have none."
     images = Told([0, 1, 1, 1, -1, 3]*8, ['', ' ', 'a', '', '', '']*8, [*range(0, 48, 6), *range(1, 48, 6), *range(4, 48, 6)])
