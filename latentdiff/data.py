@@ -97,6 +97,8 @@ def show_images(
 ):
     "Show pictures in rows, with a title each, or with names of rows and columns, if given"
     pixels = to_uint8(images).cpu()
+    for k, v in dict(titles=titles or [], rows=rows or [], cols=cols or []).items():
+        if isinstance(v, str) or not hasattr(v, '__len__'): raise UserError(f'{k} is {v!r:.80}: give a list of strings')
     nrow, rows = min(number(1, nrow=nrow), len(images)), [*map(str, rows or [])]
     titles = [*map(str, titles or cols or [])]
     n, scale = -(-len(images)//nrow), number(.1, 50, False, scale=scale)

@@ -301,7 +301,7 @@ _WARM, _DECAY = 50, .25  # steps in which the rate rises; share of the steps in 
 
 def decay_start(steps): # of the whole training
     "The step at which the rate begins to fall"
-    return steps - max(1, int(_DECAY*steps))
+    return number(1, steps=steps) - max(1, int(_DECAY*steps))
 
 def rate(k, steps): # step, from 0, and steps of the whole training
     "The share of the full learning rate that step `k` has: up, constant, down to zero"

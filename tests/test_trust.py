@@ -56,6 +56,7 @@ CALLS = {
     **each(D.to_uint8, 'images', None, X.numpy(), X[0, 0], X[:, :2], X[None], holed(X)), **each(D.from_uint8, 'pixels', None, X, PX.long(), PX.numpy()),
     **each(D.as_images, 'x', None, X.long(), holed(X), X*inf), **each(D.image_grid, 'images', None, [], X[:0], X[:, :2], holed(X)),
     **each(D.image_grid, 'nrow', 0, -1, 'a', images=X), **each(D.show_images, 'nrow', 0, -1, 'a', images=X),
+    **each(D.show_images, 'titles', 3, 'ab', 5., images=X), **each(D.show_images, 'rows', 3, 'ab', images=X), **each(D.show_images, 'cols', 3, 'ab', images=X),
     **each(D.show_images, 'images', None, X[:0], X[:, :2]), **each(D.split_of, 'name', None, 3), **each(lambda valid_pct: D.split_of('a', valid_pct), 'valid_pct', -1, 101, nan, '9', title='split_of'),
     **each(D.pick, 'n', -1, 2.5, 'a', names=['a', 'b', 'c'], seed=0), **each(D.fit_pixels, 'size', *COUNT, x=PX, channels=3),
     **each(D.fit_pixels, 'channels', 2, 0, x=PX, size=8), **each(D.fit_pixels, 'x', None, PX[:, :2], PX[0], size=8, channels=3),
