@@ -216,6 +216,8 @@ def guide(net, # Conditioned, or a bare net(x, time, tokens, mask)
     tokens, mask = context_of(checked(net=net), cond)
     against = (tokens, torch.zeros_like(mask)) if negative is None else context_of(net, negative)
     b, n = len(tokens), max(tokens.shape[1], against[0].shape[1])
+    if torch.is_tensor(scale) and (scale.numel() not in (1, b) or scale.ndim and len(scale) != scale.numel()):
+        raise UserError(f'scale is {kind_of(scale)}: give a number, or one for each of {b} conditions')
     sides = [fitted(*against, b, n), fitted(tokens, mask, b, n)]
     if not torch.is_tensor(scale) and scale == 1: sides = [fitted(tokens, mask, b, tokens.shape[1])]   # no guidance
     told, k = [torch.cat(o) for o in zip(*sides)], len(sides)
@@ -224,7 +226,7 @@ def guide(net, # Conditioned, or a bare net(x, time, tokens, mask)
         like(x=x)
         if len(x) != b: raise UserError(f'{b} conditions for {len(x)} images: give one for each, and `sample` bs={b}')
         answers = bare(torch.cat([x]*k), torch.cat([time]*k), *told).chunk(k)
-        by = scale.view(-1, *[1]*(x.ndim - 1)) if getattr(scale, 'ndim', 0) == 1 else scale
+        by = scale.to(x).view(-1, *[1]*(x.ndim - 1)) if torch.is_tensor(scale) else scale
         return answers[0] if k == 1 else answers[0] + by*(answers[1] - answers[0])
     return guided
 

@@ -97,10 +97,11 @@ def show_images(
 ):
     "Show pictures in rows, with a title each, or with names of rows and columns, if given"
     pixels = to_uint8(images).cpu()
-    for k, v in dict(titles=titles or [], rows=rows or [], cols=cols or []).items():
-        if isinstance(v, str) or not hasattr(v, '__len__'): raise UserError(f'{k} is {v!r:.80}: give a list of strings')
-    nrow, rows = min(number(1, nrow=nrow), len(images)), [*map(str, rows or [])]
-    titles = [*map(str, titles or cols or [])]
+    for k, v in dict(titles=titles, rows=rows, cols=cols).items():
+        if isinstance(v, str) or v is not None and not hasattr(v, '__iter__'):
+            raise UserError(f'{k} is {v!r:.80}: give a list of strings')
+    titles, rows, cols = ([] if o is None else [*map(str, o)] for o in (titles, rows, cols))
+    titles, nrow = titles or cols, min(number(1, nrow=nrow), len(images))
     n, scale = -(-len(images)//nrow), number(.1, 50, False, scale=scale)
     above = .17*max((t.count('\n') + 1 for t in titles), default=0)*(1 if cols else -(-len(images)//nrow))
     left = .08*max((len(line) for r in rows for line in r.split('\n')), default=0)

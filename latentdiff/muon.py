@@ -19,7 +19,7 @@ def orthogonalise(x, coefs=(3.4445, -4.775, 2.0315), steps=5): # matrices (n,r,c
     number(0, 1000, steps=steps)
     if x.shape[1] > x.shape[2]: return orthogonalise(x.mT, coefs, steps).mT
     x = x/(x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    (a, b, c), gram, eye = coefs, x@x.mT, torch.eye(x.shape[1], device=x.device)
+    (a, b, c), gram, eye = coefs, x@x.mT, torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     total = eye
     for _ in range(steps):
         q = torch.baddbmm(a*eye + b*gram, gram, gram, alpha=c)

@@ -9,7 +9,7 @@ __all__ = ['SCHEDULES', 'TARGETS', 'TIMES', 'FILES', 'PREDICTION_TYPES', 'BETA_S
            'process_of', 'other_noise', 'load_process', 'save_process', 'mend_process']
 
 # %% ../nbs/20_noisify.ipynb #c003
-import contextlib, functools, hashlib, inspect, json, math, os, shutil, time, warnings
+import functools, hashlib, inspect, json, math, os, shutil, time, warnings
 import numpy as np, torch
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -69,9 +69,9 @@ def _as_level(t, low=0, high=1, name='t'): # float or tensor; what a float may b
     if not torch.is_tensor(t) and not np.ndim(t): number(low, high, whole=False, **{name: t})
     if isinstance(t, (list, tuple)): numbers(len(t), **{name: t})
     t = t if (t := torch.as_tensor(t)).dtype==torch.float64 else t.float()
-    with contextlib.suppress(RuntimeError):   # within torch.func nobody can look at them
-        seen = (t.min(), t.max()) if t.is_cpu and t.numel() and not torch.compiler.is_compiling() else ()
-        for o in seen: number(low, high, False, **{name: round(o.item(), 6)})   # rounding goes beyond
+    try: seen = () if torch.compiler.is_compiling() or not t.is_cpu or not t.numel() else (t.min().item(), t.max().item())
+    except RuntimeError: seen = ()            # within torch.func nobody can look at them
+    for o in seen: number(low, high, False, **{name: round(o, 6)})   # rounding goes beyond
     return t
 
 @dataclass(frozen=True)

@@ -391,6 +391,13 @@ def test_guidance_of_its_own_for_each_image():
     x, t, by = noise(2, 2), torch.tensor([100., 400.]), torch.tensor([1., 3.])
     each = torch.cat([guide(toy, WHICH[i:i+1], by[i].item())(x[i:i+1], t[i:i+1]) for i in range(2)])
     for scale in (by, by[:, None]): assert gap(guide(toy, WHICH[:2], scale)(x, t), each) < 1e-5
+    net = lambda x, time, tokens, mask: x*tokens.mean((1, 2))[:, None, None, None]
+    z, p = torch.ones(2, 1, 2, 2), torch.ones(2, 1, 1)
+    for scale in (by, by[:, None], by[:, None, None, None]):   # two rows of pixels: not one scale for each of those
+        assert torch.equal(guide(net, p, scale, negative=0*p)(z, t), z*by[:, None, None, None])
+    assert guide(net, p, by.double(), negative=0*p)(z, t).dtype == torch.float32
+    for bad in (torch.ones(3), torch.ones(1, 2)):
+        with pytest.raises(UserError, match='scale is'): guide(net, p, bad)
 
 @pytest.mark.parametrize('scale', [0., 1., 3.])
 def test_negative_takes_the_place_of_unconditional(scale):

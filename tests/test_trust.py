@@ -693,6 +693,7 @@ def test_names_are_no_formulas():
     name = r'$\foo$'
     report.labelled(report.image_grid(torch.zeros(2, 3, 8, 8)), [name, 'b'], [name])
     D.show_images(torch.zeros(2, 3, 8, 8), rows=[name], cols=[name, 'b'])
+    for o in (np.array(['a', 'b']), torch.arange(2), map(str, (1, 2))): D.show_images(torch.zeros(2, 3, 8, 8), titles=o)
     plt.gcf().canvas.draw()
     plt.close('all')
 def test_a_clock_that_is_set_back_gives_no_negative_times(monkeypatch, tmp_path):
