@@ -48,7 +48,7 @@ def ddpm_levels(t, table): # levels in [0,1], and a `log_abar_table` -> (alpha, 
     like(t=t), like(table=table)
     steps = len(table)-1
     i = (t*steps).floor().long().clamp(0, steps-1)
-    log_abar = torch.lerp(table[i], table[i+1], t*steps-i)
+    log_abar = torch.lerp(table.take(i), table.take(i+1), t*steps-i)   # torch 2.6 cannot index within vmap
     return (log_abar/2).exp(), (-torch.expm1(log_abar)).sqrt()
 
 # %% ../nbs/20_noisify.ipynb #c091
