@@ -48,7 +48,7 @@ def ddpm_levels(t, table): # levels in [0,1], and a `log_abar_table` -> (alpha, 
     like(t=t), like(table=table)
     steps = len(table)-1
     i = (t*steps).floor().long().clamp(0, steps-1)
-    log_abar = torch.lerp(table.take(i), table.take(i+1), t*steps-i)   # torch 2.6 cannot index within vmap
+    log_abar = torch.lerp(table[i], table[i+1], t*steps-i)
     return (log_abar/2).exp(), (-torch.expm1(log_abar)).sqrt()
 
 # %% ../nbs/20_noisify.ipynb #c091
@@ -69,8 +69,8 @@ def _as_level(t, low=0, high=1, name='t'): # float or tensor; what a float may b
     if not torch.is_tensor(t) and not np.ndim(t): number(low, high, whole=False, **{name: t})
     if isinstance(t, (list, tuple)): numbers(len(t), **{name: t})
     t = t if (t := torch.as_tensor(t)).dtype==torch.float64 else t.float()
-    try: seen = () if torch.compiler.is_compiling() or not t.is_cpu or not t.numel() else (t.min().item(), t.max().item())
-    except RuntimeError: seen = ()            # within torch.func nobody can look at them
+    try: seen = [] if torch.compiler.is_compiling() or not t.is_cpu else [o.item() for o in t.aminmax()]
+    except RuntimeError: seen = []   # there are none, or they are within torch.func, where nobody can look at them
     for o in seen: number(low, high, False, **{name: round(o, 6)})   # rounding goes beyond
     return t
 
