@@ -332,7 +332,7 @@ def poor(cells):
     dots = [im.info['dpi'][0] for c in cells for k, b in images(c) if k == 'image/png' and 'dpi' in (im := Image.open(io.BytesIO(b))).info]
     return [*['no style']*(not styled), *small, *(f'{o:.0f} dots an inch' for o in dots if o < 99)]
 
-FEW_DOTS = {'01_smallnorb', '02_mnist_cab'} # labs with a picture that is older than the rule
+FEW_DOTS = {'01_smallnorb'} # a lab with a picture that is older than the rule
 
 def names_of(tree):
     "What a cell imports, what it defines (methods given to a class by `@patch` aside), and what its functions use"
