@@ -347,7 +347,11 @@ class TextConditioner(nn.Module, AsGiven, ConfigMixin):
         with _TABLE:
             rows = captions if torch.is_tensor(captions) else self.rows(captions)
             new = [*self.places][len(self.table):] if len(self.places) > len(self.table) else []
-            for i in progress(range(0, len(new), 256), what=f'{len(new):,} captions'): self.add(new[i:i+256])
+            try:
+                for i in progress(range(0, len(new), 256), what=f'{len(new):,} captions'): self.add(new[i:i+256])
+            except Exception:   # or each caption after one that cannot be encoded would fail with it
+                for o in [*self.places][len(self.table):]: del self.places[o]
+                raise
             rows = rows.to(self.table.device)
             tokens, used = self.table[rows].float(), self.used[rows]
         if torch.is_tensor(captions): return tokens, used

@@ -386,6 +386,16 @@ def test_guidance_is_a_line(scale):
     assert gap(guide(toy, WHICH, scale)(x, t), without + scale*(cond - without)) < 1e-5 and toy.calls == [4 if scale == 1 else 8]
     assert gap(cond, without) > .1
 
+def test_a_caption_that_cannot_be_encoded_is_forgotten(monkeypatch):
+    tell, encode = TextConditioner(), TextConditioner.encode
+    def choosy(self, captions):
+        if 'bad' in captions: raise ValueError('bad')
+        return encode(self, captions)
+    monkeypatch.setattr(TextConditioner, 'encode', choosy)
+    first = tell(['a red bed'])[0]
+    with pytest.raises(ValueError): tell(['bad'])
+    assert torch.equal(tell(['a red bed'])[0], first) and tell(['a lamp'])[0].isfinite().all() and len(tell.places) == 2
+
 def test_guidance_of_its_own_for_each_image():
     "(b,) as well as (b,1), also where b is the width"
     x, t, by = noise(2, 2), torch.tensor([100., 400.]), torch.tensor([1., 3.])
