@@ -201,6 +201,16 @@ def test_a_finished_run_needs_its_source_no_more(went_on, tmp_path, capsys):
     r.go(('denoiser', 'pipeline'))
     assert 'nothing to do' in capsys.readouterr().out and same(r.denoiser[0], went_on.denoiser[0])
 
+def test_no_further_steps_are_written_down_where_the_source_is_gone(went_on, tmp_path):
+    "A refused call leaves the run as it was"
+    folder = shutil.copytree(went_on.folder, tmp_path/'run')
+    text = (folder/'run.json').read_text().replace(went_on.settings['from'], str(tmp_path/'gone'))
+    (folder/'run.json').write_text(text)
+    s = {k: v for k, v in json.loads(text)['settings'].items() if k != 'steps'}
+    files = sorted(folder.rglob('*'))
+    assert 'gone' in one_line(Run(folder, s, 2).go, ('denoiser', 'pipeline'))
+    assert (folder/'run.json').read_text() == text and sorted(o for o in folder.rglob('*') if o.name != '.lock') == [o for o in files if o.name != '.lock']
+
 class Stop(Exception): pass
 
 def test_killed_and_gone_on_it_ends_with_the_same_weights(saved, went_on, tmp_path, monkeypatch):
