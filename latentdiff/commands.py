@@ -373,9 +373,9 @@ def go(self:Run, goals=GOALS):
     may = os.access(self.folder, os.W_OK)   # else nothing can be made, but what is finished can be seen
     with locked(self.folder) if may else nullcontext():
         self.settings = agreed(self.read(self.settings if fresh else self.given))   # as they have become meanwhile
-        self.p, before, known = preset_of(self.settings), stamp(), self.settings.get('from') in (None, 'none')
+        self.p, before, scratch = preset_of(self.settings), stamp(), self.settings.get('from') in (None, 'none')
         for o in ('run.json', 'metrics.json'): clear_away(self.folder/o, 'part')   # what need not be written again
-        if (fresh or self.more and (known or self.source)) and self.images.skipped:   # before steps are written down
+        if (fresh or self.more and (scratch or self.source)) and self.images.skipped:   # before steps are written down
             write_json(self.folder/'skipped.json', self.images.skipped, indent=1)
         new = fresh or may and source.no_options(self.folder/'config.toml', self.options())
         if new or read_json(self.folder/'run.json', 'delete it').get('settings') != self.settings: self.write()
