@@ -72,9 +72,8 @@ def as_double(x):
 
 class PSNR(Mean):
     "Peak signal-to-noise ratio in dB, pooled: from one mean squared error over everything seen"
-    def __init__(self, data_range=2., device=None): # 2 for images in [-1,1]; where the sums are kept, None: the CPU
+    def __init__(self, device=None): # where the sums are kept, None: the CPU
         super().__init__(device=default_device('cpu' if device is None else device))
-        self.data_range = number(1e-6, 1e6, False, data_range=data_range)
 
     @torch.no_grad()
     def update(self, x, y):
@@ -82,27 +81,26 @@ class PSNR(Mean):
         mse = (as_double(x) - as_double(y)).square().flatten(1).mean(1).to(self.device)
         return super().update(mse, weight=torch.full_like(mse, x[0].numel()))
 
-    def compute(self): return 10*torch.log10(self.data_range**2*self.weights/self.weighted_sum)
+    def compute(self): return 10*torch.log10(2**2*self.weights/self.weighted_sum)
 
 # %% ../nbs/10_autoencoder.ipynb #c024
 def _blur(x): return gaussian_blur(gaussian_blur(x, (11, 1), 1.5), (1, 11), 1.5)
 
 # %% ../nbs/10_autoencoder.ipynb #c026
-def ssim_map(x, y, data_range=2.): # images (b,c,h,w), 6x6 or larger, their range around 0: 2 for [-1,1]
+def ssim_map(x, y): # images (b,c,h,w) in [-1,1], 6x6 or larger
     "Structural similarity of every pixel, float64 (Wang et al. 2004, eq. 13)"
-    like(x=check_images(x, most=1e30, uint8=False, name='x'), y=y), number(1e-6, 1e6, False, data_range=data_range)
+    like(x=check_images(x, most=1e30, uint8=False, name='x'), y=y), all_finite(y=y)
     if min(x.shape[2:]) < 6: raise UserError(f'x is {kind_of(x)}: give pictures of 6 x 6 pixels or more')
-    x, y = as_double(x) + data_range/2, as_double(y) + data_range/2   # from 0 up: means are brightness
+    x, y = (as_double(o)/2 + .5 for o in (x, y))   # from 0 up: means are brightness
     mx, my = _blur(x), _blur(y)
     vx, vy, cov = (_blur(x*x) - mx*mx).clamp(min=0), (_blur(y*y) - my*my).clamp(min=0), _blur(x*y) - mx*my
-    c1, c2 = (0.01*data_range)**2, (0.03*data_range)**2
-    return (2*mx*my + c1)*(2*cov + c2)/((mx*mx + my*my + c1)*(vx + vy + c2))
+    return (2*mx*my + .01**2)*(2*cov + .03**2)/((mx*mx + my*my + .01**2)*(vx + vy + .03**2))
 
 # %% ../nbs/10_autoencoder.ipynb #c029
 class SSIM(PSNR):
     "Structural similarity, 1 for equal images: the mean over images of the mean over pixels"
     @torch.no_grad()
-    def update(self, x, y): return Mean.update(self, ssim_map(x, y, self.data_range).mean((1, 2, 3)).to(self.device))
+    def update(self, x, y): return Mean.update(self, ssim_map(x, y).mean((1, 2, 3)).to(self.device))
     def compute(self): return self.weighted_sum/self.weights
 
 # %% ../nbs/10_autoencoder.ipynb #c031
@@ -290,7 +288,9 @@ class ValidMetric(Metric):
     name = ''  # of the column
     def __init__(self, cls): self.cls, self.name = checked(cls=cls), cls.__name__.lower()
     def reset(self): self.m = self.cls()
-    def accumulate(self, learn): self.m.update(learn.pred[0], learn.yb[0])
+    def accumulate(self, learn):
+        if hasattr(learn, 'step_by_step'): learn.step_by_step.finite(bool(learn.loss.isfinite()))
+        self.m.update(learn.pred[0], learn.yb[0])
     value = property(lambda self: self.m.compute().item())
 
 # %% ../nbs/10_autoencoder.ipynb #c112

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from numbers import Integral
 from threading import RLock
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from fastai.basics import DataLoaders, Path
 from .core import UNFIT, AsGiven, UserError, checked, find_class, fingerprint, multiples, number, progress, stream
@@ -311,6 +312,13 @@ class TextConditioner(nn.Module, AsGiven, ConfigMixin):
         self.register_buffer('table', torch.zeros(0, 1, 1, dtype=torch.float16), persistent=False)
         self.register_buffer('used', torch.zeros(0, 1, dtype=torch.bool), persistent=False)
 
+    def _apply(self, *args):
+        "To a device; the table stays in float16 even when a network is cast"
+        table = self.table
+        super()._apply(*args)
+        if self.table.dtype != table.dtype: self.table = table.to(self.table.device)
+        return self
+
     @property
     def dim(self): return text_encoder(self.config.model)[1].config.hidden_size
 
@@ -324,9 +332,10 @@ class TextConditioner(nn.Module, AsGiven, ConfigMixin):
     def encode(self, captions): # list of str -> tokens (b, n, dim) float32, mask (b, n) bool, on the CPU
         (tokenizer, encoder), n = text_encoder(self.config.model), self.config.max_tokens
         captions = captions_of(captions)
-        batch = tokenizer(captions, padding=True, truncation=True, max_length=n, return_tensors='pt')
-        tokens = encoder(**batch).last_hidden_state.float()
-        return tokens, batch['attention_mask'].bool() & torch.tensor([bool(o.strip()) for o in captions])[:, None]
+        ids = [tokenizer(o, truncation=True, max_length=n, return_tensors='pt') for o in captions]
+        tokens = [encoder(**o).last_hidden_state[0].float() for o in ids]   # others in a batch would change its last bits
+        used = [torch.full((len(t),), bool(o.strip())) for t, o in zip(tokens, captions)]
+        return pad_sequence(tokens, batch_first=True), pad_sequence(used, batch_first=True)
 
     def add(self, captions): # list of str that are new
         "Encode captions, and append them to the table"
@@ -355,7 +364,8 @@ class TextConditioner(nn.Module, AsGiven, ConfigMixin):
             rows = rows.to(self.table.device)
             tokens, used = self.table[rows].float(), self.used[rows]
         if torch.is_tensor(captions): return tokens, used
-        return tokens[:, used.any(0)], used[:, used.any(0)]   # more places, of longer ones, would change the last bits
+        more = self.config.max_tokens - used.shape[1]   # always as many places: another number would change the last bits
+        return F.pad(tokens, (0, 0, 0, more)), F.pad(used, (0, more))
 
 # %% ../nbs/60_conditioning.ipynb #c091
 @torch.no_grad()

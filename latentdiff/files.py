@@ -10,11 +10,11 @@ __all__ = ['PATIENCE', 'SLOWEST', 'ARCHIVES', 'DAMAGED', 'UNPACKED', 'FILES', 'L
 
 # %% ../nbs/parts/files.ipynb #f004
 import csv, errno, gzip, hashlib, http.client, io, itertools, json, lzma, math, os, random, re, shutil, socket
-import struct, tarfile, time, tokenize, urllib.request, zipfile, zlib
+import string, struct, tarfile, time, tokenize, urllib.request, zipfile, zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from threading import Event, Thread
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote
 
 import fsspec, numpy as np, torch, torchvision.transforms.functional as TF
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -54,7 +54,7 @@ def _version(r): return r.headers.get('ETag') or r.headers.get('Last-Modified') 
 def _goes_on(r, have, version): # a response; bytes and version of what is there
     "Whether it is the rest of that, as it has to be if the server says 206"
     start = re.match(r'bytes (\d+)-', r.headers.get('Content-Range', f'bytes {have}-'))
-    return start and int(start[1]) == have and _version(r) in ('', version)
+    return start and int(start[1]) == have and _version(r) == version
 
 def _opener(sockets):
     "One of urllib's, which puts the sockets it opens into a list"
@@ -94,7 +94,7 @@ def _fetch(url, part, tag):
     version = tag.read_text() if os.path.exists(part) and os.path.exists(tag) else ''
     have = part.stat().st_size if version else 0
     headers = {'User-Agent': 'latentdiff', **({'Range': f'bytes={have}-', 'If-Range': version} if have else {})}
-    request, sockets = urllib.request.Request(url, headers=headers), []
+    request, sockets = urllib.request.Request(quote(url, safe=string.punctuation), headers=headers), []
     with _patiently(sockets) as arrived, _opener(sockets).open(request, timeout=PATIENCE) as r:
         if r.status != 206: have = 0                              # the server sends it all again
         elif not _goes_on(r, have, version):

@@ -8,7 +8,7 @@ __all__ = ['adamw', 'randn_rows', 'zero_init', 'peak_gb', 'as_pictures', 'Device
            'rate', 'Checkpoint', 'StepByStep', 'Keeper', 'fit_steps', 'trackers']
 
 # %% ../nbs/parts/training.ipynb #c004
-import fastai.callback.schedule, fastai.learner, json, os, safetensors.torch, sys, tempfile, time, timeit
+import fastai.callback.schedule, fastai.learner, json, math, os, safetensors.torch, sys, tempfile, time, timeit
 import torch, torch.distributed as dist, torch.nn.functional as F
 from functools import partial
 from importlib.util import find_spec
@@ -225,6 +225,7 @@ class Graphed(Callback):
         kind, on = torch.get_autocast_dtype('cuda'), torch.is_autocast_enabled('cuda')
         with torch.autocast('cuda', kind, on, cache_enabled=False):
             torch.cuda.make_graphed_callables(net, tuple(o.clone() for o in self.xb), allow_unused_input=True)
+        self.read = [*net.buffers()]   # a table that grows is another tensor, but the recording reads this one
 
     def before_fit(self): vars(self.model).pop('forward', None)
     after_fit = before_fit
@@ -442,6 +443,7 @@ class Keeper(Callback):
 
     def after_validate(self):
         row = [self.step_by_step.k, *map(float, self.recorder.log[1:])]
+        self.step_by_step.finite(not row[2:] or math.isfinite(row[2]), 'its validation loss is not a finite number')
         self.history['rows'].append(row)
         if self.keep_best and (self.best is None or row[2] < self.history['best'][1]):
             self.history['best'], average = [row[0], row[2]], getattr(self.learn, 'ema', None)
@@ -452,14 +454,11 @@ class Keeper(Callback):
 
     def after_fit(self):
         self.check(dict(self.model.named_parameters()))
-        if self.best is not None: self.take_best()
+        if self.best is not None:
+            at, of = self.history['best'][0], self.step_by_step.steps
+            if at < of: print(f'the weights of step {at:,} of {of:,} are kept: they were the best validated', flush=True)
+            self.model.load_state_dict(self.best)
         self.learn.history = {**self.history, 'loss': [float(o) for o in self.history['loss']]}
-
-    def take_best(self):
-        "End with the weights of the best validation, and say so if they are not the last ones"
-        at, of = self.history['best'][0], self.step_by_step.steps
-        if at < of: print(f'the weights of step {at:,} of {of:,} are kept: their validation was the best', flush=True)
-        self.model.load_state_dict(self.best)
 
     def check(self, state): self.step_by_step.finite(not not_finite(state), 'not all its weights are finite numbers')
 

@@ -12,6 +12,7 @@ from latentdiff.autoencoder import *
 from latentdiff.core import WEIGHTS, UserError, load_component, made, preset, save_component
 from latentdiff.data import as_images, open_images
 from latentdiff.rooms import rooms
+from latentdiff.training import fit_steps
 
 
 def tiny(c=3, **kw):
@@ -127,6 +128,12 @@ def test_feature_loss():
 def test_efficientnet_missing_is_one_line(monkeypatch):
     monkeypatch.setattr(A.importlib.util, 'find_spec', lambda m: None)
     with pytest.raises(UserError, match='pip install'): efficientnet_lite0()
+
+def test_ruined_in_the_last_step_of_a_round_says_what_to_do():
+    "Not what the metrics think of such reconstructions"
+    from test_training import Ruin
+    learn = ae_learner(KLAutoencoder(3, (8,), 4, 1, 4), x := images(20, 3, 16), x, bs=8)
+    with pytest.raises(UserError, match='training KLAutoencoder stopped at step 5: .*lower rate than 0.001'): fit_steps(learn, 10, rounds=2, cbs=[Ruin(4)])
 
 # --- metrics
 

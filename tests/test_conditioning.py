@@ -249,6 +249,21 @@ def test_a_longer_caption_changes_no_bit_of_what_is_drawn_after_it():
     text(['a bedroom with a blue bed on the left, a window by day, an unlit lamp on a table, a rug and a picture on a wall'])
     assert torch.equal(draw(), before)
 
+def test_what_is_drawn_of_a_caption_does_not_depend_on_the_others():
+    "Neither on those it was encoded with, nor on those beside it in a batch"
+    captions, x = ['a red bed', 'a bedroom with a blue bed on the left, a window by day, an unlit lamp on a table and a rug'], noise(2, 2, 8, 8)
+    both, alone = TextConditioner(), TextConditioner()
+    assert torch.equal(both(captions)[0][:1], alone(captions[:1])[0])
+    net = randomise(ConditionalUNet(**SHAPE, dim=both.dim))
+    drawn = [Conditioned(net, o)(x, torch.full((2,), 500.), [captions[0], other]) for o, other in ((both, captions[1]), (alone, ''))]
+    assert torch.equal(drawn[0][0], drawn[1][0])
+
+def test_a_table_of_captions_stays_as_it_is_when_a_network_is_cast():
+    text = TextConditioner()
+    before = text(['a red bed'])[0]
+    assert text.to(torch.bfloat16).table.dtype == torch.float16 and torch.equal(text(['a red bed'])[0], before)
+    assert text.double().float().to('meta').table.device.type == 'meta'
+
 def test_many_new_captions_in_batches(monkeypatch):
     "More captions than one batch of the encoder: each gets its own row."
     monkeypatch.setattr(TextConditioner, 'encode', lambda self, cs: (torch.tensor([[[float(c)]*2]*(int(c) % 3 + 1) + [[0.]*2]*(2 - int(c) % 3) for c in cs]), torch.ones(len(cs), 3, dtype=torch.bool)))

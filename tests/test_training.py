@@ -627,6 +627,17 @@ class Poison(Callback):
     def after_step(self):
         if self.here('weights'): next(self.model.parameters()).data[0] = float('inf')
 
+class Ruin(Callback):
+    "At step k, weights that are finite, but too large for anything to come out"
+    def __init__(self, k): self.at = k
+    def after_step(self):
+        if self.step_by_step.k == self.at:
+            for p in self.model.parameters(): p.data.mul_(1e30)
+
+def test_ruined_in_the_last_step_of_a_round_is_told_by_its_validation():
+    with pytest.raises(UserError, match='training Sequential stopped at step 20: its validation loss is not .* lower rate than 0.001'):
+        fit_steps(small_learner(), 40, rounds=2, cbs=[Ruin(19)])
+
 @pytest.mark.parametrize('what', ['loss', 'infinite loss', 'gradient', 'weights'])
 @pytest.mark.parametrize('k,every', [(0, (0,)), (13, (0,)), (39, (0,)), (13, ())], ids=['0', '13', '39', 'seldom written'])
 @pytest.mark.parametrize('kind', ['plain', 'average_and_best'])
