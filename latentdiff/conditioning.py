@@ -333,7 +333,7 @@ class TextConditioner(nn.Module, AsGiven, ConfigMixin):
         (tokenizer, encoder), n = text_encoder(self.config.model), self.config.max_tokens
         captions = captions_of(captions)
         ids = [tokenizer(o, truncation=True, max_length=n, return_tensors='pt') for o in captions]
-        tokens = [encoder(**o).last_hidden_state[0].float() for o in ids]   # others in a batch would change its last bits
+        tokens = [encoder(**o).last_hidden_state[0].float() for o in ids]   # in a batch, others would change its bits
         used = [torch.full((len(t),), bool(o.strip())) for t, o in zip(tokens, captions)]
         return pad_sequence(tokens, batch_first=True), pad_sequence(used, batch_first=True)
 
@@ -364,7 +364,7 @@ class TextConditioner(nn.Module, AsGiven, ConfigMixin):
             rows = rows.to(self.table.device)
             tokens, used = self.table[rows].float(), self.used[rows]
         if torch.is_tensor(captions): return tokens, used
-        more = self.config.max_tokens - used.shape[1]   # always as many places: another number would change the last bits
+        more = self.config.max_tokens - used.shape[1]   # always as many: another number would change the last bits
         return F.pad(tokens, (0, 0, 0, more)), F.pad(used, (0, more))
 
 # %% ../nbs/60_conditioning.ipynb #c091

@@ -456,7 +456,7 @@ class Keeper(Callback):
         self.check(dict(self.model.named_parameters()))
         if self.best is not None:
             at, of = self.history['best'][0], self.step_by_step.steps
-            if at < of: print(f'the weights of step {at:,} of {of:,} are kept: they were the best validated', flush=True)
+            if at < of: print(f'the weights of step {at:,} of {of:,} are kept: their validation was best', flush=True)
             self.model.load_state_dict(self.best)
         self.learn.history = {**self.history, 'loss': [float(o) for o in self.history['loss']]}
 
