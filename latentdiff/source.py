@@ -6,8 +6,8 @@
 __all__ = ['NETWORK', 'ENOUGH', 'told_of', 'channels_of', 'check_told', 'listed', 'opened_once', 'opened', 'fitting', 'as_there',
            'counted_as', 'mark', 'description', 'noise_of', 'check_start', 'take_autoencoder', 'said_already',
            'strangeness', 'going_on', 'trained', 'begun', 'made_of', 'check_there', 'made_with', 'named_first',
-           'no_options', 'pictures', 'moved', 'told_anew', 'kept_by', 'fits', 'choice', 'proposal', 'ae_alone',
-           'refusal']
+           'no_options', 'pictures', 'moved', 'moved_data', 'told_anew', 'kept_by', 'fits', 'choice', 'proposal',
+           'ae_alone', 'refusal']
 
 # %% ../nbs/parts/source.ipynb #c004
 import csv, json, os, safetensors, shlex, tomllib, torch, warnings
@@ -207,13 +207,19 @@ def pictures(folder, p, seed): # of a run, a Path; its `Preset`
     check_there(folder, p.data)
     return open_images(p.data, p.size, n=p.n, seed=seed)
 
-def moved(folder, told, old, opened): # of a run, a Path; settings as for `told_anew`; () -> `Images`
+def moved(folder, told, old, images): # of a run, a Path; settings as for `told_anew`; () -> `Images`
+    "Where its data and its source lie now, in a dict: what of that has changed, though the things are the same"
+    start, new = old.get('start'), told.get('from') or 'none'
+    fp = start.get('fingerprint') if isinstance(start, dict) and new not in ('none', old.get('from')) else None
+    return moved_data(folder, told, old, images) | ({'from': new} if fp and mark(opened(new)) == fp else {})
+
+def moved_data(folder, told, old, images): # as above
     "The place of its data, in a dict, if that has changed and the pictures are the same; else {}"
     new, was = (str(o.get('data')) for o in (told, old))
     if new == was: return {}
     if not os.path.isabs(new): check_there(folder, was)   # no place that is there, or a data set
     elif (os.path.isabs(was) or '{' in was) and (of := made_of(folder)):   # shards were once kept as they were named
-        if opened().fingerprint == of: return dict(data=new)
+        if images().fingerprint == of: return dict(data=new)
     return {}
 
 def told_anew(folder, told, old, # of a run, a Path; its settings as this call gives them, and as they stand, dicts

@@ -181,6 +181,14 @@ def test_no_source_is_searched_for(saved, tmp_path, monkeypatch):
     assert 'model_index.json is missing' in one_line(source.opened, str(folder))
     assert not [o for o in listed if 'photos' in o]
 
+def test_a_source_that_was_moved_is_the_same(went_on, saved, tmp_path):
+    "A run knows it by its fingerprint, wherever it lies, and goes on from there"
+    there, run = (shutil.copytree(o, tmp_path/k) for k, o in dict(there=saved, run=went_on.folder).items())
+    r = Run(run, settings_of('rooms', 'tiny', n=120, From=str(there), steps=8))
+    r.go(('denoiser', 'pipeline'))
+    s = json.loads((run/'run.json').read_text())['settings']
+    assert (s['from'], s['steps'], s['start']) == (str(there), 8, went_on.settings['start'])
+
 def test_two_sources_give_two_runs(went_on, saved, tmp_path):
     "Nothing is made from one source and called the other's, and one line says so"
     message = one_line(Run, went_on.folder, settings_of('rooms', 'tiny', n=120, From='none', steps=6))
