@@ -194,13 +194,13 @@ def opened(folder):
 
 def of_ours(run, n):
     "(uint8 (n,c,32,32) of a run, batch, steps of its denoiser, minutes of its trainings and its latents)"
-    notes = [made(run.folder/o) for o in ('autoencoder', 'latents', 'unet')]
-    return run.pipeline.pixels(n, **run.how), run.p.bs, notes[-1]['settings']['steps'], sum(o['seconds'] for o in notes)/60
+    notes = [made(run.folder/o) for o in ('autoencoder', 'latents', 'denoiser' if run.condition else 'unet')]
+    return run.pipeline.pixels(n, **run.how, **run.told(n)), run.p.bs, notes[-1]['settings']['steps'], sum(o['seconds'] for o in notes)/60
 
 def options():
     a = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     a.add_argument('--run', nargs='+', required=True, help='finished runs of ours; the first one has the judge')
-    a.add_argument('--peers', nargs='+', choices=PEERS, default=[*PEERS])
+    a.add_argument('--peers', nargs='*', choices=PEERS, default=[*PEERS], help='none named: ours alone')
     a.add_argument('--seeds', type=int, nargs='+', default=[0], help="of the peers' trainings and samples")
     a.add_argument('--seconds', type=float, default=600, help='of training for each')
     a.add_argument('--steps', type=int, help='of training for each, in place of the seconds')

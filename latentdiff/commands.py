@@ -9,7 +9,7 @@ __all__ = ['data', 'training', 'autoencoder', 'noisify', 'unet', 'sampling', 'ki
 
 # %% ../nbs/90_commands.ipynb #c004
 from .disk import by_option, clear_away, enough, matching, new_place, new_places, one_line_errors, put_beside
-from .disk import still_there, write_whole
+from .disk import printable, still_there, write_whole
 import dataclasses, importlib, io, itertools, json, math, os, platform, sys   # after disk, which minds Ctrl-C
 from contextlib import nullcontext, redirect_stdout
 from functools import wraps
@@ -350,7 +350,7 @@ def announce(self:Run):
     "Print what will be done, on what, how long the trainings will take, and in how much memory"
     (a, d), p = self.step_times(), dataclasses.replace(self.p, n=len(self.images))
     told = f", told {self.condition or 'nothing: no classes, no captions'}" if self.settings.get('condition') else ''
-    print(f"{self.settings['data']}: {self.images!r}\n{p!r}\nseed {self.seed}{told}, into {self.folder}")
+    print(f"{printable(self.settings['data'])}: {self.images!r}\n{p!r}\nseed {self.seed}{told}, into {self.folder}")
     gb = 1.3*training.peak_gb(self.device) + 2*min(1.5e9, len(self.images)*self.images.channels*p.size**2)/1e9
     print(f'training takes about {(p.ae_steps*a + p.steps*d)/60:.1f} min and {gb:.1f} GB on this machine as it is now: '
           f'{p.ae_steps if a else 0:,} steps of the autoencoder, {p.steps:,} of the denoiser', flush=True)
@@ -512,7 +512,7 @@ def eval_cli(
         a, b = (data.open_images(path, size) for path in (generated, real))
         if min(len(a), len(b)) < 8:
             raise UserError(f'{len(a)} and {len(b)} images are too few to score: give eight of each, better 1,000.')
-        for o in (a, b): print(repr(o), *(f'  {name}: {why}' for name, why in o.skipped[:5]), sep='\n')
+        for o in (a, b): print(repr(o), *('  ' + printable(': '.join(k)) for k in o.skipped[:5]), sep='\n')
         print(f'compared at {size} px, by {(judge := kid_eval.EfficientNetFeatures()).name}', flush=True)
         scores = kid_eval.evaluate(a, b, judge, seed=seed)
     print(d := json.dumps(scores, indent=1))

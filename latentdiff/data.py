@@ -22,7 +22,7 @@ from torchvision.datasets import FashionMNIST, MNIST
 from torchvision.utils import make_grid
 from .core import DATASETS, UserError, checked, data_home, default_device, fingerprint, first_ahead, number, one_of
 from .core import positions, progress, stream
-from .disk import enough, matching
+from .disk import enough, matching, printable
 from .files import (at_hand, bytes_of, captions_in, files_below, hub_folder, is_picture, known_folder, name_below,
                               no_file, npz_pixels, one_line, pixels_or_why, shard_names, shard_samples, there, unpacked)
 from .rooms import ROOM_FACTORS, draw_rooms, room_caption, room_codes
@@ -184,8 +184,8 @@ class Images(torch.utils.data.Dataset):
         more = ''.join(f', {n:,} {what}' for n, what in told if n)
         left = [f'{name} ({why})' for name, why in self.skipped if name.endswith('/')]
         if left: more += f"; left out: {', '.join(left[:3])}{f' and {len(left) - 3:,} more'*(len(left) > 3)}"
-        return (f'{self.kind}: {len(self):,} images, {self.channels}x{self.size}x{self.size}{classes}; '
-                f'{len(self.train_idxs):,} train, {len(self.valid_idxs):,} valid, {len(self.skipped):,} skipped{more}')
+        return printable(f'{self.kind}: {len(self):,} images, {self.channels}x{self.size}x{self.size}{classes}; '
+            f'{len(self.train_idxs):,} train, {len(self.valid_idxs):,} valid, {len(self.skipped):,} skipped{more}')
 
 # %% ../nbs/00_data.ipynb #c138
 def fit_pixels(x, size, channels): # uint8 (n,c,h,w), c 1 or 3; pixels a side; 1 or 3

@@ -154,6 +154,10 @@ class _Header(tarfile.TarInfo):
         if self.type not in b'LKxgX' or self.size < 1 << 20: return super()._proc_member(tar)
         raise UserError(f'a name or note in it takes {size_of(self.size)}: pack it again with other names')
 
+    def _proc_sparse(self, *args): # which reads a map of holes to its end, if it has one
+        raise UserError(f'{Path(args[-1].name).name} holds a file with holes: pack it again without --sparse')
+    _proc_gnusparse_10 = _proc_sparse
+
 def _members(archive):
     "Yield (name, bytes, open file, None for links and folders) from a tar or zip; `UserError` for a path out of it"
     def check(name, target=''):
@@ -208,8 +212,7 @@ def unpacked(archive): # path of a .tar, .tgz, .tar.gz or .zip
                 (new/name).parent.mkdir(parents=True, exist_ok=True)
                 with f, (new/name).open('wb') as out: shutil.copyfileobj(f, out)
     except UserError: raise
-    except RecursionError:
-        raise UserError(f'{archive.name} holds folders without end: pack it again with other names') from None
+    except RecursionError: raise UserError(f'{archive.name} holds folders without end: pack it again') from None
     except DAMAGED as e:
         raise UserError(f'{archive.name} is damaged, or no tar or zip ({one_line(e)}): get it again') from None
     except OSError as e:
@@ -295,16 +298,15 @@ def files_below(folder):
     "Sorted paths of the files in it that are not hidden or `OURS`, and [(name, why)] of the folders that are left out"
     top, found, left = place(folder=folder), [], []
     def leave(path, why): left.append((f'{name_below(top, path)}/', why))
-    closed = lambda e: leave(e.filename, f'cannot be entered: {e.strerror}')
     with patience(f'looking at every file in {folder}', 2):
-        for here, inside, names in os.walk(top, onerror=closed):
+        for here, dirs, names in os.walk(top, onerror=lambda e: leave(e.filename, f'cannot be entered: {e.strerror}')):
             here, marks = Path(here), sorted({*OURS} & {*names})
-            inside[:] = [o for o in inside if o[0] != '.']            # the others are not entered
+            dirs[:] = [o for o in dirs if o[0] != '.']            # the others are not entered
             if marks and here != top:
                 leave(here, f'not data but made by us: it holds {marks[0]}')
-                inside.clear()
+                dirs.clear()
                 continue
-            for o in inside:
+            for o in dirs:
                 if os.path.islink(here/o): leave(here/o, 'a link to a folder: put the folder itself here')
             found += [here/o for o in names if o[0] != '.']
     return sorted(found), sorted(left)
@@ -438,8 +440,7 @@ def hub_folder(spec, n): # 'owner/name', '?image=..&label=..&caption=..&split=..
         classes = _classes_of(features, cols['label'])
         rows = rows.cast_column(cols['image'], HubImage(decode=False))
         with whole_folder(folder, first=True) as new:
-            if not _save_rows(rows, cols, classes, n, new, name):
-                raise UserError(f'{name} has no rows in its split {split}')
+            if not _save_rows(rows, cols, classes, n, new, name): raise UserError(f'{name} has no rows in {split}')
     except UserError: raise
     except (OSError, TypeError, AttributeError, ImportError, HTTPError, *DAMAGED) as e:   # those of every reader
         raise UserError(f'{name} cannot be had ({one_line(e)}): check the network, or pass a folder') from None

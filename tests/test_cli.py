@@ -306,6 +306,15 @@ def test_the_module_names_its_verbs_without_torch():
     assert p.returncode == 0 and p.stdout.startswith('usage: ') and '--guidance' in p.stdout
     assert not re.search(r'\| +torch$', p.stderr, re.M)
 
+def test_names_that_would_steer_a_terminal_are_written_out(cli, tmp_path):
+    "Of pictures that are left out, folders and the set"
+    for k in ('a', 'b\x1b[31m'):
+        (tmp_path/k).mkdir()
+        for i in range(8): Image.fromarray(np.random.RandomState(i).randint(0, 256, (16, 16, 3), np.uint8)).save(tmp_path/k/f'{i}.png')
+        (tmp_path/k/'bad\x1b]0;pw\a.png').write_bytes(b'x')
+    r = cli('eval', tmp_path/'a', tmp_path/'b\x1b[31m')
+    assert r.rc == 0 and not {'\x1b', '\a'} & {*r.out + r.err} and 'bad\\x1b]0;pw\\x07.png' in r.err and 'b\\x1b[31m' in r.err
+
 @pytest.mark.parametrize('args,words', [(('sing',), ("'sing'", 'run, encode, train, sample, eval')), (('\x1b[31mx' + 'y'*5000,), ('\\x1b[31mxy', 'yyy...')), (('sample', 'rooms64'), ('latentdiff-sample', '--out'))])
 def test_what_the_module_cannot_do_is_one_line(tmp_path, args, words):
     p = as_module(*args, cwd=tmp_path)

@@ -468,6 +468,18 @@ def sparse_tar(size):
     m.pax_headers = {'GNU.sparse.map': '0,0', 'GNU.sparse.size': str(size), 'GNU.sparse.realsize': str(size)}
     return tar_of([('', m)], format=tarfile.PAX_FORMAT)
 
+def holes_without_end(pax):
+    "Heads of a file whose map of holes goes on for ever: of old GNU tar, or of pax"
+    m = tarfile.TarInfo('a.png')
+    if pax:
+        m.pax_headers, m.size = {'GNU.sparse.major': '1', 'GNU.sparse.minor': '0', 'GNU.sparse.name': 'a.png', 'GNU.sparse.realsize': '9'}, 10**6
+        return m.tobuf(tarfile.PAX_FORMAT) + b'999999999\n' + b'1\n'*10**6
+    m.type, one = tarfile.GNUTYPE_SPARSE, b'00000000001\0'*2
+    head = bytearray(m.tobuf(tarfile.GNU_FORMAT))
+    head[386:410], head[482:483], head[483:495], head[148:156] = one, b'\1', b'00000000100\0', b' '*8
+    head[148:156] = b'%06o\0 ' % sum(head)
+    return bytes(head) + (one*21 + b'\1' + bytes(7))*4000
+
 def flipped(data, at): return data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1:]
 
 PNG = (lambda o: (__import__('PIL.Image').Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(o, 'png'), o.getvalue())[1])(io.BytesIO())
@@ -484,7 +496,8 @@ ARCHIVES = {  # name of the file: (its bytes, what the message says)
     'xz.tar': (flipped(lzma.compress(tar_of(ONE)), 900), 'damaged'), 'bz2.tar': (flipped(bz2.compress(tar_of(ONE)), 900), 'damaged'), 'cut-xz.tar': (lzma.compress(tar_of(ONE))[:-500], 'damaged'),
     'cut-bz2.tar': (bz2.compress(tar_of(ONE))[:-500], 'damaged'), 'xz-head.tar': (b'\xfd7zXZ\0' + NOISE, 'damaged'), 'bz2-head.tar': (b'BZh9' + NOISE, 'damaged'),
     'html.zip': (b'<!DOCTYPE html><html>sign in</html>', 'damaged'), 'html.tgz': (b'<!DOCTYPE html><html>sign in</html>'*99, 'damaged'), 'empty.tar': (b'', 'damaged'),
-    'sparse.tar': (sparse_tar(2**40), 'over 4 GB'), 'bad-map.tar': (sparse_tar(2**40).replace(b'sparse.map=0,0', b'sparse.map=x,y'), 'damaged')}
+    'sparse.tar': (sparse_tar(2**40), 'over 4 GB'), 'bad-map.tar': (sparse_tar(2**40).replace(b'sparse.map=0,0', b'sparse.map=x,y'), 'damaged'),
+    'gnu-holes.tar': (holes_without_end(False), 'a file with holes'), 'pax-holes.tar': (holes_without_end(True), 'a file with holes')}
 
 @pytest.mark.parametrize('name', ARCHIVES)
 def test_an_archive_that_cannot_be_unpacked_is_one_line(name, tmp_path, home):
