@@ -376,7 +376,7 @@ def _reopen(path, want, lost): # the names of its files that shall be made again
 def _begin(work, want):
     "An empty folder with a note of what it is for, unless an earlier call has begun just that"
     begun = read_json(work/'making.json', f'delete {work}') if os.path.isfile(work/'making.json') else None
-    if begun == want: return
+    if begun == want and not any(map(os.path.islink, [work, *work.rglob('*')])): return   # which would lead elsewhere
     remove(work)
     work.mkdir()
     write_json(work/'making.json', want)

@@ -538,4 +538,4 @@ def trackers(name, folder): # 'tensorboard', or None for none; where it writes
             for k, v in d.items(): self.writer.add_scalar(k, v, self.step_by_step.k)
         def after_batch(self): self.write(train_loss=self.smooth_loss, lr=self.opt.hypers[-1]['lr'])
         def after_epoch(self): self.write(**dict(zip(self.recorder.metric_names[2:-1], self.recorder.log[2:-1])))
-    return [Board(folder, trace_model=False, log_preds=False)]
+    return [Board(own_folder(folder/'events').parent, trace_model=False, log_preds=False)]

@@ -414,6 +414,21 @@ def test_killed_while_what_was_lost_is_made_again(tmp_path, monkeypatch):
         if whole: break
     assert at > 5
 
+@pytest.mark.parametrize('whole', [False, True], ids=['a file', 'the folder'])
+def test_a_link_in_what_was_begun_leads_nowhere(whole, tmp_path):
+    "As a run folder from elsewhere may hold one: a call that goes on would write over what it leads to"
+    def make(new, stop=False):
+        with open(new/'x', 'r+' if (new/'x').exists() else 'w') as f: f.write('theirs')
+        if stop: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): artefact(tmp_path/'a', lambda new: make(new, True), {}, {})
+    work, = tmp_path.glob('.a.making')
+    mine = work.rename(tmp_path/'mine') if whole else tmp_path
+    if whole: work.symlink_to(mine)
+    else: (work/'x').unlink(), (work/'x').symlink_to(tmp_path/'x')
+    (mine/'x').write_text('my thesis')
+    artefact(tmp_path/'a', make, {}, {})
+    assert (mine/'x').read_text() == 'my thesis' and (tmp_path/'a'/'x').read_text() == 'theirs' and not (tmp_path/'a'/'x').is_symlink()
+
 def test_a_finished_artefact_asks_for_no_lock(tmp_path):
     "It may lie in a folder where one may only read"
     make(tmp_path/'a', Maker())

@@ -474,6 +474,10 @@ def test_tensorboard_is_told(tmp_path, monkeypatch):
     pytest.importorskip('tensorboard')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     learn, _ = next(learners())
+    (tmp_path/'run').mkdir()
+    (tmp_path/'run'/'run.json').write_text('{}')
+    (tmp_path/'run'/'tensorboard').symlink_to(tmp_path)
+    assert 'is a link' in one_line(trackers, 'tensorboard', tmp_path/'run'/'tensorboard')
     with learn.no_bar(), learn.no_logging(): fit_steps(learn, 12, lr=1e-3, rounds=2, cbs=trackers('tensorboard', tmp_path/'tb'))
     seen = EventAccumulator(str(tmp_path/'tb')).Reload()
     assert [o.value for o in seen.Scalars('valid_loss')] == pytest.approx([o[2] for o in learn.history['rows']], rel=1e-5)
