@@ -24,9 +24,9 @@ from fastai.basics import Callback, DataLoaders, Metric, Path, patch
 from fastai.callback.training import GradientClip
 from .core import UNFIT, WEIGHTS, AsGiven, UserError, agreed, artefact, checked, data_home, default_device, file_md5
 from .core import find_class, fingerprint, first_ahead, load_component, load_weights, multiples, network_config
-from .core import number, numbers, of_this_version, place, save_component, stream, write_whole
+from .core import number, numbers, of_this_version, one_line, place, save_component, stream, there, write_whole
 from .data import all_finite, as_images, check_images, cropped, kind_of, leeway, like, some_pixels
-from .files import download, one_line, there
+from .files import download
 from .training import Checkpoint, DeviceLoader, Graphed, Learner, adamw, fit_steps, muon, randn_rows, zero_init
 
 # %% ../nbs/10_autoencoder.ipynb #c040

@@ -13,7 +13,8 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 from .core import UNFIT, UserError, checked, find_class, made, network_config, number, numbers, one_of, place
 from .core import of_this_version, read_json, shapes, sound, unsealed
-from .files import ON_HUB, one_line
+from .disk import one_line
+from .files import ON_HUB
 from .noisify import process_of
 from .unet import OtherNetwork
 

@@ -22,7 +22,7 @@ from .core import UNFIT, AsGiven, UserError, checked, find_class, fingerprint, m
 from .core import write_json
 from .training import DeviceLoader, Learner, adamw, fit_steps, largest_divisor, rows_of, zero_init
 from .data import all_finite, as_images, check_images, kind_of, like
-from .files import one_line
+from .disk import one_line
 from .unet import UNet, make_denoiser, unet_for
 
 # %% ../nbs/60_conditioning.ipynb #c018

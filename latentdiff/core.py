@@ -13,7 +13,7 @@ __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT',
 # %% ../nbs/parts/core.ipynb #c004
 from .disk import NOWHERE, UserError, altered, check_unchanged, clear_away, content_of, contents_of, data_home
 from .disk import file_md5, of_this_version, on_disk, patience, place, rank, read_json, read_text, readable, remove
-from .disk import replace_folder, runs_home, utf8, whole_folder, world, write_json, write_whole
+from .disk import one_line, replace_folder, runs_home, there, utf8, whole_folder, world, write_json, write_whole
 from .checks import checked, largest_divisor, multiples, not_finite, number, numbers # all are
 from .checks import one_of, positions, spread                                             # passed on
 import argparse, hashlib, importlib, json, os, sys, time, tomllib   # after disk, which minds Ctrl-C

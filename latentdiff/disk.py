@@ -8,8 +8,8 @@ __all__ = ['FULL', 'NOWHERE', 'world', 'rank', 'Stopped', 'last_words', 'stop_po
            'on_disk', 'enough', 'free_memory', 'reserve', 'remove', 'matching', 'clear_away', 'no_empty_folders',
            'put_beside', 'write_whole', 'write_json', 'readable', 'read_text', 'read_json', 'crc_of', 'file_md5',
            'content_of', 'contents_of', 'altered', 'of_this_version', 'check_unchanged', 'replace_folder',
-           'whole_folder', 'new_place', 'new_places', 'refused', 'utf8', 'check_call', 'printable', 'patience',
-           'plain_output', 'one_line_errors']
+           'whole_folder', 'new_place', 'new_places', 'refused', 'utf8', 'check_call', 'one_line', 'there', 'no_file',
+           'printable', 'patience', 'plain_output', 'one_line_errors']
 
 # %% ../nbs/parts/disk.ipynb #k001
 import os, signal, sys
@@ -449,6 +449,22 @@ def check_call(options): # dict
             raise UserError(f'--{k} is empty: say something, or leave it away.')
         if isinstance(v, list): raise UserError(f'--{k} is --, which says nothing: say something, or leave it away.')
         if isinstance(v, str): utf8(**{k: v})
+
+def one_line(e): # an exception
+    "What it says, in one line"
+    return ' '.join(str(e).split())[:200].rstrip(':') or type(e).__name__
+
+def there(spec):
+    "The path of what `spec` names, None if it names nothing that is there"
+    paths = (way(spec) for way in (Path, os.path.expanduser) if str(spec))
+    try: return next((Path(o) for o in paths if os.path.exists(o)), None)
+    except (TypeError, RuntimeError, OSError, ValueError): return None # nobody's home, too long, or with a zero byte
+
+def no_file(path):
+    "In a few words why there is no file that could be read, None if there is one"
+    try: os.stat(path)
+    except OSError as e: return e.strerror
+    return None if os.path.isfile(path) else 'no file, but something else'
 
 def printable(text):
     "In one line, and without what would steer a terminal"

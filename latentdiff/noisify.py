@@ -9,7 +9,7 @@ __all__ = ['SCHEDULES', 'TARGETS', 'TIMES', 'FILES', 'PREDICTION_TYPES', 'BETA_S
            'process_of', 'other_noise', 'load_process', 'save_process', 'mend_process']
 
 # %% ../nbs/20_noisify.ipynb #c003
-import functools, hashlib, inspect, json, math, os, shutil, time, warnings
+import contextlib, functools, hashlib, inspect, json, math, os, time, warnings
 import numpy as np, torch
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -524,9 +524,10 @@ def load_process(folder, network): # of the run, a Path; the folder of its netwo
 def save_process(process, folder): # a `Process`; of the run, a Path
     "Write process/ and, if diffusers has such a scheduler, scheduler/"
     if rank(): return
-    checked(process=process).save(place(folder=folder)/'process')
-    try: process.to_diffusers().save_pretrained(Path(folder)/'scheduler')
-    except UserError: shutil.rmtree(Path(folder)/'scheduler', ignore_errors=True)
+    checked(process=process)
+    for k in ('process', 'scheduler'): remove(place(folder=folder)/k)   # a link, too, which would lead elsewhere
+    process.save(Path(folder)/'process')
+    with contextlib.suppress(UserError): process.to_diffusers().save_pretrained(Path(folder)/'scheduler')
 
 def mend_process(process, folder): # as above
     "The same where one of the two was lost, or cannot be read"
@@ -538,5 +539,4 @@ def mend_process(process, folder): # as above
     except UserError: lost = [o for o in lost if o=='process']
     if not lost: return
     print(f"{folder} has lost {' and '.join(lost)}: made again", flush=True)
-    for k in lost: remove(Path(folder)/k)   # what is half there, or no folder
     save_process(process, folder)

@@ -21,10 +21,10 @@ from huggingface_hub.errors import HTTPError
 from .core import UNFIT, WEIGHTS, UserError, checked, default_device, gathered, load_component, number
 from .core import numbers, read_json, save_component, share, weights_name, write_json, write_whole
 from .data import check_images, image_grid, to_uint8
-from .disk import NOWHERE, enough, on_disk, place
+from .disk import NOWHERE, enough, on_disk, one_line, place
 from .autoencoder import Autoencoder, fit_bs, open_autoencoder
 from .noisify import Process, load_process, other_noise, process_of, save_process
-from .files import ON_HUB, OURS, one_line
+from .files import ON_HUB, OURS
 from .unet import AnyUNet2D, OtherNetwork
 from .card import PIPELINES, as_drawn, check_channels, check_index, check_saved, check_size, load_scheduler
 from .card import model_card, names_class

@@ -17,9 +17,8 @@ from fastai.callback.all import ActivationStats, GradientClip
 from .core import UNFIT, WEIGHTS, UserError, artefact, default_device, fingerprint, first_ahead, load_component
 from .core import checked, multiples, network_config, number, positions, save_component
 from .core import AsGiven, place, spread, world, write_json
-from .disk import check_unchanged
+from .disk import check_unchanged, one_line
 from .data import all_finite, kind_of, like
-from .files import one_line
 from .training import Checkpoint, DeviceLoader, EMA, Graphed, Learner, fit_steps, largest_divisor
 from .training import mixed_precision, muon, zero_init
 from .noisify import NoisifyCB, Process, check_latents, load_process, mend_process, save_process

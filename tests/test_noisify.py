@@ -21,6 +21,17 @@ def gap(a, b): return (a-b).abs().max().item()
 
 # --- schedules -----------------------------------------------------------------------------------------------------
 
+def test_links_in_place_of_the_process_lead_nowhere(tmp_path):
+    "As a run folder from elsewhere may hold them: what they lead to stays as it is"
+    (tmp_path/'other').mkdir()
+    for k in ('config.json', 'scheduler_config.json'): (tmp_path/'other'/k).write_text('my letters')
+    (tmp_path/'run'/'scheduler').mkdir(parents=True)
+    (tmp_path/'run'/'process').symlink_to(tmp_path/'other')
+    (tmp_path/'run'/'scheduler'/'scheduler_config.json').symlink_to(tmp_path/'other'/'scheduler_config.json')
+    save_process(Process('ddpm_linear', 'eps', 'uniform'), tmp_path/'run')
+    assert {o.read_text() for o in (tmp_path/'other').iterdir()} == {'my letters'}
+    assert Process.load(tmp_path/'run'/'process') == Process('ddpm_linear', 'eps', 'uniform') and not (tmp_path/'run'/'process').is_symlink()
+
 @pytest.mark.parametrize('ours,theirs', [('ddpm_linear', 'linear'), ('scaled_linear', 'scaled_linear'), ('ddpm_cosine', 'squaredcos_cap_v2')])
 @pytest.mark.parametrize('cls', [DDPMScheduler, DDIMScheduler])
 def test_add_noise_equals_diffusers_at_every_step(ours, theirs, cls):

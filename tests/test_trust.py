@@ -462,6 +462,8 @@ def tar_of(members, mode='w', **kw):
             t.addfile(m, io.BytesIO(data) if isinstance(data, bytes) else None)
     return out.getvalue()
 
+def flipped(data, at): return data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1:]
+
 def sparse_tar(size):
     "A file of `size` bytes, all of them holes"
     m = tarfile.TarInfo('a.png')
@@ -480,12 +482,13 @@ def holes_without_end(pax):
     head[148:156] = b'%06o\0 ' % sum(head)
     return bytes(head) + (one*21 + b'\1' + bytes(7))*4000
 
-def flipped(data, at): return data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1:]
-
 PNG = (lambda o: (__import__('PIL.Image').Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(o, 'png'), o.getvalue())[1])(io.BytesIO())
 NOISE = np.random.RandomState(0).bytes(4000)
 ONE = [('a.png', PNG), ('b.bin', NOISE)]
 UTF8 = zip_of([('a\u00e9.png', PNG)])
+TWO, SECOND = tar_of(ONE), 512 + -(-len(PNG)//512)*512   # where the head of the second begins
+HEADLESS = {'flipped': flipped(TWO, SECOND + 3), 'zeros': TWO[:SECOND] + bytes(512) + TWO[SECOND + 512:], 'ones': TWO[:SECOND] + b'\xff'*512 + TWO[SECOND + 512:],
+    'cut-between': TWO[:SECOND], 'cut-inside': TWO[:SECOND + 100]}   # all of which tarfile takes for the end
 ARCHIVES = {  # name of the file: (its bytes, what the message says)
     'file-then-folder.tar': (tar_of([('a', PNG), ('a/b.png', PNG)]), 'cannot be a file here'), 'folder-then-file.tar': (tar_of([('a/b.png', PNG), ('a', PNG)]), 'cannot be a file here'),
     'file-then-folder.zip': (zip_of([('a', PNG), ('a/b.png', PNG)]), 'cannot be a file here'), 'folder-then-file.zip': (zip_of([('a/b.png', PNG), ('a', PNG)]), 'cannot be a file here'),
@@ -497,6 +500,7 @@ ARCHIVES = {  # name of the file: (its bytes, what the message says)
     'cut-bz2.tar': (bz2.compress(tar_of(ONE))[:-500], 'damaged'), 'xz-head.tar': (b'\xfd7zXZ\0' + NOISE, 'damaged'), 'bz2-head.tar': (b'BZh9' + NOISE, 'damaged'),
     'html.zip': (b'<!DOCTYPE html><html>sign in</html>', 'damaged'), 'html.tgz': (b'<!DOCTYPE html><html>sign in</html>'*99, 'damaged'), 'empty.tar': (b'', 'damaged'),
     'sparse.tar': (sparse_tar(2**40), 'over 4 GB'), 'bad-map.tar': (sparse_tar(2**40).replace(b'sparse.map=0,0', b'sparse.map=x,y'), 'damaged'),
+    **{f'{k}.{end}': (pack(data), 'damaged') for k, data in HEADLESS.items() for end, pack in (('tar', bytes), ('tgz', gzip.compress))},
     'gnu-holes.tar': (holes_without_end(False), 'a file with holes'), 'pax-holes.tar': (holes_without_end(True), 'a file with holes')}
 
 @pytest.mark.parametrize('name', ARCHIVES)
@@ -570,6 +574,15 @@ def test_a_shard_that_is_cut_between_two_files_is_counted(tmp_path):
         (tmp_path/'0.tar').write_bytes(whole[:k])
         images = D.open_images(str(tmp_path/'{0..0}.tar'), 16)
         assert len(images) == n and [('no end' in why) for _, why in images.skipped] == [True]*(k < len(whole))
+
+def test_a_shard_whose_head_is_damaged_is_counted(tmp_path):
+    "tarfile takes such a head for the end"
+    whole = tar_of([(f'{i}.{kind}', data) for i in range(6) for kind, data in (('png', PNG), ('txt', b'a room'))])
+    sample = len(tar_of([('0.png', PNG), ('0.txt', b'a room')]).rstrip(b'\0')) // 512*512 + 512
+    for data in (flipped(whole, 3*sample + 3), whole[:3*sample] + bytes(512) + whole[3*sample + 512:]):
+        (tmp_path/'0.tar').write_bytes(data)
+        images = D.open_images(str(tmp_path/'{0..0}.tar'), 16)
+        assert len(images) == 3 and ['behind its end' in why for _, why in images.skipped] == [True]
 
 # --- a server
 
@@ -694,6 +707,30 @@ def test_the_rest_of_another_file_is_not_put_behind_the_beginning_of_this(header
     (tmp_path/'a.bin.part').write_bytes(bytes(4000))
     (tmp_path/'a.bin.part.tag').write_text('"v1"')
     assert F.download(f'http://127.0.0.1:{liar.server_port}/a.bin', tmp_path/'a.bin').read_bytes() == BODY
+
+@pytest.mark.parametrize('named', [{'ETag': '"v1"'}, {'Last-Modified': 'Sat, 28 Nov 2026 09:00:00 GMT'}], ids=str)
+@pytest.mark.parametrize('most', [1000, 10**6], ids=['in parts', 'at once'])
+def test_the_rest_may_come_in_parts_and_without_its_date(named, most, liar, tmp_path):
+    "RFC 9110, 15.3.7: a server that was asked for all behind a byte may send less, and need not repeat the date of the file"
+    def answer(h):
+        start = int(h.headers.get('Range', 'bytes=0-')[6:-1])
+        end = min(start + most, len(BODY))
+        h.server.asked.append(start)
+        h.send_response(206 if start else 200)
+        h.send_header('Content-Length', end - start if start else len(BODY))
+        if start: h.send_header('Content-Range', f'bytes {start}-{end - 1}/{len(BODY)}')
+        for k, v in named.items():
+            if not start or k == 'ETag': h.send_header(k, v)
+        h.end_headers()
+        h.wfile.write(BODY[start:end if start else 4000])   # the first time it hangs up
+    liar.answer = answer
+    assert F.download(f'http://127.0.0.1:{liar.server_port}/a.bin', tmp_path/'a.bin').read_bytes() == BODY and liar.asked[:2] == [0, 4000]
+    assert [o.name for o in tmp_path.iterdir()] == ['a.bin']
+
+@pytest.mark.parametrize('answer', [(206, {'Content-Range': f'bytes 0-9/{len(BODY)}', 'Content-Length': '10'}, BODY[:10]), (204, {}, b'')], ids=['a part', 'nothing'])
+def test_what_nobody_asked_for_is_no_file(answer, liar, tmp_path):
+    liar.answer = answer
+    assert f'status {answer[0]}' in one_line(F.download, f'http://127.0.0.1:{liar.server_port}/a.bin', tmp_path/'a.bin') and not [*tmp_path.iterdir()]
 
 @pytest.mark.parametrize('path', ['/été/küche 1.bin', '/%C3%A9t%C3%A9/k%C3%BCche%201.bin?a=b&c=d', '/寝室.bin#f'])
 def test_an_address_with_letters_beyond_ascii(path, liar, tmp_path):
