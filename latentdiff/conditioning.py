@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from fastai.basics import DataLoaders, Path
 from .core import UNFIT, AsGiven, UserError, checked, find_class, fingerprint, multiples, number, progress, stream
-from .core import write_json
+from .core import positions, write_json
 from .training import DeviceLoader, Learner, adamw, fit_steps, largest_divisor, rows_of, zero_init
 from .data import all_finite, as_images, check_images, kind_of, like
 from .disk import one_line
@@ -84,7 +84,7 @@ class ConditionalUNet(UNet):
         if mask is None: mask = cond.new_ones(cond.shape[:2], dtype=torch.bool)
         if kind_of(mask) != f'torch.bool {tuple(cond.shape[:2])}':
             raise UserError(f'mask is {kind_of(mask)}: give bool {tuple(cond.shape[:2])}, True where it counts')
-        tokens = torch.cat([null, torch.where(mask[..., None], cond, 0)], 1)
+        tokens = torch.cat([null, torch.where(mask[..., None], cond, 0).to(null.dtype)], 1)
         return self.norm(tokens), F.pad(mask, (1, 0), value=True)
 
     def forward(self, x, time, # (b, in_channels, h, w) noisy latent, (b,) `process.time_input(t)`
@@ -306,16 +306,16 @@ class TextConditioner(nn.Module, AsGiven, ConfigMixin):
     @register_to_config
     def __init__(self, model='minilm', max_tokens=48): # as `text_encoder` takes it; longer captions are cut
         super().__init__()
-        number(1, max_tokens=max_tokens)
+        number(1, 1000, max_tokens=max_tokens)
         if not isinstance(model, (str, Path)): raise UserError(f'model is {model!r:.80}: give a name, such as minilm')
         self.places = {}
         self.register_buffer('table', torch.zeros(0, 1, 1, dtype=torch.float16), persistent=False)
         self.register_buffer('used', torch.zeros(0, 1, dtype=torch.bool), persistent=False)
 
-    def _apply(self, *args):
+    def _apply(self, fn, recurse=True):
         "To a device; the table stays in float16 even when a network is cast"
         table = self.table
-        super()._apply(*args)
+        super()._apply(fn, recurse)
         if self.table.dtype != table.dtype: self.table = table.to(self.table.device)
         return self
 
@@ -324,26 +324,32 @@ class TextConditioner(nn.Module, AsGiven, ConfigMixin):
 
     def words(self, caption):
         "The word pieces of a caption, in the order of its tokens"
-        tokenizer, n = text_encoder(self.config.model)[0], self.config.max_tokens
-        caption, = captions_of([caption])
-        return tokenizer.convert_ids_to_tokens(tokenizer(caption, truncation=True, max_length=n).input_ids)
+        ids = self.pieces(*captions_of([caption])).input_ids[0]
+        return text_encoder(self.config.model)[0].convert_ids_to_tokens(ids)
+
+    def pieces(self, caption):
+        "What the language model takes, as many word pieces as it can"
+        tokenizer, encoder = text_encoder(self.config.model)
+        n = min(self.config.max_tokens, tokenizer.model_max_length, encoder.config.max_position_embeddings)
+        return tokenizer(caption, truncation=True, max_length=n, return_tensors='pt')
 
     @torch.no_grad()
     def encode(self, captions): # list of str -> tokens (b, n, dim) float32, mask (b, n) bool, on the CPU
-        (tokenizer, encoder), n = text_encoder(self.config.model), self.config.max_tokens
-        captions = captions_of(captions)
-        ids = [tokenizer(o, truncation=True, max_length=n, return_tensors='pt') for o in captions]
-        tokens = [encoder(**o).last_hidden_state[0].float() for o in ids]   # in a batch, others would change its bits
+        encoder, captions = text_encoder(self.config.model)[1], captions_of(captions)
+        alone = map(self.pieces, captions)   # in a batch, others would change the last bits
+        tokens = [encoder(**o).last_hidden_state[0].float() for o in alone]
         used = [torch.full((len(t),), bool(o.strip())) for t, o in zip(tokens, captions)]
         return pad_sequence(tokens, batch_first=True), pad_sequence(used, batch_first=True)
 
     def add(self, captions): # list of str that are new
         "Encode captions, and append them to the table"
         tokens, used = (o.to(self.table.device) for o in self.encode(captions))
-        n = max(tokens.shape[1], self.table.shape[1])
-        old = self.table if len(self.table) else self.table.new_zeros(0, 1, tokens.shape[2])
-        self.table = torch.cat([F.pad(o, (0, 0, 0, n - o.shape[1])) for o in (old, tokens.half())])
-        self.used = torch.cat([F.pad(o, (0, n - o.shape[1])) for o in (self.used, used)])
+        (m, n, dim), (k, had) = tokens.shape, self.used.shape
+        table = self.table.new_zeros(k + m, max(n, had), dim)
+        mask = self.used.new_zeros(table.shape[:2])
+        table[:k, :had], mask[:k, :had] = self.table, self.used
+        table[k:, :n], mask[k:, :n] = tokens, used
+        self.table, self.used = table, mask   # not by `cat`: autocast to bfloat16 takes no float16
 
     def rows(self, captions): # list of str, an empty one says nothing -> (b,) int64
         "The rows of captions in the table, to train with, filled when it is looked at; `UserError` for no caption"
@@ -355,6 +361,7 @@ class TextConditioner(nn.Module, AsGiven, ConfigMixin):
     def forward(self, captions): # list of str, or rows from `rows` -> tokens (b, n, dim), mask (b, n) bool
         with _TABLE:
             rows = captions if torch.is_tensor(captions) else self.rows(captions)
+            if rows.device.type == 'cpu': positions(len(self.places), rows=rows)
             new = [*self.places][len(self.table):] if len(self.places) > len(self.table) else []
             try:
                 for i in progress(range(0, len(new), 256), what=f'{len(new):,} captions'): self.add(new[i:i+256])

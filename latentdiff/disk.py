@@ -351,8 +351,12 @@ def replace_folder(new, path): # a finished folder, and the place it takes, besi
     "Put `new` at `path`; what was there is deleted"
     if rank(): return
     old = _beside(path, 'old')
-    if os.path.exists(path): path.rename(old)
-    new.rename(path)
+    try:
+        if os.path.exists(path): path.rename(old)
+        new.rename(path)
+    except BaseException:   # as Ctrl-C between the two
+        if os.path.exists(old) and not os.path.exists(path): old.rename(path)
+        raise
     remove(old)
     clear_away(path, 'old', 'new')
 

@@ -22,7 +22,7 @@ from fastai.data.external import untar_data
 from filelock import FileLock
 from .core import DATASETS, Bar, UserError, content_of, data_home, fingerprint, progress, rank, whole_folder
 from .core import checked, number, one_of
-from .disk import FULL, enough, matching, no_file, on_disk, one_line, patience, place, size_of, there
+from .disk import FULL, clear_away, enough, matching, no_file, on_disk, one_line, patience, place, size_of, there
 
 # %% ../nbs/parts/files.ipynb #f007
 def is_url(o): return str(o).lower().startswith(('http://', 'https://'))
@@ -161,6 +161,7 @@ def _members(archive):
     def check(name, target=''):
         path = os.path.normpath(os.path.join(os.path.dirname(name), target)) if target else name.replace('\\', '/')
         p = PurePosixPath(path)
+        if len(p.parts) > 100: raise RecursionError   # further down nothing could be found again
         if p.is_absolute() or '..' in p.parts or name[1:2] == ':':
             raise UserError(f"{archive.name} holds '{name}', a path out of its folder: not unpacked, do not trust it")
     links = 0
@@ -199,7 +200,7 @@ def unpacked(archive): # path of a .tar, .tgz, .tar.gz or .zip
     archive, held, name = path, 0, None
     stamp = fingerprint(name=archive.name, changed=about.st_mtime_ns, content=content)[:8]
     folder = data_home()/f"{archive.name.split('.')[0]}-{stamp}"
-    if os.path.exists(folder): return folder
+    if os.path.exists(folder): return clear_away(folder, 'new') or folder   # of others that were killed meanwhile
     enough(f'Unpacking {archive.name}', folder, about.st_size)
     try:
         with whole_folder(folder, first=True) as new:
@@ -216,7 +217,7 @@ def unpacked(archive): # path of a .tar, .tgz, .tar.gz or .zip
     except DAMAGED as e:
         raise UserError(f'{archive.name} is damaged, or no tar or zip ({one_line(e)}): get it again') from None
     except OSError as e:
-        if e.errno is None: raise UserError(f'{archive.name} is damaged ({one_line(e)}): get it again') from None # bz2
+        if e.errno in (None, errno.EINVAL): raise UserError(f'{archive.name} is damaged ({one_line(e)}): get it again')
         if name is not None and e.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
             why = f"{archive.name} holds {name[-80:]!r}, which cannot be a file here ({e.strerror})"
             raise UserError(f'{why}: pack it again with other names') from None
@@ -424,7 +425,7 @@ def hub_folder(spec, n): # 'owner/name', '?image=..&label=..&caption=..&split=..
     told, here = dict(parse_qsl(query)), dict(files=_state(name)) if os.path.isdir(name) else {}
     split, stamp = told.pop('split', 'train'), fingerprint(spec=spec, n=number(1, n=n), **here)[:8]
     folder = data_home()/f"hub-{name.strip('/').replace('/', '-')}-{stamp}"
-    if os.path.exists(folder): return folder
+    if os.path.exists(folder): return clear_away(folder, 'new') or folder   # of others that were killed meanwhile
     try:
         rows = load_dataset(name, split=split, streaming=True)
         features = rows.features or {}   # not known of a table of texts
@@ -475,9 +476,8 @@ def shard_samples(shards):
             raw = getattr(last, 'raw', None)                          # a whole tar goes on behind its last file
             if raw and raw.fileobj.tell() < raw.offset + (raw.size + 1023)//512*512: yield shard, 'it has no end: cut?'
             elif '://' not in shard and getattr(raw and raw.fileobj, 'comptype', '') == 'tar':
-                with open(shard, 'rb') as f:
-                    f.seek(raw.fileobj.tell())
-                    if f.read(1 << 20).strip(b'\0'): yield shard, 'something lies behind its end: damaged?'
+                behind = np.fromfile(shard, np.uint8, 1 << 20, offset=raw.fileobj.tell())
+                if behind.any(): yield shard, 'something lies behind its end: damaged?'
         except (OSError, ClientError, MemoryError, *DAMAGED) as e:
             yield shard, f'shard damaged or missing ({one_line(e)})'
 

@@ -56,7 +56,8 @@ def opened_once(name, files): # as for `from_pretrained`; what lies there: a fol
 
 def opened(name): # run folder, name in the zoo, or owner/name on the Hub
     "The pipeline `name`; the last one is kept, because a command asks for it several times"
-    folder = folder_of(name)   # maybe a large one, of something else: nothing but the parts of a pipeline is looked for
+    try: folder = folder_of(name)   # maybe a large one, of something else: only the parts of a pipeline are looked for
+    except UserError as e: raise UserError(f"{e}{by_option('from', ' If it was moved, name its place: ')}") from e
     files = [folder/'model_index.json', *(o for k in _PARTS for o in (folder/k).glob('*.*'))]
     stats = [(str(o), os.stat(o)) for o in sorted(files) if o.suffix in ('.json', '.safetensors') and os.path.isfile(o)]
     return opened_once(name, tuple((o, s.st_mtime_ns, s.st_size) for o, s in stats))
@@ -169,6 +170,7 @@ def begun(folder): # as above
     "Steps of the denoiser's training that are kept in its checkpoints, finished or not; damaged ones do not count"
     kept = [0]
     for f in (f for o in ('unet', 'denoiser') for f in matching(folder, f'checkpoints/{o}/*.safetensors')):
+        if not os.path.isfile(f): continue   # a pipe, which would wait for ever
         with suppress(safetensors.SafetensorError, OSError, *UNFIT), safetensors.safe_open(f, 'pt') as o:
             kept.append(int(json.loads(o.metadata()['note'])['k']))
     return max(kept)

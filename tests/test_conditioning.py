@@ -1,5 +1,5 @@
 "Cross-attention against diffusers on copied weights; masks, dropping and guidance against closed forms; text against the models it wraps."
-import json, math, time
+import copy, json, math, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
@@ -262,7 +262,30 @@ def test_a_table_of_captions_stays_as_it_is_when_a_network_is_cast():
     text = TextConditioner()
     before = text(['a red bed'])[0]
     assert text.to(torch.bfloat16).table.dtype == torch.float16 and torch.equal(text(['a red bed'])[0], before)
-    assert text.double().float().to('meta').table.device.type == 'meta'
+    assert text.double().float().to('meta').table.device.type == 'meta' and text.to_empty(device='cpu').table.device.type == 'cpu'
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_draws_what_a_caption_says(dtype):
+    "On the CPU too, where a pipeline draws under autocast"
+    text = TextConditioner()
+    model = Conditioned(randomise(ConditionalUNet(**SHAPE, dim=text.dim)), text)
+    x, t = noise(2, 2, 8, 8), torch.full((2,), 500.)
+    whole = model(x, t, ['a red bed', ''])
+    model = copy.deepcopy(model).to(dtype)
+    with torch.autocast('cpu', dtype): assert gap(model(x, t, ['a red bed', 'a lamp at night'])[:1].float(), whole[:1]) < .05*whole.abs().max()
+
+def test_a_caption_is_cut_where_the_language_model_ends():
+    "MiniLM has 512 places"
+    text = TextConditioner(max_tokens=600)
+    assert len(text.words('a bed '*700)) == 512 and text(['a bed '*700])[1].sum() == 512
+    with pytest.raises(UserError, match='max_tokens is 1000000'): TextConditioner(max_tokens=10**6)
+
+@pytest.mark.parametrize('rows', [torch.tensor([99]), torch.tensor([.5, .5]), torch.tensor([[0]])])
+def test_rows_that_are_none(rows):
+    text = TextConditioner()
+    text(['a bed'])
+    with pytest.raises(UserError, match='rows is') as e: text(rows)
+    one_line(e)
 
 def test_many_new_captions_in_batches(monkeypatch):
     "More captions than one batch of the encoder: each gets its own row."

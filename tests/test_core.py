@@ -414,6 +414,16 @@ def test_killed_while_what_was_lost_is_made_again(tmp_path, monkeypatch):
         if whole: break
     assert at > 5
 
+def test_stopped_between_two_renames_the_old_folder_is_back(tmp_path, monkeypatch):
+    for k in ('a', 'new'): (tmp_path/k).mkdir(), (tmp_path/k/'x').write_text(k)
+    usual = Path.rename
+    def rename(self, to):
+        if self.name == 'new': raise KeyboardInterrupt
+        return usual(self, to)
+    monkeypatch.setattr(Path, 'rename', rename)
+    with pytest.raises(KeyboardInterrupt): replace_folder(tmp_path/'new', tmp_path/'a')
+    assert (tmp_path/'a'/'x').read_text() == 'a' and sorted(o.name for o in tmp_path.iterdir()) == ['a', 'new']
+
 @pytest.mark.parametrize('whole', [False, True], ids=['a file', 'the folder'])
 def test_a_link_in_what_was_begun_leads_nowhere(whole, tmp_path):
     "As a run folder from elsewhere may hold one: a call that goes on would write over what it leads to"

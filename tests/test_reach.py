@@ -189,6 +189,15 @@ def test_a_source_that_was_moved_is_the_same(went_on, saved, tmp_path):
     s = json.loads((run/'run.json').read_text())['settings']
     assert (s['from'], s['steps'], s['start']) == (str(there), 8, went_on.settings['start'])
 
+def test_a_source_that_is_gone_may_be_named_anew(tmp_path, monkeypatch):
+    assert '--from' in one_line(source.opened, str(tmp_path/'gone')) and 'name its place' in one_line(source.opened, str(tmp_path/'gone'))
+
+@pytest.mark.skipif(os.name != 'posix', reason='a pipe in a folder')
+def test_a_pipe_among_checkpoints_is_not_waited_for(tmp_path):
+    (tmp_path/'checkpoints'/'unet').mkdir(parents=True)
+    os.mkfifo(tmp_path/'checkpoints'/'unet'/'other.safetensors')
+    assert source.begun(tmp_path) == 0
+
 def test_two_sources_give_two_runs(went_on, saved, tmp_path):
     "Nothing is made from one source and called the other's, and one line says so"
     message = one_line(Run, went_on.folder, settings_of('rooms', 'tiny', n=120, From='none', steps=6))

@@ -494,14 +494,14 @@ ARCHIVES = {  # name of the file: (its bytes, what the message says)
     'file-then-folder.zip': (zip_of([('a', PNG), ('a/b.png', PNG)]), 'cannot be a file here'), 'folder-then-file.zip': (zip_of([('a/b.png', PNG), ('a', PNG)]), 'cannot be a file here'),
     'point.tar': (tar_of([('.', PNG)]), 'cannot be a file here'), 'point.zip': (zip_of([('.', PNG)]), 'cannot be a file here'),
     'long.tar': (tar_of([('x'*300 + '.png', PNG)]), 'cannot be a file here'), 'long.zip': (zip_of([('x'*300 + '.png', PNG)]), 'cannot be a file here'),
-    'deep.zip': (zip_of([('x/'*3000 + 'a.png', PNG)]), 'cannot be a file here'), 'deep.tar': (tar_of([('x/'*1500 + 'a.png', PNG)]), 'without end'), 'not-utf8.zip': (UTF8.replace('\u00e9'.encode(), b'\xff\xff'), 'damaged'),
+    'deep.zip': (zip_of([('x/'*3000 + 'a.png', PNG)]), 'without end'), 'deep.tar': (tar_of([('x/'*1500 + 'a.png', PNG)]), 'without end'), 'stairs.tar': (tar_of([('x/'*k + 'a.png', PNG) for k in range(1, 900, 90)]), 'without end'), 'not-utf8.zip': (UTF8.replace('\u00e9'.encode(), b'\xff\xff'), 'damaged'),
     'lzma.zip': (flipped(zip_of(ONE, zipfile.ZIP_LZMA), 700), 'damaged'), 'bz2.zip': (flipped(zip_of(ONE, zipfile.ZIP_BZIP2), 700), 'damaged'),
     'xz.tar': (flipped(lzma.compress(tar_of(ONE)), 900), 'damaged'), 'bz2.tar': (flipped(bz2.compress(tar_of(ONE)), 900), 'damaged'), 'cut-xz.tar': (lzma.compress(tar_of(ONE))[:-500], 'damaged'),
     'cut-bz2.tar': (bz2.compress(tar_of(ONE))[:-500], 'damaged'), 'xz-head.tar': (b'\xfd7zXZ\0' + NOISE, 'damaged'), 'bz2-head.tar': (b'BZh9' + NOISE, 'damaged'),
     'html.zip': (b'<!DOCTYPE html><html>sign in</html>', 'damaged'), 'html.tgz': (b'<!DOCTYPE html><html>sign in</html>'*99, 'damaged'), 'empty.tar': (b'', 'damaged'),
     'sparse.tar': (sparse_tar(2**40), 'over 4 GB'), 'bad-map.tar': (sparse_tar(2**40).replace(b'sparse.map=0,0', b'sparse.map=x,y'), 'damaged'),
     **{f'{k}.{end}': (pack(data), 'damaged') for k, data in HEADLESS.items() for end, pack in (('tar', bytes), ('tgz', gzip.compress))},
-    'gnu-holes.tar': (holes_without_end(False), 'a file with holes'), 'pax-holes.tar': (holes_without_end(True), 'a file with holes')}
+    'beyond.zip': ((lambda z: z[:-6] + (2**31).to_bytes(4, 'little') + z[-2:])(zip_of(ONE)), 'damaged'), 'gnu-holes.tar': (holes_without_end(False), 'a file with holes'), 'pax-holes.tar': (holes_without_end(True), 'a file with holes')}
 
 @pytest.mark.parametrize('name', ARCHIVES)
 def test_an_archive_that_cannot_be_unpacked_is_one_line(name, tmp_path, home):
