@@ -519,6 +519,7 @@ def one_line_errors(f):
             return found
         except BrokenPipeError: os._exit(141)   # the reader of a pipe has gone, as `| head` does
         except Exception as e:
+            if _asked: _leave(last_words(_asked[0]))   # a library has made another error of the signal
             if not (why := refused(e)): raise
             if isinstance(e, OSError) and why is not e and e.filename is None:   # what was printed is lost
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

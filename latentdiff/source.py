@@ -213,7 +213,8 @@ def moved(folder, told, old, images): # of a run, a Path; settings as for `told_
     "Where its data and its source lie now, in a dict: what of that has changed, though the things are the same"
     start, new = old.get('start'), told.get('from') or 'none'
     fp = start.get('fingerprint') if isinstance(start, dict) and new not in ('none', old.get('from')) else None
-    return moved_data(folder, told, old, images) | ({'from': new} if fp and mark(opened(new)) == fp else {})
+    if same := fp and mark(opened(new)) == fp: check_start(start, opened(new), new, folder)   # more than its weights
+    return moved_data(folder, told, old, images) | ({'from': new} if same else {})
 
 def moved_data(folder, told, old, images): # as above
     "The place of its data, in a dict, if that has changed and the pictures are the same; else {}"

@@ -171,6 +171,20 @@ def test_a_folder_is_whole_or_as_before(tmp_path):
 
 # --- components
 
+@pytest.mark.parametrize('n', [2, 15, 1])
+def test_a_signal_that_a_library_makes_another_error_of_is_still_one(n):
+    "As torch's C code does"
+    code = f"""import signal, sys; sys.argv = ['latentdiff-x']
+signal.signal({n}, signal.SIG_DFL)   # a background process may have it ignored
+from latentdiff.disk import one_line_errors
+import os, time
+def f():
+    try: os.kill(os.getpid(), {n}), time.sleep(1)
+    except BaseException: raise ValueError('could not determine the shape of an object')
+one_line_errors(f)()"""
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert r.returncode == 128 + n and r.stderr.count('\n') == 1 and 'what is finished is kept' in r.stderr, r
+
 def test_a_signal_when_the_work_is_done_is_nothing_any_more():
     "While the interpreter leaves, which takes seconds after a training: no traceback, no word that something was stopped"
     code = """import signal, sys; sys.argv = ['latentdiff-x']

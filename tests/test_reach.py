@@ -184,6 +184,9 @@ def test_no_source_is_searched_for(saved, tmp_path, monkeypatch):
 def test_a_source_that_was_moved_is_the_same(went_on, saved, tmp_path):
     "A run knows it by its fingerprint, wherever it lies, and goes on from there"
     there, run = (shutil.copytree(o, tmp_path/k) for k, o in dict(there=saved, run=went_on.folder).items())
+    other, before = shutil.copytree(there, tmp_path/'other'), (run/'run.json').read_text()   # the same weights, learned under another noise
+    Process('flow', 'velocity', 'uniform').save(other/'process')
+    assert '(process)' in one_line(Run, run, settings_of('rooms', 'tiny', n=120, From=str(other), steps=8)) and (run/'run.json').read_text() == before
     r = Run(run, settings_of('rooms', 'tiny', n=120, From=str(there), steps=8))
     r.go(('denoiser', 'pipeline'))
     s = json.loads((run/'run.json').read_text())['settings']
