@@ -104,8 +104,8 @@ def _fetch(url, part, tag):
         bar.close()
     got, whole = part.stat().st_size, re.search(r'/(\d+)$', r.headers.get('Content-Range', ''))
     if left > 0 and got != have + left: raise ConnectionError(f'{got:,} of {have + left:,} bytes came')
-    if have and got == have: raise ConnectionError(f'nothing came after {got:,} bytes')
-    return not (have and whole) or got >= int(whole[1])           # a server may send the rest in parts
+    if (more := have and whole and got < int(whole[1])) and got == have: raise ConnectionError(f'only {got:,} bytes')
+    return not more                                               # else it may send the rest in parts
 
 def download(url, path): # http(s); where the file goes, whose folder is made
     "Download once: goes on where it broke off, appears in one step. Raises `UserError` when it cannot be had"
