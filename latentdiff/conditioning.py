@@ -361,7 +361,8 @@ class TextConditioner(nn.Module, AsGiven, ConfigMixin):
     def forward(self, captions): # list of str, or rows from `rows` -> tokens (b, n, dim), mask (b, n) bool
         with _TABLE:
             rows = captions if torch.is_tensor(captions) else self.rows(captions)
-            if rows.device.type == 'cpu': positions(len(self.places), rows=rows)
+            if rows.device.type == 'cpu' and (positions(len(self.places), rows=rows) != rows.numpy()).any():
+                raise UserError(f'rows is {rows.tolist()!s:.80}: there is no row before the first')
             new = [*self.places][len(self.table):] if len(self.places) > len(self.table) else []
             try:
                 for i in progress(range(0, len(new), 256), what=f'{len(new):,} captions'): self.add(new[i:i+256])

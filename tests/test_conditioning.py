@@ -280,7 +280,7 @@ def test_a_caption_is_cut_where_the_language_model_ends():
     assert len(text.words('a bed '*700)) == 512 and text(['a bed '*700])[1].sum() == 512
     with pytest.raises(UserError, match='max_tokens is 1000000'): TextConditioner(max_tokens=10**6)
 
-@pytest.mark.parametrize('rows', [torch.tensor([99]), torch.tensor([.5, .5]), torch.tensor([[0]])])
+@pytest.mark.parametrize('rows', [torch.tensor([99]), torch.tensor([.5, .5]), torch.tensor([[0]]), torch.tensor([-1])])
 def test_rows_that_are_none(rows):
     text = TextConditioner()
     text(['a bed'])

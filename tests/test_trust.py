@@ -727,6 +727,19 @@ def test_the_rest_may_come_in_parts_and_without_its_date(named, most, liar, tmp_
     assert F.download(f'http://127.0.0.1:{liar.server_port}/a.bin', tmp_path/'a.bin').read_bytes() == BODY and liar.asked[:2] == [0, 4000]
     assert [o.name for o in tmp_path.iterdir()] == ['a.bin']
 
+def test_a_server_that_sends_nothing_more_is_not_asked_for_ever(liar, tmp_path):
+    def answer(h):
+        start = int(h.headers.get('Range', 'bytes=0-')[6:-1])
+        h.server.asked.append(start)
+        h.send_response(206 if start else 200)
+        h.send_header('ETag', '"v1"')
+        h.send_header('Content-Length', 0 if start else len(BODY))
+        if start: h.send_header('Content-Range', f'bytes {start}-{start}/{len(BODY)}')
+        h.end_headers()
+        if not start: h.wfile.write(BODY[:4000])
+    liar.answer = answer
+    assert 'only 4,000 bytes' in one_line(F.download, f'http://127.0.0.1:{liar.server_port}/a.bin', tmp_path/'a.bin') and liar.asked == [0, 4000, 4000]
+
 @pytest.mark.parametrize('answer', [(206, {'Content-Range': f'bytes 0-9/{len(BODY)}', 'Content-Length': '10'}, BODY[:10]), (204, {}, b'')], ids=['a part', 'nothing'])
 def test_what_nobody_asked_for_is_no_file(answer, liar, tmp_path):
     liar.answer = answer
