@@ -77,7 +77,7 @@ class PSNR(Mean):
 
     @torch.no_grad()
     def update(self, x, y):
-        like(x=x, y=y), all_finite(x=x), all_finite(y=y)
+        like(x=x, y=y), like(True, x=x), all_finite(x=x), all_finite(y=y)
         mse = (as_double(x) - as_double(y)).square().flatten(1).mean(1).to(self.device)
         return super().update(mse, weight=torch.full_like(mse, x[0].numel()))
 

@@ -22,9 +22,9 @@ from torchvision.datasets import FashionMNIST, MNIST
 from torchvision.utils import make_grid
 from .core import DATASETS, UserError, checked, data_home, default_device, fingerprint, first_ahead, number, one_of
 from .core import positions, progress, stream
-from .disk import enough, matching, printable
-from .files import (at_hand, bytes_of, captions_in, files_below, hub_folder, is_picture, known_folder, name_below,
-                              no_file, npz_pixels, one_line, pixels_or_why, shard_names, shard_samples, there, unpacked)
+from .disk import enough, matching, name_below, no_file, one_line, printable, there
+from .files import at_hand, bytes_of, captions_in, files_below, hub_folder, is_picture, known_folder, npz_pixels
+from .files import pixels_or_why, shard_names, shard_samples, unpacked
 from .rooms import ROOM_FACTORS, draw_rooms, room_caption, room_codes
 
 # %% ../nbs/00_data.ipynb #c023
@@ -47,12 +47,18 @@ def as_images(x, device=None): # uint8 pixels, or float images in [-1,1]; None: 
     return from_uint8(x) if x.dtype == torch.uint8 else x.float()
 
 # %% ../nbs/00_data.ipynb #L901
-def kind_of(x): return f'{x.dtype} {tuple(x.shape)}' if torch.is_tensor(x) else type(x).__name__ # for messages
+def _plain(x): return torch.is_tensor(x) and x.layout == torch.strided and not x.is_nested   # neither sparse
+
+def _floats(x): return _plain(x) and x.is_floating_point() and x.dtype.itemsize > 1
+
+def kind_of(x): # for messages
+    if not torch.is_tensor(x): return type(x).__name__
+    return f'{x.dtype} {tuple(x.shape)}' if _plain(x) else f'a nested or sparse tensor of {x.dtype}'
 
 def check_images(x, channels=(1, 3), most=1.001, uint8=True, name='images', ndims=(4,)): # what is allowed; a name
     "`x` if it is images (b,c,h,w); else raises `UserError`. Values are looked at on the CPU: a GPU would have to wait"
-    floats = torch.is_tensor(x) and x.is_floating_point()
-    if not (floats or uint8 and torch.is_tensor(x) and x.dtype == torch.uint8) or (
+    floats = _floats(x)
+    if not (floats or uint8 and _plain(x) and x.dtype == torch.uint8) or (
             x.ndim not in ndims or x.shape[1] not in channels or not x.numel()):
         wants = f"floats{' or uint8' if uint8 else ''}, (b,c,h,w) with c in {channels}"
         raise UserError(f'{name} are {kind_of(x)}: give {wants}')
@@ -71,10 +77,10 @@ def all_finite(**given): # one tensor by its name
 
 def like(rows=False, /, **given): # compare all but the first dimension? tensors by name
     "The last tensor; raises `UserError` unless all are floats, not empty, of the shape of the first"
-    shape = lambda o: tuple(getattr(o, 'shape', ()))[int(rows):]
+    shape = lambda o: tuple(o.shape)[int(rows):] if _floats(o) else ()
     of = shape([*given.values()][0])
     for k, v in given.items():
-        if torch.is_tensor(v) and v.is_floating_point() and shape(v) == of and v.numel() and v.ndim >= 2*rows: continue
+        if _floats(v) and shape(v) == of and v.numel() and v.ndim >= 2*rows: continue
         each = '(b,...)' if 0 in of or not of else f'{of} a row' if rows else of
         raise UserError(f'{k} is {kind_of(v)}: give floats of shape {each}')
     return v

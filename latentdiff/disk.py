@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FULL', 'NOWHERE', 'world', 'rank', 'Stopped', 'last_words', 'stop_politely', 'UserError', 'data_home', 'runs_home',
-           'DiskError', 'place', 'size_of', 'lies_in', 'still_there', 'own_folder', 'make_in', 'room_at', 'by_option',
-           'on_disk', 'enough', 'free_memory', 'reserve', 'remove', 'matching', 'clear_away', 'no_empty_folders',
-           'put_beside', 'write_whole', 'write_json', 'readable', 'read_text', 'read_json', 'crc_of', 'file_md5',
-           'content_of', 'contents_of', 'altered', 'of_this_version', 'check_unchanged', 'replace_folder',
-           'whole_folder', 'new_place', 'new_places', 'refused', 'utf8', 'check_call', 'one_line', 'there', 'no_file',
-           'printable', 'patience', 'plain_output', 'one_line_errors']
+           'DiskError', 'place', 'size_of', 'lies_in', 'name_below', 'still_there', 'own_folder', 'make_in', 'room_at',
+           'by_option', 'on_disk', 'enough', 'free_memory', 'reserve', 'remove', 'matching', 'clear_away',
+           'no_empty_folders', 'put_beside', 'write_whole', 'write_json', 'readable', 'read_text', 'read_json',
+           'crc_of', 'file_md5', 'content_of', 'contents_of', 'altered', 'of_this_version', 'check_unchanged',
+           'replace_folder', 'whole_folder', 'new_place', 'new_places', 'refused', 'utf8', 'check_call', 'one_line',
+           'there', 'no_file', 'printable', 'patience', 'plain_output', 'one_line_errors']
 
 # %% ../nbs/parts/disk.ipynb #k001
 import os, signal, sys
@@ -51,7 +51,7 @@ def _stop(n, frame):
 def _not_begun(kind, e, trace): # as `sys.excepthook` is called
     "One line, where the imports of a command have ended it, or a signal outside of its function"
     if isinstance(e, Stopped): os._exit(last_words(*e.args))
-    if isinstance(e, Exception) and (why := refused(e)): sys.stderr.write(printable(f'latentdiff: {why}') + '\n')
+    if isinstance(e, Exception) and (why := refused(e)): sys.__stderr__.write(printable(f'latentdiff: {why}') + '\n')
     else: sys.__excepthook__(kind, e, trace)
 
 def stop_politely():
@@ -59,6 +59,7 @@ def stop_politely():
     program = Path(sys.argv[0])   # the second: of python -m latentdiff
     if not program.name.startswith('latentdiff-') and program.parts[-2:] != ('latentdiff', '__main__.py'): return
     sys.excepthook = _not_begun
+    if 0 < rank() < world(): sys.stderr = open(os.devnull, 'w')   # the first of several says what is wrong with a call
     for n in _SIGNALS if world() == 1 else _SIGNALS[:1]:
         if signal.getsignal(n) in (signal.SIG_DFL, signal.default_int_handler): signal.signal(n, _stop)
 
@@ -75,8 +76,8 @@ from threading import Timer
 class UserError(ValueError):
     "Something the reader can mend; the message is one line that says what to do, where no word fills the screen"
     def __str__(self):
-        words = super().__str__().split()
-        return ' '.join(o if len(o) < 400 else f'{o[:200]}...{o[-60:]}' for o in words)
+        words = re.split('( +)', printable(super().__str__()))   # two spaces in the name of a file stay two
+        return ''.join(o if len(o) < 400 else f'{o[:200]}...{o[-60:]}' for o in words)
 
 def _home(name, usual):
     told = os.environ.get(name) or usual
@@ -112,6 +113,10 @@ def size_of(n): # bytes, in words
 def lies_in(path):
     "The first folder above `path` that is there"
     return next((o for o in Path(path).parents if os.path.isdir(o)), Path())
+
+def name_below(folder, path):
+    "The path from `folder` to what lies in it, as text that any file can hold"
+    return os.fsencode(Path(path).relative_to(folder).as_posix()).decode('utf-8', 'backslashreplace')
 
 def still_there(path):
     "`UserError` if a file or folder that the work began with is not where it was"
@@ -189,8 +194,7 @@ def free_memory():
         for line in Path('/proc/self/cgroup').read_text().splitlines():
             _, kinds, name = line.split(':', 2)
             top = groups/'memory' if 'memory' in kinds.split(',') else groups
-            group = top/name.strip('/')
-            inside = (o for o in (group, *group.parents) if o.is_relative_to(top))
+            inside = (o for o in (top/name.strip('/')/'itself').parents if o.is_relative_to(top))
             free = min(free, *(_left(o, *how) for o in inside for how in _MEMORY))
     return free
 
@@ -472,7 +476,8 @@ def no_file(path):
 
 def printable(text):
     "In one line, and without what would steer a terminal"
-    return ''.join(o if o.isprintable() else repr(o)[1:-1] for o in ' '.join(text.split()))
+    text = ' '.join(filter(None, map(str.strip, text.splitlines())))
+    return ''.join(o if o.isprintable() else repr(o)[1:-1] for o in text)
 
 @contextmanager
 def patience(words, seconds=10): # what is waited for
@@ -508,8 +513,7 @@ def one_line_errors(f):
     names = [o.lower() for o in inspect.signature(f).parameters]
     @wraps(f)
     def _f(*args, **kwargs):
-        plain_output()
-        stop_politely()
+        plain_output(), stop_politely()
         _options[:] = names
         try:
             check_call(kwargs)

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['PATIENCE', 'SLOWEST', 'ARCHIVES', 'DAMAGED', 'UNPACKED', 'FILES', 'LARGEST', 'SUFFIXES', 'OURS', 'ON_HUB', 'is_url',
            'download', 'unpacked', 'to_rgb', 'bytes_of', 'load_pixels', 'is_picture', 'pixels_or_why', 'files_below',
-           'name_below', 'captions_in', 'known_folder', 'hub_folder', 'shard_names', 'shard_samples', 'npz_pixels',
-           'at_hand']
+           'captions_in', 'known_folder', 'hub_folder', 'shard_names', 'shard_samples', 'npz_pixels', 'at_hand']
 
 # %% ../nbs/parts/files.ipynb #f004
 import csv, errno, gzip, hashlib, http.client, io, itertools, json, lzma, math, os, random, re, shutil, socket
@@ -22,7 +21,8 @@ from fastai.data.external import untar_data
 from filelock import FileLock
 from .core import DATASETS, Bar, UserError, content_of, data_home, fingerprint, progress, rank, whole_folder
 from .core import checked, number, one_of
-from .disk import FULL, clear_away, enough, matching, no_file, on_disk, one_line, patience, place, size_of, there
+from .disk import FULL, clear_away, enough, matching, name_below, no_file, on_disk, one_line
+from .disk import patience, place, size_of, there
 
 # %% ../nbs/parts/files.ipynb #f007
 def is_url(o): return str(o).lower().startswith(('http://', 'https://'))
@@ -303,18 +303,15 @@ def files_below(folder):
         for here, dirs, names in os.walk(top, onerror=lambda e: leave(e.filename, f'cannot be entered: {e.strerror}')):
             here, marks = Path(here), sorted({*OURS} & {*names})
             dirs[:] = [o for o in dirs if o[0] != '.']            # the others are not entered
-            if marks and here != top:
-                leave(here, f'not data but made by us: it holds {marks[0]}')
-                dirs.clear()
+            why = f'not data but made by us: it holds {marks[0]}' if marks and here != top else None
+            if len(here.parts) > len(top.parts) + 100: why = 'it lies in a hundred others: move it up'
+            if why:
+                leave(here, why), dirs.clear()
                 continue
             for o in dirs:
                 if os.path.islink(here/o): leave(here/o, 'a link to a folder: put the folder itself here')
             found += [here/o for o in names if o[0] != '.']
     return sorted(found), sorted(left)
-
-def name_below(folder, path):
-    "The path from `folder` to what lies in it, as text that any file can hold"
-    return os.fsencode(Path(path).relative_to(folder).as_posix()).decode('utf-8', 'backslashreplace')
 
 
 # %% ../nbs/parts/files.ipynb #f029
@@ -346,10 +343,9 @@ def captions_in(folder):
 def known_folder(name, url, other): # of the set, and of its folder; of its archive; what to do if it cannot be had
     "The folder of pictures: found in `data_home()`, unpacked, or fetched by fastai; raises `UserError`"
     home = data_home()/name
-    here = [o for o in matching(home, '*') if o.name.lower().endswith(ARCHIVES) and 'devkit' not in o.name]
-    here = [o for o in here if not no_file(o)]
+    packed = lambda o: o.name.lower().endswith(ARCHIVES) and 'devkit' not in o.name and not no_file(o)
     if any(matching(home, '**/*.jpg')): return home
-    if here: return unpacked(max(here, key=os.path.getsize))
+    if here := [*filter(packed, matching(home, '*'))]: return unpacked(max(here, key=os.path.getsize))
     try: return untar_data(url, base=data_home())
     except (OSError, http.client.HTTPException, *DAMAGED) as e:
         raise UserError(f'{url} failed ({one_line(e)}): {other}') from None
@@ -359,10 +355,9 @@ ON_HUB = r'\w[\w.-]*/\w[\w.-]*'   # owner/name
 
 def _columns(features, told):
     "{'image', 'label', 'caption': name of the column or None}, by type and name, or as told"
-    kind = lambda o: type(features[o]).__name__
-    first = lambda want: next(filter(want, features), None)
-    return {'image': first(lambda o: kind(o) == 'Image'), 'label': first(lambda o: kind(o) == 'ClassLabel'),
-            'caption': first(lambda o: o in ('text', 'caption')), **told}
+    first = lambda want: next((k for k, o in features.items() if want(k, type(o).__name__)), None)
+    return {'image': first(lambda k, kind: kind == 'Image'), 'label': first(lambda k, kind: kind == 'ClassLabel'),
+            'caption': first(lambda k, kind: k in ('text', 'caption')), **told}
 
 def _raw(picture, name): # {'bytes', 'path'}, of which one may be None, or None; of the data set
     "The file that a row holds, or names; an empty one, to be skipped and counted, where it does neither"
@@ -379,10 +374,9 @@ def _raw(picture, name): # {'bytes', 'path'}, of which one may be None, or None;
 def _class_folder(label, known):
     "A folder inside this one, seen by all, and no other label's; `known`: those of earlier labels, is added to"
     if label not in known:
-        taken = {o.lower() for o in known.values()}
         plain = re.sub(r'^\.+|^$|[/\\\0]', '-', label).encode(errors='replace').decode()[:50]
         names = itertools.chain([plain], (f'{plain} {k}' for k in itertools.count(2)))
-        known[label] = next(o for o in names if o.lower() not in taken)
+        known[label] = next(o for o in names if o.lower() not in {k.lower() for k in known.values()})
     return known[label]
 
 def _save_rows(rows, cols, classes, n, folder, name): # ...; names of the classes that are numbers; of the data set
@@ -395,8 +389,7 @@ def _save_rows(rows, cols, classes, n, folder, name): # ...; names of the classe
         raw, suffix = _raw(picture, name), PurePosixPath((picture or {}).get('path') or '').suffix
         if suffix.lower() not in SUFFIXES: suffix = '.png' if raw[1:4] == b'PNG' else '.jpg'
         home.mkdir(exist_ok=True)
-        path = home/f'{i:06d}{suffix}'
-        path.write_bytes(raw)
+        (path := home/f'{i:06d}{suffix}').write_bytes(raw)
         said = row[cols['caption']] if cols['caption'] else None
         if isinstance(said, list): said = said[0] if said else None
         if said is not None: captions.append(dict(file_name=path.relative_to(folder).as_posix(), text=str(said)))
@@ -452,33 +445,40 @@ def shard_names(spec, seed=0):
     return random.Random(int(number(seed=seed))).sample(names, len(names)) if seed else names
 
 # %% ../nbs/parts/files.ipynb #f041
+def _shard_files(shard, broken, errors): # ...; a list, to which is added what has ended it; what that may be
+    "Yield (name, open file) from a tar, packed or not, as it comes"
+    from datasets.utils.file_utils import xopen   # tries again where a line breaks
+    try:
+        with xopen(shard, 'rb', block_size=0) as f, tarfile.open(fileobj=f, mode='r|*', tarinfo=_Header) as t:
+            for m in t:
+                if m.isreg() and not PurePosixPath(m.name).name.startswith(('.', '__')): yield m.name, t.extractfile(m)
+                t.members.clear()   # else it keeps them all
+            for rest in iter(lambda: t.fileobj.read(1 << 20), b''):
+                if rest.strip(b'\0'): raise tarfile.ReadError('something lies behind its end')
+    except errors as e: broken.append(e)
+
 def shard_samples(shards):
     "Yield (name, bytes of a picture or why there are none, caption) from WebDataset shards, paths or URLs"
     from aiohttp import ClientError
-    from datasets import StreamingDownloadManager
     key = lambda file: re.match(r'(.*/)?[^/.]*', file[0])[0]      # up to the first dot
+    errors, broken = (OSError, ClientError, MemoryError, *DAMAGED), []
     for shard in shards:
-        last = None
         try:
             if '://' not in shard and (why := no_file(shard)): raise OSError(why)
-            for k, files in itertools.groupby(StreamingDownloadManager().iter_archive(shard), key):
+            for k, files in itertools.groupby(_shard_files(shard, broken, errors), key):
                 parts, kinds = {}, []
-                for name, last in files:
+                for name, f in files:
                     suffix = name[len(k) + 1:].lower()
-                    if suffix == 'txt': parts[suffix] = last.read(1 << 20)
-                    elif f'.{suffix}' in SUFFIXES and 'picture' not in parts: parts['picture'] = last.read(LARGEST + 1)
+                    if suffix == 'txt': parts[suffix] = f.read(1 << 20)
+                    elif f'.{suffix}' in SUFFIXES and 'picture' not in parts: parts['picture'] = f.read(LARGEST + 1)
                     kinds = [*kinds, suffix][:3]
                 picture, caption = parts.get('picture'), parts.get('txt', b'').decode('utf-8', 'replace').strip()
                 if picture is None: picture = f'no picture, only {", ".join(kinds)}'
                 elif len(picture) > LARGEST: picture = f'over {LARGEST/1e9:.0f} GB, too much for a picture'
                 elif not caption or '\ufffd' in caption: picture = 'caption is not UTF-8' if caption else 'no caption'
                 yield f"{PurePosixPath(shard).name.split('.')[0]}/{k}", picture, caption
-            raw = getattr(last, 'raw', None)                          # a whole tar goes on behind its last file
-            if raw and raw.fileobj.tell() < raw.offset + (raw.size + 1023)//512*512: yield shard, 'it has no end: cut?'
-            elif '://' not in shard and getattr(raw and raw.fileobj, 'comptype', '') == 'tar':
-                behind = np.fromfile(shard, np.uint8, 1 << 20, offset=raw.fileobj.tell())
-                if behind.any(): yield shard, 'something lies behind its end: damaged?'
-        except (OSError, ClientError, MemoryError, *DAMAGED) as e:
+            if broken: raise broken.pop()   # what came before it was not lost
+        except errors as e:
             yield shard, f'shard damaged or missing ({one_line(e)})'
 
 # %% ../nbs/parts/files.ipynb #f046

@@ -234,7 +234,8 @@ def nearest_neighbours(fake,  # (n,d) features, or images of any one range, whic
                        k=1, block=256):
     "Indices and Euclidean distances, each (n,k), of the k nearest training items, nearest first"
     for name, o in dict(fake=fake, train=train).items():
-        if torch.is_tensor(o) and len(o) and kind_of(o[:1]) == kind_of(fake[:1]) and o.isfinite().all(): continue
+        fits = torch.is_tensor(o) and o.ndim > 1 and len(o) and kind_of(o[:1]) == kind_of(fake[:1])
+        if fits and o.isfinite().all(): continue
         raise UserError(f'{name} is {kind_of(o)}: give two sets of one kind and shape, all finite')
     number(1, len(train), k=k), number(1, 2**20, block=block)
     t, found = train.flatten(1), []

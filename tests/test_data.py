@@ -759,6 +759,21 @@ def test_npz(tmp_path):
     (tmp_path/'c.npz').write_bytes(b'no zip')
     assert 'c.npz' in one_line(open_images, tmp_path/'c.npz', 32)
 
+def test_folders_that_lie_too_deep_are_left_out(tmp_path):
+    "A thousand levels: Python could not go down so far"
+    save(tmp_path/'a'/'0.png')
+    here = os.open(tmp_path/'a', os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir('d', dir_fd=here)
+        below = os.open('d', os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+    try:
+        images = open_images(tmp_path/'a', 16)
+        assert images.names == ['0.png'] and ['in a hundred others' in why for _, why in images.skipped] == [True]
+    finally: subprocess.run(['rm', '-r', tmp_path/'a'], check=True)   # which shutil could not do
+
 # streams
 
 def shards_of(folder, files_of_shards, mode='w'):

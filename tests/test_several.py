@@ -262,3 +262,9 @@ def test_metrics_and_work_of_two_processes(several):
 def test_one_process_alone_shares_with_nobody():
     assert every(3) == [3] and agreed(3) == 3 and [*share('abc')] == ['a', 'b', 'c'] == gathered(['a', 'b', 'c'])
     with first_ahead(): pass
+
+def test_a_call_that_is_wrong_is_told_once():
+    "By the first of two processes"
+    env = dict(os.environ, WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT='1')
+    found = [subprocess.run([sys.executable, '-m', 'latentdiff', 'sample', '--bogus'], env=dict(env, RANK=r, LOCAL_RANK=r), capture_output=True, text=True) for r in '01']
+    assert [o.returncode for o in found] == [2, 2] and 'error: ' in found[0].stderr and not found[1].stderr, found

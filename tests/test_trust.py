@@ -40,6 +40,7 @@ COUNT = 0, -3, 2.5, nan, '7', True, 10**12     # where a whole number above 0 is
 NUMBER = 'a', nan, 1.5, None                   # where any whole number will do
 BATCH = None, [1.], X.numpy(), X[0], X[None], X[:, :2], X[:0], X.long(), PX, holed(X), X*inf
 PIXELS = None, PX.numpy(), PX[0], PX[:0], PX[:, :2], X*3, holed(X)
+ODD = X.to_sparse(), X.to(torch.float8_e4m3fn), torch.nested.nested_tensor([*X], layout=torch.jagged)   # what can hardly be reckoned with
 LIKE = None, Z[:2], Z[:, :1], Z.long(), Z[..., :1]     # where something like Z is asked for
 SET = None, FEATS.numpy(), FEATS[0], FEATS[None], FEATS[:, :5], holed(FEATS), FEATS*inf
 
@@ -71,6 +72,9 @@ CALLS = {
     **each(F.load_pixels, 'size', 0, -1, 'a', file=b''), **each(F.load_pixels, 'channels', 2, 0, file=b'', size=8),
     **each(AE.encode, 'images', *BATCH), **each(AE.posterior, 'images', X[:, :1]), **each(AE.forward, 'images', None, X[:, :1], PX),
     **each(AE.decode, 'z', None, Z.numpy(), Z[:, :1], Z[:, :3], Z[0], Z.long(), holed(Z)),
+    **each(A.psnr, 'x', FEATS[0], y=FEATS[0], says='x is torch.float32 (8,)'),
+    **each(D.like, 'x', *ODD), **each(D.as_images, 'x', *ODD), **each(D.check_images, 'x', *ODD, says='images are'), **each(A.psnr, 'y', *ODD, x=X), **each(FLOW.add_noise, 'x0', *ODD, eps=X, t=torch.rand(6)),
+    **each(K.nearest_neighbours, 'fake', FEATS[0], FEATS[0, 0], train=FEATS),
     **each(A.psnr, 'y', None, X[:1], X[:, :1], PX, x=X), **each(A.psnr, 'x', PX, y=PX), **each(A.ssim, 'y', X[:1], X[:, :1], PX, x=X),
     **each(A.KLAutoencoder, 'widths', (12,), (0,), 'a', says='width'), **each(A.KLAutoencoder, 'patch', 0, -1, 1.5, 'a'),
     **each(A.KLAutoencoder, 'latent_channels', 0, -1, 1.5, 'a'), **each(A.KLAutoencoder, 'in_channels', 0, 'a'),
@@ -566,23 +570,39 @@ def test_a_shard_is_read_only_as_far_as_it_can_be_a_picture(tmp_path, monkeypatc
     assert images.names == ['0/0'] and [why[:24] for _, why in images.skipped] == ['over 0 GB, too much for ', 'shard damaged or missing'] and 'no file' in images.skipped[1][1]
     assert max(reads) == 1 << 20 and -1 not in reads and reads.count(5001) == 2
 
-def test_a_shard_that_is_cut_between_two_files_is_counted(tmp_path):
+def shards_as_they_come(tmp_path, liar, data):
+    "`data` as a shard: a file, packed, and from a server; what the images of each are"
+    for name, raw in (('file.0.tar', data), ('packed.0.tar', gzip.compress(data)), ('xz.0.tar', lzma.compress(data))): (tmp_path/name).write_bytes(raw)
+    liar.answer = 200, {'Content-Length': str(len(data))}, data
+    return [D.open_images(spec, 16) for spec in (*(str(tmp_path/f'{o}.{{0..0}}.tar') for o in ('file', 'packed', 'xz')), f'http://127.0.0.1:{liar.server_port}/' + '{0..0}.tar')]
+
+def test_a_shard_that_is_cut_between_two_files_is_counted(tmp_path, liar):
     "The stream just ends there, as a whole one would; but a whole one has empty blocks behind its last file"
     whole = tar_of([(f'{i}.{kind}', data) for i in range(6) for kind, data in (('png', PNG), ('txt', b'a room'))])
     sample = len(tar_of([('0.png', PNG), ('0.txt', b'a room')]).rstrip(b'\0')) // 512*512 + 512
     for k, n in ((len(whole), 6), (4*sample, 4), (sample, 1), (6*sample, 6)):
-        (tmp_path/'0.tar').write_bytes(whole[:k])
-        images = D.open_images(str(tmp_path/'{0..0}.tar'), 16)
-        assert len(images) == n and [('no end' in why) for _, why in images.skipped] == [True]*(k < len(whole))
+        for images in shards_as_they_come(tmp_path, liar, whole[:k]):
+            assert len(images) == n and [('damaged' in why) for _, why in images.skipped] == [True]*(k < len(whole))
 
-def test_a_shard_whose_head_is_damaged_is_counted(tmp_path):
+def test_a_shard_whose_head_is_damaged_is_counted(tmp_path, liar):
     "tarfile takes such a head for the end"
     whole = tar_of([(f'{i}.{kind}', data) for i in range(6) for kind, data in (('png', PNG), ('txt', b'a room'))])
     sample = len(tar_of([('0.png', PNG), ('0.txt', b'a room')]).rstrip(b'\0')) // 512*512 + 512
-    for data in (flipped(whole, 3*sample + 3), whole[:3*sample] + bytes(512) + whole[3*sample + 512:]):
-        (tmp_path/'0.tar').write_bytes(data)
-        images = D.open_images(str(tmp_path/'{0..0}.tar'), 16)
-        assert len(images) == 3 and ['behind its end' in why for _, why in images.skipped] == [True]
+    for data, why in ((flipped(whole, 3*sample + 3), 'bad checksum'), (whole[:3*sample] + bytes(512) + whole[3*sample + 512:], 'behind its end')):
+        for images in shards_as_they_come(tmp_path, liar, data): assert len(images) == 3 and [why in o for _, o in images.skipped] == [True]
+
+def test_the_name_of_a_member_of_a_shard_is_no_bomb(tmp_path):
+    "Nobody reads a name of 20 MB, packed into 20 kB"
+    with gzip.open(tmp_path/'0.tar', 'wb') as f, tarfile.open(fileobj=f, mode='w') as t:
+        t.addfile(tarfile.TarInfo('0.txt'))
+        t.addfile(tarfile.TarInfo('x'*20_000_000))
+    message = one_line(D.open_images, str(tmp_path/'{0..0}.tar'), 16)
+    assert 'a name or note in it takes 20.0 MB' in message
+
+def test_two_spaces_in_a_path_are_told_as_two(tmp_path):
+    "So what a refusal advises can be pasted; what breaks lines or steers a terminal is told as Python writes it"
+    message = one_line(P.LatentDiffusionPipeline.from_pretrained, tmp_path/'no  such\trun\x1b\n  here')
+    assert 'no  such\\trun\\x1b here' in message
 
 # --- a server
 
