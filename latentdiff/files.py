@@ -41,11 +41,12 @@ def _arriving(r): # an open HTTP response
 
 def _version(r): return r.headers.get('ETag') or r.headers.get('Last-Modified') or ''  # of the file behind a response
 
-def _goes_on(r, have, version): # a response; bytes and version of what is there
-    "Whether it is the rest of that, as it has to be if the server says 206"
-    start = re.match(r'bytes (\d+)-', r.headers.get('Content-Range', f'bytes {have}-'))
-    may_be_silent = not version.endswith('"')   # RFC 9110, 15.3.7: an ETag has to be repeated, a date need not be
-    return have and start and int(start[1]) == have and _version(r) in (version, '' if may_be_silent else version)
+def _goes_on(r, have, version, size): # a response; bytes and version of what is there; of the whole file, 0: not known
+    "The size of the whole file, if it is the rest of that one, as it has to be if the server says 206; else 0"
+    told = re.match(r'bytes (\d+)-\d+/(\d+|\*)$', r.headers.get('Content-Range', ''))
+    same = _version(r) in (version, version*version.endswith('"'))   # RFC 9110, 15.3.7: a date need not be repeated
+    total = (size if told[2] == '*' else int(told[2])) if have and told and int(told[1]) == have and same else 0
+    return total if size in (0, total) else 0
 
 def _opener(sockets):
     "One of urllib's, which puts the sockets it opens into a list"
@@ -82,30 +83,29 @@ def _patiently(sockets):
 
 def _fetch(url, part, tag):
     "Go on with `part`, if the server still has the file that `tag` names -> whether it is whole; raises `OSError`"
-    version = tag.read_text() if os.path.exists(part) and os.path.exists(tag) else ''
-    have = part.stat().st_size if version else 0
+    version, _, size = (tag.read_text() if os.path.exists(part) and os.path.exists(tag) else '').partition('\n')
+    have, size = part.stat().st_size if version else 0, int(size or 0)
     headers = {'User-Agent': 'latentdiff', **({'Range': f'bytes={have}-', 'If-Range': version} if have else {})}
     request, sockets = urllib.request.Request(quote(url, safe=string.punctuation), headers=headers), []
     with _patiently(sockets) as arrived, _opener(sockets).open(request, timeout=PATIENCE) as r:
-        if r.status == 200: have = 0                              # the server sends it all again
-        elif r.status != 206 or not _goes_on(r, have, version):
+        left = max(0, int(r.headers.get('Content-Length') or 0))
+        if r.status == 200: have, size = 0, left                  # the server sends it all again
+        elif r.status != 206 or not (size := _goes_on(r, have, version, size)):
             part.unlink(missing_ok=True)
             raise ConnectionError(f'the server sends no file, or the rest of another one (status {r.status})')
-        left = int(r.headers.get('Content-Length') or 0)
         enough(f'Downloading {url}', part, left)
         bar = Bar(-(-left >> 20), f'downloading {url} ({left/1e6:,.0f} MB)')
         with part.open('ab' if have else 'wb') as f:              # empty before it has another tag
-            tag.write_text(_version(r) or version*(have > 0))
+            tag.write_text(f'{_version(r) or version*(have > 0)}\n{size}')
             arrived()
             for b in _arriving(r):
                 f.write(b)
                 while bar.done < (f.tell() - have) >> 20: bar.step()
                 arrived()                                         # writing is no waiting
         bar.close()
-    got, whole = part.stat().st_size, re.search(r'/(\d+)$', r.headers.get('Content-Range', ''))
-    if left > 0 and got != have + left: raise ConnectionError(f'{got:,} of {have + left:,} bytes came')
-    if (more := have and whole and got < int(whole[1])) and got == have: raise ConnectionError(f'only {got:,} bytes')
-    return not more                                               # else it may send the rest in parts
+    got = part.stat().st_size
+    if left and got != have + left or got == have < size or got > size > 0: raise ConnectionError(f'{got:,} bytes came')
+    return got >= size                                            # else it may send the rest in parts
 
 def download(url, path): # http(s); where the file goes, whose folder is made
     "Download once: goes on where it broke off, appears in one step. Raises `UserError` when it cannot be had"
@@ -135,8 +135,8 @@ def _fetch_all(url, path, part, tag, tries=3):
         except (OSError, ValueError, OverflowError, http.client.HTTPException) as e:
             code, tries = getattr(e, 'code', None), tries - 1
             if getattr(e, 'errno', None) in FULL: raise
-            if code == 416 and os.path.exists(part): part.unlink()       # there is no such rest: begin afresh
-            elif code or not tries:
+            if code == 416 and tries > 0 and os.path.exists(part): part.unlink()   # there is no such rest: begin afresh
+            elif code or tries <= 0:
                 raise UserError(f'could not download {url} ({one_line(e)}): try later, or put it at {path}') from None
 
 # %% ../nbs/parts/files.ipynb #f014

@@ -50,7 +50,7 @@ class Files(http.server.BaseHTTPRequestHandler):
         tag, at = f'"{hashlib.md5(CONTENT).hexdigest()}"', 0
         if self.headers['If-Range'] == tag: at = int(self.headers['Range'][6:-1])
         self.send_response(206 if at else 200)
-        for k, v in (('ETag', tag), ('Content-Length', len(CONTENT) - at)): self.send_header(k, v)
+        for k, v in (('ETag', tag), ('Content-Length', len(CONTENT) - at), ('Content-Range', f'bytes {at}-{len(CONTENT) - 1}/{len(CONTENT)}'))[:3 if at else 2]: self.send_header(k, v)
         self.end_headers()
         self.wfile.write(CONTENT[at:])
     def log_message(self, *args): pass

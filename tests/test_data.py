@@ -53,6 +53,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         if start >= len(data): return self.send_error(416)
         self.send_response(206 if start else 200)
         self.send_header('Content-Length', str(len(data) - start))
+        if start: self.send_header('Content-Range', f'bytes {start}-{len(data) - 1}/{len(data)}')
         if s.tags: self.send_header('ETag', tag)
         self.end_headers()
         if s.cuts > 0: s.cuts, data = s.cuts - 1, data[:start + s.cut]

@@ -273,6 +273,7 @@ class Source:
                 at = int(self.headers['Range'][6:-1]) if self.headers['If-Range'] == '"v1"' else 0
                 self.send_response(206 if at else 200)
                 self.send_header('ETag', '"v1"')
+                if at: self.send_header('Content-Range', f'bytes {at}-{len(CONTENT) - 1}/{len(CONTENT)}')
                 if says: self.send_header('Content-Length', str(len(CONTENT) - at))
                 self.end_headers()
                 try: self.wfile.write(CONTENT[at:])

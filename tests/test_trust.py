@@ -648,6 +648,7 @@ def in_pieces(piece, pause=0., most=None):
         h.server.asked.append(start)
         h.send_response(206 if start else 200)
         for k, v in (('Content-Length', len(BODY) - start), ('ETag', '"v1"')): h.send_header(k, str(v))
+        if start: h.send_header('Content-Range', f'bytes {start}-{len(BODY) - 1}/{len(BODY)}')
         h.end_headers()
         rest = BODY[start:][:most]
         for i in range(0, len(rest), piece):
@@ -713,32 +714,35 @@ def test_a_slow_line_is_no_silent_server(liar, tmp_path, monkeypatch):
     liar.answer = in_pieces(1000, .03)
     assert F.download(f'http://127.0.0.1:{liar.server_port}/a.bin', tmp_path/'a.bin').read_bytes() == BODY and liar.asked == [0]
 
-@pytest.mark.parametrize('headers', [{'ETag': '"v2"'}, {'ETag': None}, {'Content-Range': 'bytes 0-'}, {'Content-Range': 'many'}], ids=str)
+@pytest.mark.parametrize('headers', [{'ETag': '"v2"'}, {'ETag': None}, {'Content-Range': 'bytes 0-'}, {'Content-Range': 'many'}, {'Content-Range': None},
+    {'Content-Range': f'bytes 4000-{len(BODY) - 1}/{len(BODY) + 1}'}], ids=str)
 def test_the_rest_of_another_file_is_not_put_behind_the_beginning_of_this(headers, liar, tmp_path):
     "A server that says 206, though its file has changed, or may have, or it begins somewhere else"
     def answer(h):
         rest = BODY[4000:] if 'Range' in h.headers else BODY
         h.send_response(206 if 'Range' in h.headers else 200)
-        for k, v in {'Content-Length': len(rest), 'ETag': '"v1"', **headers}.items():
+        right = {'Content-Range': f'bytes 4000-{len(BODY) - 1}/{len(BODY)}'} if 'Range' in h.headers else {}
+        for k, v in {'Content-Length': len(rest), 'ETag': '"v1"', **right, **headers}.items():
             if v: h.send_header(k, str(v))
         h.end_headers()
         h.wfile.write(rest)
     liar.answer = answer
     (tmp_path/'a.bin.part').write_bytes(bytes(4000))
-    (tmp_path/'a.bin.part.tag').write_text('"v1"')
+    (tmp_path/'a.bin.part.tag').write_text(f'"v1"\n{len(BODY)}')
     assert F.download(f'http://127.0.0.1:{liar.server_port}/a.bin', tmp_path/'a.bin').read_bytes() == BODY
 
 @pytest.mark.parametrize('named', [{'ETag': '"v1"'}, {'Last-Modified': 'Sat, 28 Nov 2026 09:00:00 GMT'}], ids=str)
+@pytest.mark.parametrize('total', [len(BODY), '*'])
 @pytest.mark.parametrize('most', [1000, 10**6], ids=['in parts', 'at once'])
-def test_the_rest_may_come_in_parts_and_without_its_date(named, most, liar, tmp_path):
-    "RFC 9110, 15.3.7: a server that was asked for all behind a byte may send less, and need not repeat the date of the file"
+def test_the_rest_may_come_in_parts_and_without_its_date(named, most, total, liar, tmp_path):
+    "RFC 9110, 15.3.7: a server that was asked for all behind a byte may send less, and need not repeat the date of the file, or its size"
     def answer(h):
         start = int(h.headers.get('Range', 'bytes=0-')[6:-1])
         end = min(start + most, len(BODY))
         h.server.asked.append(start)
         h.send_response(206 if start else 200)
         h.send_header('Content-Length', end - start if start else len(BODY))
-        if start: h.send_header('Content-Range', f'bytes {start}-{end - 1}/{len(BODY)}')
+        if start: h.send_header('Content-Range', f'bytes {start}-{end - 1}/{total}')
         for k, v in named.items():
             if not start or k == 'ETag': h.send_header(k, v)
         h.end_headers()
@@ -758,7 +762,21 @@ def test_a_server_that_sends_nothing_more_is_not_asked_for_ever(liar, tmp_path):
         h.end_headers()
         if not start: h.wfile.write(BODY[:4000])
     liar.answer = answer
-    assert 'only 4,000 bytes' in one_line(F.download, f'http://127.0.0.1:{liar.server_port}/a.bin', tmp_path/'a.bin') and liar.asked == [0, 4000, 4000]
+    assert '4,000 bytes came' in one_line(F.download, f'http://127.0.0.1:{liar.server_port}/a.bin', tmp_path/'a.bin') and liar.asked == [0, 4000, 4000]
+
+def test_a_server_that_has_no_rest_and_never_sends_it_all_is_not_asked_for_ever(liar, tmp_path):
+    def answer(h):
+        h.server.asked.append(int(h.headers.get('Range', 'bytes=0-')[6:-1]))
+        if h.server.asked[-1]: return h.send_error(416)
+        h.send_response(200)
+        h.send_header('ETag', '"v1"')
+        h.send_header('Content-Length', len(BODY))
+        h.end_headers()
+        h.wfile.write(BODY[:4000])
+    liar.answer = answer
+    for _ in range(2):   # the second finds what the first has left
+        assert 'could not download' in one_line(F.download, f'http://127.0.0.1:{liar.server_port}/a.bin', tmp_path/'a.bin')
+    assert len(liar.asked) < 10
 
 @pytest.mark.parametrize('answer', [(206, {'Content-Range': f'bytes 0-9/{len(BODY)}', 'Content-Length': '10'}, BODY[:10]), (204, {}, b'')], ids=['a part', 'nothing'])
 def test_what_nobody_asked_for_is_no_file(answer, liar, tmp_path):
