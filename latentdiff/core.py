@@ -12,8 +12,8 @@ __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT',
 
 # %% ../nbs/parts/core.ipynb #c004
 from .disk import NOWHERE, UserError, altered, check_unchanged, clear_away, content_of, contents_of, data_home
-from .disk import file_md5, of_this_version, on_disk, patience, place, rank, read_json, read_text, readable, remove
-from .disk import one_line, replace_folder, runs_home, there, utf8, whole_folder, world, write_json, write_whole
+from .disk import file_md5, of_this_version, on_disk, patience, place, printable, rank, read_json, read_text, readable
+from .disk import one_line, remove, replace_folder, runs_home, there, utf8, whole_folder, world, write_json, write_whole
 from .checks import checked, largest_divisor, multiples, not_finite, number, numbers # all are
 from .checks import one_of, positions, spread                                             # passed on
 import argparse, hashlib, importlib, json, os, sys, time, tomllib   # after disk, which minds Ctrl-C
@@ -352,9 +352,9 @@ def artefact(path, make,        # the folder; make(folder) fills one, maybe begu
     wrong = f'made with {differs}' if differs and not (remake or cheap) else ''
     if there and not old: wrong = 'not made by this version of latentdiff'
     if wrong: raise UserError(f'{path} was {wrong}: delete it to make it again, or choose another folder')
-    if differs: print(f'{path.name} was made with {differs}: it is brought up to date', flush=True)
+    if differs: print(printable(f'{path.name} was made with {differs}: it is brought up to date'), flush=True)
     lost = agreed(altered(path, old) if cheap and not differs else [])
-    if lost: print(f"{path.name} has lost {', '.join(lost)}, or they were changed: made again", flush=True)
+    if lost: print(printable(f"{path.name} has lost {', '.join(lost)}, or they were changed: made again"), flush=True)
     if differs or lost or not old:
         with locked(path.parent), on_disk(path):
             if lost and not rank() and not path.is_symlink(): _reopen(path, want, lost)   # a link is replaced
@@ -376,9 +376,9 @@ def _reopen(path, want, lost): # the names of its files that shall be made again
 def _begin(work, want):
     "An empty folder with a note of what it is for, unless an earlier call has begun just that"
     begun = read_json(work/'making.json', f'delete {work}') if os.path.isfile(work/'making.json') else None
-    if begun == want and not any(map(os.path.islink, [work, *work.rglob('*')])): return   # which would lead elsewhere
-    remove(work)
-    work.mkdir()
+    plain = lambda o: not o.is_symlink() and (o.is_file() or o.is_dir())   # a link leads elsewhere, a pipe waits
+    if begun == want and all(map(plain, [work, *work.rglob('*')])): return
+    remove(work), work.mkdir()
     write_json(work/'making.json', want)
 
 def _make(path, make, want):

@@ -80,9 +80,8 @@ def printable(text):
 
 class UserError(ValueError):
     "Something the reader can mend; the message is one line that says what to do, where no word fills the screen"
-    def __str__(self):
-        words = re.split('( +)', printable(super().__str__()))   # two spaces in the name of a file stay two
-        return ''.join(o if len(o) < 400 else f'{o[:200]}...{o[-60:]}' for o in words)
+    def __str__(self): # no quote is cut out, so that what is pasted into a shell stays one word
+        return re.sub(r"[^ '\"]{400,}", lambda m: f'{m[0][:200]}...{m[0][-60:]}', printable(super().__str__()))
 
 def _home(name, usual):
     told = os.environ.get(name) or usual
@@ -207,7 +206,7 @@ def reserve(path, size): # of a file; bytes
     "Give it so many bytes on the disk now: a memory map of a file with holes dies with SIGBUS where the disk is full"
     if rank(): return
     with on_disk(path, size), open(path, 'r+b' if os.path.exists(path) else 'w+b') as f:
-        had, full = os.path.getsize(path), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        had, full = f.truncate(min(os.path.getsize(path), size)), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if size - had > room_at(path)[0]: raise full
         try: hasattr(os, 'posix_fallocate') and os.posix_fallocate(f.fileno(), 0, size)
         except OSError:

@@ -22,7 +22,7 @@ from filelock import FileLock
 from .core import DATASETS, Bar, UserError, content_of, data_home, fingerprint, progress, rank, whole_folder
 from .core import checked, number, one_of
 from .disk import FULL, clear_away, enough, matching, name_below, no_file, on_disk, one_line
-from .disk import patience, place, size_of, there
+from .disk import patience, place, printable, size_of, there
 
 # %% ../nbs/parts/files.ipynb #f007
 def is_url(o): return str(o).lower().startswith(('http://', 'https://'))
@@ -142,9 +142,9 @@ def _fetch_all(url, path, part, tag, tries=3):
 # %% ../nbs/parts/files.ipynb #f014
 class _Header(tarfile.TarInfo):
     "A member's head, whose long name and notes tarfile reads whole, before anybody could look at their size"
-    def _proc_member(self, tar): # what subclasses are to override, says tarfile
-        if self.type not in b'LKxgX' or self.size < 1 << 20: return super()._proc_member(tar)
-        raise UserError(f'a name or note in it takes {size_of(self.size)}: pack it again with other names')
+    def _proc_member(self, t): # what subclasses are to override, says tarfile; notes for all that follow add up
+        if self.type not in b'LKxgX' or self.size < 1 << 14 and len(t.pax_headers) < 100: return super()._proc_member(t)
+        raise UserError(f'a name or note in it takes {size_of(self.size)}, or there are many: pack it again without')
 
     @classmethod
     def fromtarfile(cls, tar): # a head that is none would be taken for the end, and all behind it would be lost
@@ -159,8 +159,7 @@ class _Header(tarfile.TarInfo):
 def _members(archive):
     "Yield (name, bytes, open file, None for links and folders) from a tar or zip; `UserError` for a path out of it"
     def check(name, target=''):
-        path = os.path.normpath(os.path.join(os.path.dirname(name), target)) if target else name.replace('\\', '/')
-        p = PurePosixPath(path)
+        p = PurePosixPath(os.path.normpath(os.path.join(name, '..', target)) if target else name.replace('\\', '/'))
         if len(p.parts) > 100: raise RecursionError   # further down nothing could be found again
         if p.is_absolute() or '..' in p.parts or name[1:2] == ':':
             raise UserError(f"{archive.name} holds '{name}', a path out of its folder: not unpacked, do not trust it")
@@ -180,10 +179,11 @@ def _members(archive):
                 check(m.name, m.linkname if m.issym() else '')
                 links += m.issym() or m.islnk()
                 yield m.name, m.size, t.extractfile(m) if m.isreg() else None
+                t.members.clear()   # else it keeps them all, with their notes
             while rest := t.fileobj.read(1 << 20):   # zeros; the checksum of a .tgz is its last word
                 if rest.strip(b'\0'): raise tarfile.ReadError('something lies behind its end')
                 yield '', len(rest), None
-    if links: print(f'{archive.name}: {links:,} links are left out: tar -h --hard-dereference packs files', flush=True)
+    if links: print(f'{printable(archive.name)}: {links:,} links are left out: tar -h --hard-dereference packs files')
 
 # %% ../nbs/parts/files.ipynb #f016
 ARCHIVES = ('.tgz', '.tar.gz', '.tar', '.zip')
@@ -333,10 +333,10 @@ def captions_in(folder):
                     more += bool(said and found.get(of) and said != found[of])
                     found[of] = found.get(of) or said
             if columns and not {'text', 'caption'} & {*columns}:
-                print(f"{path} has no column text or caption, only {', '.join(map(repr, columns)):.200}", flush=True)
+                print(printable(f"{path} has no column text or caption, only {', '.join(map(repr, columns)):.200}"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as e:
             raise UserError(f'{path} is no table with file_name and text ({one_line(e)}): mend or remove it') from None
-    if more: print(f'{folder}: {more:,} captions are of a picture that has another one: its first is taken', flush=True)
+    if more: print(f'{printable(str(folder))}: {more:,} captions are of a picture that has another: its first is taken')
     return found
 
 # %% ../nbs/parts/files.ipynb #f031
@@ -446,14 +446,14 @@ def shard_names(spec, seed=0):
 
 # %% ../nbs/parts/files.ipynb #f041
 def _shard_files(shard, broken, errors): # ...; a list, to which is added what has ended it; what that may be
-    "Yield (name, open file) from a tar, packed or not, as it comes"
+    "Yield (name, open file) from a tar, as it comes; a packed one counts as damaged: no sums would be checked"
     from datasets.utils.file_utils import xopen   # tries again where a line breaks
     try:
-        with xopen(shard, 'rb', block_size=0) as f, tarfile.open(fileobj=f, mode='r|*', tarinfo=_Header) as t:
+        with xopen(shard, 'rb', block_size=0) as f, tarfile.open(fileobj=f, mode='r|', tarinfo=_Header) as t:
             for m in t:
                 if m.isreg() and not PurePosixPath(m.name).name.startswith(('.', '__')): yield m.name, t.extractfile(m)
-                t.members.clear()   # else it keeps them all
-            for rest in iter(lambda: t.fileobj.read(1 << 20), b''):
+                t.members.clear()
+            for rest in itertools.islice(iter(lambda: t.fileobj.read(1 << 20), b''), 64):   # a server may never end
                 if rest.strip(b'\0'): raise tarfile.ReadError('something lies behind its end')
     except errors as e: broken.append(e)
 

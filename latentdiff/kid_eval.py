@@ -23,7 +23,7 @@ from torcheval.metrics.toolkit import get_synced_metric
 from torchvision.transforms.functional import gaussian_blur
 from .core import UserError, artefact, checked, data_home, default_device, load_component, number, one_of
 from .core import AsGiven, place, positions, progress, save_component, share, spread, stream, world
-from .data import check_images, from_uint8, kind_of, like, to_uint8
+from .data import check_images, from_uint8, is_floats, kind_of, like, to_uint8
 from .training import DeviceLoader, Learner, fit_steps
 from .autoencoder import as_double, efficientnet_lite0
 
@@ -85,7 +85,7 @@ def kid_variance(ra, qa, rb, qb, # row sums and squares within the first set, wi
 # %% ../nbs/50_kid_eval.ipynb #c033
 def finite(x, name='features'): # features (n,d); what they are called
     "The same features, if all of them are finite numbers"
-    if not torch.is_tensor(x) or x.ndim != 2 or not x.is_floating_point():
+    if not is_floats(x) or x.ndim != 2:
         raise UserError(f'{name} are {kind_of(x)}: give features (n,d), floats, as the function features makes them')
     bad = (~(x.abs() < 1e12)).any(1).sum().item()   # which leaves room for the sixth power
     if bad: raise UserError(f'{name}: {bad} of {len(x)} images have features that are not finite, or vast: see why')

@@ -46,7 +46,7 @@ class DeviceLoader(DataLoader):
                  bs=64, shuffle=False,  # batch size, at most n; a new order each epoch, and whole batches only
                  flip=False, crop=0,    # mirror half of the pictures; move each by up to so many pixels, see `shifted`
                  seed=None, device=None, transform=None): # None: torch's; None: the GPU if any; called with x on it
-        if not all(map(torch.is_tensor, (x, *ys))) or not x.numel() or any(y.shape[:1] != x.shape[:1] for y in ys):
+        if not all(map(torch.is_tensor, (x, *ys))) or not x.ndim*x.numel() or {y.shape[:1] for y in ys} - {x.shape[:1]}:
             kinds = ', '.join(map(kind_of, (x, *ys)))
             raise UserError(f'x and what belongs to it are {kinds}: give tensors of one length')
         if crop: number(0, min(x.shape[-2:]) - 1, crop=crop)

@@ -839,8 +839,13 @@ def test_truncated_shards(tmp_path):
         assert images.captions == [f'room {i}' for i in range(n)] + ['room 10', 'room 11'] and n <= 6
         assert images.skipped, f'a shard cut after {keep} bytes is called whole'
 
-def test_zipped_shards(tmp_path):
-    for mode in ('w:gz', 'w'): assert len(open_images(shards_of(tmp_path/'s', [files_of(3)], mode), 16)) == 3
+def test_packed_shards_are_damaged_ones(tmp_path):
+    "tarfile reads them as a stream without looking at their checksums, and no further than their first part"
+    shards_of(tmp_path/'s', [files_of(3)])
+    spec = shards_of(tmp_path/'s', [files_of(3), files_of(3, 3)])
+    (tmp_path/'s'/'00000.tar').write_bytes(tar_of(files_of(3), 'w:gz'))
+    images = open_images(spec, 16)
+    assert images.captions == ['room 3', 'room 4', 'room 5'] and ['damaged' in why for _, why in images.skipped] == [True]
 
 def test_shards_over_http(server, tmp_path, home):
     shards_of(tmp_path/'s', [files_of(3), files_of(3, 3)])
