@@ -67,8 +67,7 @@ def conv_decoder(cin, widths, patch, depth, cout): # latent channels; as the enc
 # %% ../nbs/10_autoencoder.ipynb #c019
 def as_double(x):
     "`x` in float64, on the CPU if its device has none"
-    like(x=x)
-    return (x.cpu() if x.device.type == 'mps' else x).double()
+    return (x.cpu() if like(x=x).device.type == 'mps' else x).double()
 
 class PSNR(Mean):
     "Peak signal-to-noise ratio in dB, pooled: from one mean squared error over everything seen"
@@ -545,6 +544,7 @@ def hinge_loss(real, fake): # logits of real pictures; of reconstructions
 def adaptive_weight(rec, adv, last, eps=1e-4, most=1e4): # two losses; the last layer's weight
     "How many times larger the gradient of `rec` is, at the last layer (Esser et al. 2021, eq. 7)"
     like(rec=rec, adv=adv), like(last=last)
+    if not all(o.requires_grad for o in (rec, adv, last)): raise UserError('rec, adv and last must have gradients')
     a, b = (torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (rec, adv))
     return (a/(b + eps)).clamp(max=most)
 

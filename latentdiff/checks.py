@@ -29,7 +29,7 @@ def positions(n=None, **given): # how many there are, None: no end; an argument 
     "An int64 array of them, where -1 becomes the last; raises `UserError` for what is no position"
     (k, v), = given.items()
     try: a = np.asarray(v)
-    except ValueError: a = np.empty(())   # lists of different lengths
+    except (ValueError, TypeError, RuntimeError): a = np.empty(())   # lists of different lengths
     if a.ndim == 1 and (not a.size or a.dtype.kind in 'iu' and -(n or 0) <= a.min() <= a.max() < (n or math.inf)):
         return a.astype(np.int64) % (n or 2**63 - 1)
     raise UserError(f"{k} is {' '.join(repr(v).split())[:80]}: give whole numbers from 0 to {(n or math.inf) - 1}")
@@ -90,7 +90,7 @@ def numbers(n, low=-math.inf, **given): # how many; what they exceed; one argume
     "A list of `n` finite floats; raises `UserError` for anything else"
     (k, v), = given.items()
     try: a = np.asarray(v.tolist() if hasattr(v, 'tolist') else v, float)
-    except (TypeError, ValueError): a = np.empty(0)
+    except (TypeError, ValueError, RuntimeError): a = np.empty(0)
     if a.shape == (n,) and np.isfinite(a).all() and (a > low).all(): return a.tolist()
     above = f' above {low:g}' if low > -math.inf else ''
     raise UserError(f'{k} is {v!r:.80}: give {n} finite numbers{above}')

@@ -434,7 +434,8 @@ def refused(e): # an exception
         sys.stderr = sys.__stderr__   # the first process, which speaks, may be the one that has gone
         said = f'another of the {world()} processes has ended: what is finished is kept'
         return UserError(f'{said}, and the same command goes on from there')
-    if isinstance(e, MemoryError) or isinstance(e, RuntimeError) and re.search('allocate|out of memory', str(e)):
+    starved = 'allocate|out of memory|bad_alloc|could not (create|execute) a (primitive|memory)'   # torch, oneDNN
+    if isinstance(e, MemoryError) or isinstance(e, RuntimeError) and re.search(starved, str(e)):
         return UserError('the memory does not suffice: ask for fewer or smaller images, or for fewer at a time')
     if isinstance(e, RuntimeError) and 'start new thread' in str(e):
         return UserError('no further thread may be started here: raise the limit of processes, as with ulimit -u')

@@ -23,7 +23,7 @@ from torcheval.metrics.toolkit import get_synced_metric
 from torchvision.transforms.functional import gaussian_blur
 from .core import UserError, artefact, checked, data_home, default_device, load_component, number, one_of
 from .core import AsGiven, place, positions, progress, save_component, share, spread, stream, world
-from .data import check_images, from_uint8, is_floats, kind_of, like, to_uint8
+from .data import check_images, from_uint8, is_floats, is_plain, kind_of, like, to_uint8
 from .training import DeviceLoader, Learner, fit_steps
 from .autoencoder import as_double, efficientnet_lite0
 
@@ -31,7 +31,7 @@ from .autoencoder import as_double, efficientnet_lite0
 def poly_kernel(x, y): # features (m,d), (n,d) -> kernel values (m,n)
     "KID's kernel, (x·y/d + 1)^3 for every pair of rows (Bińkowski et al. 2018, section 3.1)"
     like(True, x=x, y=y)
-    return (x @ y.T / x.shape[1] + 1)**3
+    return (x @ y.to(x).T / x.shape[1] + 1)**3
 
 # %% ../nbs/50_kid_eval.ipynb #c023
 def kernel_sums(x,          # features (m,d)
@@ -234,7 +234,7 @@ def nearest_neighbours(fake,  # (n,d) features, or images of any one range, whic
                        k=1, block=256):
     "Indices and Euclidean distances, each (n,k), of the k nearest training items, nearest first"
     for name, o in dict(fake=fake, train=train).items():
-        fits = torch.is_tensor(o) and o.ndim > 1 and len(o) and kind_of(o[:1]) == kind_of(fake[:1])
+        fits = is_plain(o) and o.ndim > 1 and len(o) and kind_of(o[:1]) == kind_of(fake[:1])
         if fits and o.isfinite().all(): continue
         raise UserError(f'{name} is {kind_of(o)}: give two sets of one kind and shape, all finite')
     number(1, len(train), k=k), number(1, 2**20, block=block)

@@ -9,13 +9,14 @@ __all__ = ['muon', 'orthogonalise', 'moves', 'Muon']
 import torch
 from functools import partial
 from .checks import number
+from .data import is_floats
 from .disk import UserError
 from fastai.basics import OptimWrapper
 
 # %% ../nbs/parts/muon.ipynb #n001
 def orthogonalise(x, coefs=(3.4445, -4.775, 2.0315), steps=5): # matrices (n,r,c); of the polynomial; how often
     "Nearly the same matrices with all singular values one ('Muon', Jordan et al. 2024)"
-    if not torch.is_tensor(x) or x.ndim != 3: raise UserError(f'x is {x!r:.80}: give matrices, a tensor (n,r,c)')
+    if not is_floats(x) or x.ndim != 3: raise UserError(f'x is {x!r:.80}: give matrices, a tensor (n,r,c)')
     number(0, 1000, steps=steps)
     if x.shape[1] > x.shape[2]: return orthogonalise(x.mT, coefs, steps).mT
     x = x/(x.norm(dim=(1, 2), keepdim=True) + 1e-7)

@@ -18,7 +18,7 @@ from fastai.basics import Callback, Path, patch
 from .autoencoder import fit_bs
 from .core import UserError, agreed, artefact, check_contents, checked, default_device, fingerprint, first_ahead
 from .core import made, number, numbers, one_of, positions, progress, read_json, sealed, share, spread, stream, unsealed
-from .data import CROPS, FEW, all_finite, cropped, from_uint8, kind_of, leeway, like
+from .data import CROPS, FEW, all_finite, cropped, from_uint8, is_plain, is_real, kind_of, leeway, like
 from .disk import NOWHERE, on_disk, place, rank, remove, reserve, world, write_json
 
 # %% ../nbs/20_noisify.ipynb #c076
@@ -67,6 +67,7 @@ TIMES = 'uniform', 'logit_normal', 'edm'
 def _as_level(t, low=0, high=1, name='t'): # float or tensor; what a float may be; what it is called
     "`t` as a tensor: float64 if it is one, else float32 (half precision cannot tell one level from the next)"
     if not torch.is_tensor(t) and not np.ndim(t): number(low, high, whole=False, **{name: t})
+    if torch.is_tensor(t) and not is_real(t): raise UserError(f'{name} is {kind_of(t)}: give a number, or several')
     if isinstance(t, (list, tuple)): numbers(len(t), **{name: t})
     t = t if (t := torch.as_tensor(t)).dtype==torch.float64 else t.float()
     try: seen = [] if torch.compiler.is_compiling() or not t.is_cpu else [o.item() for o in t.aminmax()]
@@ -176,7 +177,7 @@ def check_latents(look=True, **given): # at the values too (on the CPU only)? te
 # %% ../nbs/20_noisify.ipynb #c111
 def bcast(v, x): # (b,) or a scalar tensor, and (b,...) -> (b,1,...,1), or the scalar
     "Per-sample numbers, shaped to multiply the batch `x`"
-    if not (torch.is_tensor(v) and torch.is_tensor(x)):
+    if not (is_plain(v) and is_plain(x)):
         raise UserError(f'v is {kind_of(v)}, x is {kind_of(x)}: give tensors, numbers for a batch')
     return v.reshape(v.shape + (1,)*(x.ndim-v.ndim)) if v.ndim else v
 
@@ -193,8 +194,7 @@ def _levels_of(t, x): # what stands for levels; the batch they are for
 @patch
 def add_noise(self:Process, x0, eps, t): # clean latents (b,...) of std 1, noise like them, levels (b,) or one -> x_t
     "x_t = alpha(t) x0 + sigma(t) eps"
-    like(x0=x0, eps=eps)
-    a,s = self.levels(_levels_of(t, x0))
+    a,s = self.levels(_levels_of(t, like(x0=x0, eps=eps)))
     return mix(a, x0, s, eps)
 
 # %% ../nbs/20_noisify.ipynb #c113

@@ -18,7 +18,7 @@ from fastai.basics import AvgSmoothLoss, Callback, CancelFitException, DataLoade
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from .core import UNFIT, UserError, agreed, default_device, fingerprint, first_ahead, not_finite, number
 from .core import checked, largest_divisor, rank, read_weights, sealed, stream, world, write_whole
-from .data import from_uint8, kind_of, like, shifted, show_images
+from .data import from_uint8, is_plain, kind_of, like, shifted, show_images
 from .disk import crc_of, enough, lies_in, make_in, matching, own_folder, readable
 from .muon import Muon, muon, orthogonalise   # other modules ask for them here
 
@@ -46,7 +46,7 @@ class DeviceLoader(DataLoader):
                  bs=64, shuffle=False,  # batch size, at most n; a new order each epoch, and whole batches only
                  flip=False, crop=0,    # mirror half of the pictures; move each by up to so many pixels, see `shifted`
                  seed=None, device=None, transform=None): # None: torch's; None: the GPU if any; called with x on it
-        if not all(map(torch.is_tensor, (x, *ys))) or not x.ndim*x.numel() or {y.shape[:1] for y in ys} - {x.shape[:1]}:
+        if not all(map(is_plain, (x, *ys))) or not x.ndim*x.numel() or {y.shape[:1] for y in ys} - {x.shape[:1]}:
             kinds = ', '.join(map(kind_of, (x, *ys)))
             raise UserError(f'x and what belongs to it are {kinds}: give tensors of one length')
         if crop: number(0, min(x.shape[-2:]) - 1, crop=crop)

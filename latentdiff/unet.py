@@ -18,7 +18,7 @@ from .core import UNFIT, WEIGHTS, UserError, artefact, default_device, fingerpri
 from .core import checked, multiples, network_config, number, positions, save_component
 from .core import AsGiven, place, spread, world, write_json
 from .disk import check_unchanged, one_line
-from .data import all_finite, kind_of, like
+from .data import all_finite, is_floats, is_real, kind_of, like
 from .training import Checkpoint, DeviceLoader, EMA, Graphed, Learner, fit_steps, largest_divisor
 from .training import mixed_precision, muon, zero_init
 from .noisify import NoisifyCB, Process, check_latents, load_process, mend_process, save_process
@@ -27,7 +27,8 @@ from .noisify import NoisifyCB, Process, check_latents, load_process, mend_proce
 def timestep_embedding(time, dim): # (b,) `process.time_input(t)`; length of the embedding, even
     "Sinusoidal embedding (b, dim) of the noise level, cosines, then sines ('Attention is all you need', section 3.5)"
     multiples(2, dim=number(2, 10**5, dim=dim))
-    if not torch.is_tensor(time) or time.ndim != 1: raise UserError(f'time is {kind_of(time)}: give (b,) numbers')
+    if not is_real(time) or time.ndim != 1:
+        raise UserError(f'time is {kind_of(time)}: give (b,) numbers')
     freqs = torch.exp(-math.log(10000)*torch.arange(dim//2, device=time.device, dtype=torch.float32)/(dim//2))
     angles = time.float()[:, None] * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -167,7 +168,7 @@ def check_unet(in_channels, out_channels, widths, depth, attn_levels, head_dim, 
 
 def check_noisy(x, time, weight, of=1, timed=True): # as a network takes them; of its first layer; divides sides
     "Raises `UserError` for what the network cannot look at"
-    c, n, there = weight.shape[1], weight.ndim, torch.is_tensor(x) and x.is_floating_point()
+    c, n, there = weight.shape[1], weight.ndim, is_floats(x)
     if not (there and x.ndim == n and x.shape[1] == c and len(x)) or (
             x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)):
         shape = {2: f'(b, {c}), flat', 3: f'(b, {c}, n)', 4: f'(b, {c}, h, w)'}[n]
@@ -176,7 +177,7 @@ def check_noisy(x, time, weight, of=1, timed=True): # as a network takes them; o
         raise UserError(f'x is {kind_of(x)}: give {weight.dtype} {shape}{hint}')
     multiples(of, sides=tuple(x.shape[2:]))
     if not timed: return   # it does not look at the time
-    if torch.is_tensor(time) and time.shape[1:] in ((), (2,)) and time.ndim and len(time) in (1, len(x)): return
+    if is_real(time) and time.shape[1:] in ((), (2,)) and time.ndim and len(time) in (1, len(x)): return
     raise UserError(f'time is {kind_of(time)}: give one number for each latent, as process.time_input makes them')
 
 # %% ../nbs/30_unet.ipynb #c056
@@ -366,7 +367,7 @@ def loss_by_level(net, process, z, # denoiser, Process, (n, c, h, w) latents the
     n_levels=20, seed=0 # noise levels, the middles of equal slices of (0, 1); of the noise, the same at every level
 ): # t (n_levels,), mean squared error (n_levels,), both on the CPU
     "Where on the way from image to noise the predictions are poor"
-    all_finite(z=like(z=z)), number(1, 10**5, n_levels=n_levels), checked(process=process, denoiser=net)
+    all_finite(z=like(True, z=z)), number(1, 10**5, n_levels=n_levels), checked(process=process, denoiser=net)
     z = z.to(next(net.eval().parameters()).device)
     eps = torch.randn(z.shape, generator=torch.Generator().manual_seed(number(seed=seed))).to(z.device)
     ts, losses = (torch.arange(n_levels) + .5)/n_levels, []

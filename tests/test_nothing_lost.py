@@ -1218,3 +1218,7 @@ def test_an_array_whose_header_is_no_end_of_brackets(tmp_path):
         head = text.ljust(len(text) + 64 - (len(text) + 11) % 64) + b'\n'
         with zipfile.ZipFile(tmp_path/'a.npz', 'w') as z: z.writestr('arr_0.npy', b'\x93NUMPY\x01\x00' + len(head).to_bytes(2, 'little') + head)
         assert 'cannot be read as .npz' in one_line(lambda: npz_pixels(tmp_path/'a.npz'))
+
+@pytest.mark.parametrize('said', ['could not create a primitive', 'std::bad_alloc', 'DefaultCPUAllocator: can\'t allocate memory', 'CUDA out of memory. Tried to'])
+def test_memory_that_runs_out_in_a_library_is_told_as_that(said):
+    assert 'the memory does not suffice' in str(disk.refused(RuntimeError(said))) and disk.refused(RuntimeError('shapes differ')) is None

@@ -76,7 +76,7 @@ CALLS = {
     **each(A.psnr, 'x', FEATS[0], y=FEATS[0], says='x is torch.float32 (8,)'),
     **each(D.like, 'x', *ODD), **each(D.as_images, 'x', *ODD), **each(D.check_images, 'x', *ODD, says='images are'), **each(A.psnr, 'y', *ODD, x=X), **each(FLOW.add_noise, 'x0', *ODD, eps=X, t=torch.rand(6)),
     **each(K.nearest_neighbours, 'fake', FEATS[0], FEATS[0, 0], train=FEATS),
-    **each(FLOW.noisify, 'x0', X[0, 0, 0, 0], *ODD), **each(C.spread, 'items', X[0, 0, 0, 0], n=2), **each(T.DeviceLoader, 'x', X[0, 0, 0, 0]), **each(K.kid, 'a', FEATS.to_sparse(), FEATS.to(torch.float8_e4m3fn), b=FEATS, says='features are'),
+    **each(FLOW.noisify, 'x0', *ODD), **each(U.loss_by_level, 'z', X[0, 0, 0, 0], *ODD, net=U.UNet(3, widths=(8,), attn_levels=()), process=FLOW), **each(A.adaptive_weight, 'adv', torch.tensor(1.), rec=X.clone().requires_grad_().sum(), last=X, says='must have gradients'), **each(U.timestep_embedding, 'time', *ODD, X[:, 0, 0, 0].to(torch.complex64), dim=8), **each(FLOW.levels, 't', torch.rand(3).to_sparse(), torch.rand(3).to(torch.complex64)), **each(muon.orthogonalise, 'x', X[0].bool(), X[0].to_sparse()), **each(C.spread, 'items', X[0, 0, 0, 0], n=2), **each(T.DeviceLoader, 'x', X[0, 0, 0, 0]), **each(K.kid, 'a', FEATS.to_sparse(), FEATS.to(torch.float8_e4m3fn), b=FEATS, says='features are'),
     **each(A.psnr, 'y', None, X[:1], X[:, :1], PX, x=X), **each(A.psnr, 'x', PX, y=PX), **each(A.ssim, 'y', X[:1], X[:, :1], PX, x=X),
     **each(A.KLAutoencoder, 'widths', (12,), (0,), 'a', says='width'), **each(A.KLAutoencoder, 'patch', 0, -1, 1.5, 'a'),
     **each(A.KLAutoencoder, 'latent_channels', 0, -1, 1.5, 'a'), **each(A.KLAutoencoder, 'in_channels', 0, 'a'),
