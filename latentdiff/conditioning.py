@@ -21,7 +21,7 @@ from fastai.basics import DataLoaders, Path
 from .core import UNFIT, AsGiven, UserError, checked, find_class, fingerprint, multiples, number, progress, stream
 from .core import positions, write_json
 from .training import DeviceLoader, Learner, adamw, fit_steps, largest_divisor, rows_of, zero_init
-from .data import all_finite, as_images, check_images, kind_of, like
+from .data import all_finite, as_images, check_images, is_floats, is_plain, kind_of, like
 from .disk import one_line
 from .unet import UNet, make_denoiser, unet_for
 
@@ -79,7 +79,7 @@ class ConditionalUNet(UNet):
         "The tokens (b, 1+n, dim) that places can look at, the null token first, and their mask"
         null = self.null.expand(b, -1, -1)
         if cond is None: return self.norm(null), None
-        if not torch.is_tensor(cond) or cond.ndim != 3 or (len(cond), cond.shape[2]) != (b, null.shape[2]):
+        if not is_floats(cond) or cond.ndim != 3 or (len(cond), cond.shape[2]) != (b, null.shape[2]):
             raise UserError(f'the condition must be tokens ({b}, n, {null.shape[2]}), not {kind_of(cond)}')
         if mask is None: mask = cond.new_ones(cond.shape[:2], dtype=torch.bool)
         if kind_of(mask) != f'torch.bool {tuple(cond.shape[:2])}':
@@ -254,7 +254,7 @@ def train_reader(pixels, codes, # (n, c, h, w) uint8, real images; (n, factors) 
                  epochs=6, lr=3e-3, seed=0): # passes, the highest learning rate, of weights and order
     "A `FactorReader` that has seen real images only"
     n = len(check_images(pixels, name='pixels'))
-    whole = torch.is_tensor(codes) and codes.dtype == torch.int64 and codes.ndim == 2 and len(codes) == n
+    whole = is_plain(codes) and codes.dtype == torch.int64 and codes.ndim == 2 and len(codes) == n
     if not whole or codes.min() < 0:
         raise UserError(f'codes is {kind_of(codes)}: give int64 ({n}, factors), 0 or more')
     torch.manual_seed(number(-2**63, 2**63 - 1, seed=seed))

@@ -30,7 +30,7 @@ from .rooms import ROOM_FACTORS, draw_rooms, room_caption, room_codes
 # %% ../nbs/00_data.ipynb #c023
 def to_uint8(images): # (b,c,h,w) or (c,h,w) float in [-1,1], c 1 or 3
     "Pixels for people and metrics: uint8 (b,3,h,w), rounded and clamped, grey repeated. The one place this is done"
-    images = check_images(images[None] if getattr(images, 'ndim', 0) == 3 else images, most=1e30, uint8=False)
+    images = check_images(images[None] if is_plain(images) and images.ndim == 3 else images, most=1e30, uint8=False)
     pixels = (images.detach().float()*127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
     return pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
 
@@ -42,7 +42,7 @@ def from_uint8(pixels): # uint8, any shape
 
 def as_images(x, device=None): # uint8 pixels, or float images in [-1,1]; None: where x is
     "Float32 images in [-1,1] on the device, from either"
-    if getattr(x, 'dtype', None) != torch.uint8: all_finite(x=like(x=x))
+    if not is_plain(x) or x.dtype != torch.uint8: all_finite(x=like(x=x))
     x = x.to(default_device(device)) if device is not None else x
     return from_uint8(x) if x.dtype == torch.uint8 else x.float()
 

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from .core import AsGiven, UserError, checked, multiples, number
-from .data import kind_of
+from .data import is_plain, kind_of
 from .training import largest_divisor, seconds_per_step, zero_init
 from .unet import Downsample, SelfAttention, TimeMLP, check_noisy
 
@@ -134,7 +134,7 @@ class SegNet(Denoiser):
 # %% ../nbs/35_denoisers.ipynb #c038
 def as_sequence(x): # (b, d), (b, c, n) or (b, c, h, w) -> (b, 1, d), (b, c, n) or (b, c, h*w)
     "The latent as a sequence: a flat one gets one channel, the rows of an image follow one another"
-    if not torch.is_tensor(x) or x.ndim < 2: raise UserError(f'x is {kind_of(x)}: give a batch of latents')
+    if not is_plain(x) or x.ndim < 2: raise UserError(f'x is {kind_of(x)}: give a batch of latents')
     return x[:, None] if x.ndim == 2 else x.flatten(2)
 
 class SequenceDenoiser(Denoiser):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 import numpy as np, torch
 from .core import Bar, UserError, checked, default_device, gathered, number, share, world
-from .data import all_finite, kind_of, like
+from .data import all_finite, is_plain, kind_of, like
 from .noisify import check_latents, check_level
 
 # %% ../nbs/40_sampling.ipynb #c011
@@ -302,7 +302,7 @@ def inpaint(net, process, z, # z: (b, ...) standardised latents, known where `ma
             steps=50, repeats=5, seed=0): # repeats: how often each step is taken; 1 leaves seams
     "`z` with the masked part redrawn to fit the rest: RePaint (2201.09865), algorithm 1"
     check_latents(z=z), number(1, 10**4, repeats=repeats)
-    fits = torch.is_tensor(mask) and mask.dtype == torch.bool and mask.ndim <= z.ndim
+    fits = is_plain(mask) and mask.dtype == torch.bool and mask.ndim <= z.ndim
     if not fits or any(m not in (1, o) for m, o in zip(mask.shape[::-1], z.shape[::-1])):
         raise UserError(f'mask is {kind_of(mask)}: give bool, True where to draw, that goes with {kind_of(z)}')
     ts, gens = time_steps(process, steps), generators(seed, len(z))

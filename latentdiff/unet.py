@@ -18,7 +18,7 @@ from .core import UNFIT, WEIGHTS, UserError, artefact, default_device, fingerpri
 from .core import checked, multiples, network_config, number, positions, save_component
 from .core import AsGiven, place, spread, world, write_json
 from .disk import check_unchanged, one_line
-from .data import all_finite, is_floats, is_real, kind_of, like
+from .data import all_finite, is_floats, is_plain, is_real, kind_of, like
 from .training import Checkpoint, DeviceLoader, EMA, Graphed, Learner, fit_steps, largest_divisor
 from .training import mixed_precision, muon, zero_init
 from .noisify import NoisifyCB, Process, check_latents, load_process, mend_process, save_process
@@ -308,7 +308,7 @@ def denoiser_learner(net, process, # denoiser: net(x_t, time) -> prediction; the
     device = default_device(device)
     checked(net=net, process=process)
     for k, z in dict(z_train=z_train, z_valid=z_valid).items():
-        if torch.is_tensor(z) and not len(z): raise UserError('no latents to train on or hold out: encode more images')
+        if is_plain(z) and z.ndim and not len(z): raise UserError('no latents to train on, or to hold out: encode more')
         check_latents(world() == 1, **{k: z})   # of several processes all shall stop: `fit_steps` looks at the loss
     train = DeviceLoader(z_train, *y_train, bs=bs, shuffle=True, flip=flip, seed=seed, device=device)
     valid = DeviceLoader(*(spread(o, 1000) for o in (z_valid, *y_valid)), bs=2*bs, device=device)
