@@ -164,8 +164,8 @@ def on_disk(path, size=None, more=()): # as above; bytes, None: not known; other
             needs = f'{size_of(size)} to be written, ' if size else ''
             count = os.statvfs(there) if hasattr(os, 'statvfs') else None
             none = count and count.f_files and not count.f_favail   # where files are counted, as they are not by btrfs
-            left = 'no more files are' if none else size_of(free)
-            why, do = f'{why}; {needs}{left} free in {there}', 'make room and repeat the command, or '
+            why = f"{why}; {needs}{'no more files are' if none else size_of(free)} free in {there}"
+            do = 'make room and repeat the command, or ' if e.errno != errno.EFBIG else 'raise ulimit -f, or '
         raise DiskError(f'{str(path):.200} cannot be written ({why}): {do}{way}') from None
 
 def enough(what, path, disk=0, memory=0): # in words; where it writes; bytes of each

@@ -1222,3 +1222,9 @@ def test_an_array_whose_header_is_no_end_of_brackets(tmp_path):
 @pytest.mark.parametrize('said', ['could not create a primitive', 'std::bad_alloc', 'DefaultCPUAllocator: can\'t allocate memory', 'CUDA out of memory. Tried to'])
 def test_memory_that_runs_out_in_a_library_is_told_as_that(said):
     assert 'the memory does not suffice' in str(disk.refused(RuntimeError(said))) and disk.refused(RuntimeError('shapes differ')) is None
+
+def test_a_limit_of_the_shell_is_told_as_that(tmp_path):
+    "Room on the disk would not help"
+    code = "import resource, sys; from latentdiff.disk import write_whole; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); write_whole(sys.argv[1], 'x'*5000)"
+    r = subprocess.run([sys.executable, '-c', code, str(tmp_path/'a.txt')], capture_output=True, text=True)
+    assert 'File too large' in r.stderr and 'raise ulimit -f' in r.stderr and 'make room' not in r.stderr and not [*tmp_path.iterdir()], r.stderr
