@@ -816,6 +816,14 @@ def test_a_server_that_sends_nothing_more_is_not_asked_for_ever(liar, tmp_path):
     liar.answer = answer
     assert '4,000 bytes came' in one_line(F.download, f'http://127.0.0.1:{liar.server_port}/a.bin', tmp_path/'a.bin') and liar.asked == [0, 4000, 4000]
 
+@pytest.mark.parametrize('tag', [b'', b'\n', b'"v1"', b'"v1"\nmany', b'"v1"\n' + b'9'*30])
+def test_a_note_beside_a_download_that_says_nothing(tag, liar, tmp_path):
+    "Of an earlier version, cut, or damaged: what is there is gone on from, or begun afresh"
+    liar.answer = in_pieces(10**6)
+    (tmp_path/'a.bin.part').write_bytes(BODY[:4000])
+    (tmp_path/'a.bin.part.tag').write_bytes(tag)
+    assert F.download(f'http://127.0.0.1:{liar.server_port}/a.bin', tmp_path/'a.bin').read_bytes() == BODY and [o.name for o in tmp_path.iterdir()] == ['a.bin']
+
 def test_a_server_that_has_no_rest_and_never_sends_it_all_is_not_asked_for_ever(liar, tmp_path):
     def answer(h):
         h.server.asked.append(int(h.headers.get('Range', 'bytes=0-')[6:-1]))
