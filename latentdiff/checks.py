@@ -28,11 +28,13 @@ def one_of(allowed, **given): # names or numbers; one argument by its name
 def positions(n=None, **given): # how many there are, None: no end; an argument by its name: a list, range or tensor
     "An int64 array of them, where -1 becomes the last; raises `UserError` for what is no position"
     (k, v), = given.items()
+    end = math.inf if n is None else n
     try: a = np.asarray(v)
     except (ValueError, TypeError, RuntimeError): a = np.empty(())   # lists of different lengths
-    if a.ndim == 1 and (not a.size or a.dtype.kind in 'iu' and -(n or 0) <= a.min() <= a.max() < (n or math.inf)):
+    if a.ndim == 1 and (not a.size or a.dtype.kind in 'iu' and -(n or 0) <= a.min() <= a.max() < end):
         return a.astype(np.int64) % (n or 2**63 - 1)
-    raise UserError(f"{k} is {' '.join(repr(v).split())[:80]}: give whole numbers from 0 to {(n or math.inf) - 1}")
+    allowed = f'whole numbers from 0 to {end - 1}' if end else 'none, for there are none'
+    raise UserError(f"{k} is {' '.join(repr(v).split())[:80]}: give {allowed}")
 
 def spread(items, n): # a tensor or array; how many
     "`n` of them, evenly apart, or all if there are no more: where classes follow one another, some of each"

@@ -311,6 +311,7 @@ def test_what_is_sound_is_taken(x):
     "The checks refuse nothing that they should not: grey, one picture, half precision, the very ends of the range"
     assert D.check_images(x) is x and D.as_images(x).dtype == torch.float32
     assert torch.equal(AE.encode(X.clamp(-1, 1)), AE.encode(X)) and K.features(NET, x).shape == (len(x), 9)
+    assert 'there are none' in one_line(C.positions, 0, idxs=[0]) and 'rows is' in one_line(G.TextConditioner(), torch.tensor([99]))
     assert C.number(1, n=np.int64(3)) == 3 and C.positions(5, idxs=[-1, 0]).tolist() == [4, 0] and C.positions(5, idxs=[]).size == 0
     assert sampling.pairs(torch.linspace(1, 0, 3)) == [(1., .5), (.5, 0.)] and sampling.levels(FLOW, torch.tensor(1)) == (0., 1.) and sampling.evaluations(sampling.heun, 3) == 5
     assert sampling.predict(**ASKED, x=Z.half(), t=np.float32(.5))[0].dtype == torch.float16 and len(training.DeviceLoader(X, crop=15, device='cpu').one_batch()[0]) == 6
