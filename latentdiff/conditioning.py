@@ -90,7 +90,7 @@ class ConditionalUNet(UNet):
     def forward(self, x, time, # (b, in_channels, h, w) noisy latent, (b,) `process.time_input(t)`
                 cond=None, mask=None): # (b, n, dim) tokens; (b, n) bool: which of them count
         "The prediction (b, out_channels, h, w); unconditional without `cond`, or where a row of `mask` has no True"
-        like(x=x)
+        like(None, x=x)
         return super().forward(x, time, context=self.context(len(x), cond, mask))
 
 # %% ../nbs/60_conditioning.ipynb #c029

@@ -81,12 +81,12 @@ def all_finite(**given): # one tensor by its name
         raise UserError(f'{k} of {kind_of(v)} holds what is not a finite number: look at it')
     return v
 
-def like(rows=False, /, **given): # compare all but the first dimension? tensors by name
+def like(rows=False, /, **given): # compare all but the first dimension? None: all, of batches; tensors by name
     "The last tensor; raises `UserError` unless all are floats, not empty, of the shape of the first"
-    shape = lambda o: tuple(o.shape)[int(rows):] if is_floats(o) else ()
+    shape = lambda o: tuple(o.shape)[int(rows or 0):] if is_floats(o) else ()
     of = shape([*given.values()][0])
     for k, v in given.items():
-        if is_floats(v) and shape(v) == of and v.numel() and v.ndim >= 2*rows: continue
+        if is_floats(v) and shape(v) == of and v.numel() and v.ndim >= (1 if rows is None else 2*rows): continue
         each = '(b,...)' if 0 in of or not of else f'{of} a row' if rows else of
         raise UserError(f'{k} is {kind_of(v)}: give floats of shape {each}')
     return v

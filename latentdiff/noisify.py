@@ -45,10 +45,10 @@ def log_abar_table(schedule, beta_start, beta_end, steps, dtype, device): # ends
 
 def ddpm_levels(t, table): # levels in [0,1], and a `log_abar_table` -> (alpha, sigma) like t
     "alpha = sqrt(abar), sigma = sqrt(1-abar), with log abar interpolated between the steps"
-    like(t=t), like(table=table)
+    like(t=t), like(None, table=table)
     steps = len(table)-1
     i = (t*steps).floor().long().clamp(0, steps-1)
-    log_abar = torch.lerp(table[i], table[i+1], t*steps-i)
+    log_abar = torch.lerp(table[i], table[i+1], (t*steps-i).to(table))
     return (log_abar/2).exp(), (-torch.expm1(log_abar)).sqrt()
 
 # %% ../nbs/20_noisify.ipynb #c091
@@ -248,7 +248,7 @@ def sample_t(self:Process, n, generator=None, device=None): # how many; torch.Ge
 @patch
 def noisify(self:Process, x0, t=None, eps=None, generator=None): # latents (b,...); levels (b,) and noise; None: drawn
     "A training example per latent, (x_t, t, target): a level, noise, their mixture, and what the network should answer"
-    like(x0=x0)
+    like(None, x0=x0)
     if t is None: t = self.sample_t(len(x0), generator, x0.device)
     if eps is None: eps = torch.randn(x0.shape, generator=generator, device=x0.device)
     return self.add_noise(x0, eps, t), t, self.target_of(x0, eps, t)
