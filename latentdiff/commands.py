@@ -151,8 +151,7 @@ def score(self:Run, net, process):
 @patch(as_prop=True)
 def real_features(self:Run):
     "Features (n,d) of up to 2,000 held-out images, computed once"
-    held = spread(self.images.valid_idxs, 2000)
-    return self.once('real', lambda: kid_eval.features(self.judge, self.images, idxs=held))
+    return self.once('real', lambda: kid_eval.features(self.judge, o := self.images, idxs=spread(o.valid_idxs, 2000)))
 
 # %% ../nbs/90_commands.ipynb #c020
 @patch
@@ -308,8 +307,7 @@ def report(self:Run):
     "The path of report.html, with metrics.json beside it; written again only if scores or place of data are new"
     page, of = self.folder/'report.html', dict(made_from=fingerprint(scores=self.scores), data=self.settings['data'])
     if report.is_of(page, of): return page
-    m = self.metrics()
-    write_whole(page, report.report(self.folder, self.options(), m))
+    write_whole(page, report.report(self.folder, self.options(), m := self.metrics()))
     write_json(page.with_name('metrics.json'), sealed(m | of), indent=1)
     return page
 
@@ -489,10 +487,13 @@ def sample_cli(
     with first_ahead():
         for o in filter(None, (out, npz)): enough(f'Drawing {n:,} images', o, size, memory)
     print(f'{n:,} images into {out or npz}: {pipeline.expectation(pipe, n, steps, sampler, bs, **told)}', flush=True)
-    px, taken = to_hwc(pipe.pixels(n, steps, sampler, seed, bs, **told)), []
-    for write, place in ((write_npz, npz), (write_pngs, out)) if not rank() else ():
-        try: place and write(place, px, put_beside)
+    px, taken, todo = to_hwc(pipe.pixels(n, steps, sampler, seed, bs, **told)), [], [out]*(not rank())
+    def attempt(write, place, put=put_beside):
+        try: place and write(place, px, put)
         except UserError as e: taken.append(str(e))   # the other one is written all the same
+    def pngs(): attempt(write_pngs, todo and todo.pop())
+    attempt(write_npz, npz, lambda new, path: (pngs(), put_beside(new, path)))   # no kill leaves one without the other
+    pngs()
     if taken: raise UserError('; '.join(taken))
 
 # %% ../nbs/90_commands.ipynb #c049
@@ -505,8 +506,7 @@ def eval_cli(
     seed:int=0     # of the split of the real ones in halves, which gives the floor of KID
 ):
     "Score one set of images against another: KID with its standard error and floor, and FID, whose error is not known"
-    if out:
-        with first_ahead(): new_place(out, '--out')
+    with first_ahead(): new_places(out=out)
     with redirect_stdout(sys.stderr):   # a program may read the scores from stdout
         size = min(map(data.side_of, (generated, real)))
         a, b = (data.open_images(path, size) for path in (generated, real))

@@ -83,7 +83,7 @@ def _patiently(sockets):
 
 def _fetch(url, part, tag):
     "Go on with `part`, if the server still has the file that `tag` names -> whether it is whole; raises `OSError`"
-    version, _, size = (tag.read_text() if os.path.exists(part) and os.path.exists(tag) else '').partition('\n')
+    version, _, size = (tag.read_text(errors='ignore') if all(map(os.path.exists, (part, tag))) else '').partition('\n')
     have, size = part.stat().st_size if version else 0, int(size) if size.isdecimal() else 0
     headers = {'User-Agent': 'latentdiff', **({'Range': f'bytes={have}-', 'If-Range': version} if have else {})}
     request, sockets = urllib.request.Request(quote(url, safe=string.punctuation), headers=headers), []

@@ -109,6 +109,13 @@ def test_whole_part_file(server, tmp_path, extra):
     (tmp_path/'a.bin.part.tag').write_text(f'"{hashlib.md5(PAYLOAD).hexdigest()}"')
     assert download(server.url + '/a.bin', tmp_path/'a.bin').read_bytes() == PAYLOAD
 
+def test_what_is_kept_beside_a_part_is_not_utf8(server, tmp_path):
+    "Then it names no file, and the download begins afresh"
+    server.files['/a.bin'] = PAYLOAD
+    (tmp_path/'a.bin.part').write_bytes(bytes(1000))
+    (tmp_path/'a.bin.part.tag').write_bytes(b'"\xff\xfe"\n' + b'%d' % len(PAYLOAD))
+    assert download(server.url + '/a.bin', tmp_path/'a.bin').read_bytes() == PAYLOAD and left(tmp_path) == ['a.bin']
+
 def test_file_that_is_gone(server, tmp_path):
     message = one_line(download, server.url + '/gone', tmp_path/'c.bin')
     assert '/gone (' in message and '404' in message and 'c.bin' in message and len(server.log) == 1

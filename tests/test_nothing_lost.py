@@ -986,6 +986,26 @@ def test_a_place_that_was_taken_meanwhile_is_left_alone_and_what_was_drawn_is_ke
     assert [o.name for o in (tmp_path/'out-3').iterdir()] == ['00000.png'] and commands.np.load(tmp_path/'a-2.npz')['arr_0'].shape == (1, 32, 32, 1)
     assert {o.name for o in tmp_path.iterdir()} == {'out', 'out-2', 'out-3', 'a.npz', 'a-2.npz'}
 
+KILLED_BETWEEN = """
+import os, signal, sys
+from PIL import Image
+from latentdiff.commands import sample_cli
+save, folder = Image.Image.save, sys.argv[1]
+def killing(im, fp, *args, **kw):
+    save(im, fp, *args, **kw)
+    if sys.argv[2] in str(fp): os.kill(os.getpid(), signal.SIGKILL)
+Image.Image.save = killing
+sample_cli.__wrapped__('fashion_mnist32', n=3, steps=1, out=folder + '/out', npz=folder + '/a.npz')
+"""
+
+def test_images_in_two_forms_appear_together(server, tmp_path):
+    "Killed while the second is written, neither is there, and the same command finishes with nothing left over"
+    (folder := tmp_path/'drawn').mkdir()
+    r = server.code(KILLED_BETWEEN, folder, '00001.png')
+    assert r.rc == -signal.SIGKILL and [o for o in folder.iterdir() if o.name in ('out', 'a.npz')] == [], r.err
+    r = server.code(KILLED_BETWEEN, folder, 'no such file')
+    assert r.rc == 0 and {o.name for o in folder.iterdir()} == {'out', 'a.npz'} and len([*(folder/'out').iterdir()]) == 3, r.err
+
 def test_a_part_that_is_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):
     "Also where it stands in the way of a training that begins"
     from latentdiff.core import artefact
