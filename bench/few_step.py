@@ -96,7 +96,7 @@ It draws with two evaluations by shortcuts and without guidance unless you say o
 | data | Fashion-MNIST by Zalando SE (Xiao, Rasul and Vollgraf 2017), MIT licence; {n_train:,} pictures of 32 px for training, {n_real:,} held out |
 | autoencoder | that of `fashion_mnist32` |
 | denoiser | {params:.2f}M parameters, from the weights of `fashion_mnist32`: {steps:,} steps of {bs} as a shortcut model (lesson `70_few_step`), taught by it with guidance {guidance:g}, Muon at {lr:g}, seed {seed} |
-| machine | AVX2 CPU, 1 thread; {hours:.1f} hours in the last go |
+| machine | AVX2 CPU, 1 thread; {hours:.1f} hours since its last start |
 | KID | {kids}; real against real {kid_floor:.4f} ± {kid_floor_se:.4f} |
 | FID | {fids}; real against real {fid_floor:.2f} |
 | protocol | {n:,} samples, each class equally often, 1, 2 and 4 evaluations, seed {seed}, against the held-out pictures; features of {extractor} |

@@ -20,7 +20,7 @@ from .unet import Downsample, SelfAttention, TimeMLP, check_noisy
 
 # %% ../nbs/35_denoisers.ipynb #c021
 class Denoiser(nn.Module, AsGiven, ConfigMixin):
-    "What the networks of this lesson share: a config that has `in_channels`, and the door"
+    "What the networks of this lesson share: a config that has `in_channels`, and the checks"
     config_name, first, multiple = 'config.json', 'conv_in', 1 # its first layer; sides of x are multiples of `multiple`
 
     def forward(self,

@@ -226,7 +226,7 @@ def forward(self:UNet, x, time, # (b, in_channels, h, w) noisy latent, (b,) `pro
 
 # %% ../nbs/30_unet.ipynb #c066
 class AnyUNet2D(nn.Module):
-    "A `UNet2DModel` of diffusers behind our door, saved as what it is"
+    "A `UNet2DModel` of diffusers, called like ours, saved as what it is"
     weights_name = WEIGHTS
     def __init__(self, unet): # a `UNet2DModel` without classes
         super().__init__()

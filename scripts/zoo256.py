@@ -319,12 +319,12 @@ Bedrooms, as in photographs, 256 px, in the latents of Stable Diffusion's autoen
 | KID | {kid:.4f} ± {kid_se:.4f}, real against real {kid_floor:.4f} ± {kid_floor_se:.4f} |
 | FID | {fid:.2f}, real against real {fid_floor:.2f} |
 | protocol | {n_fake:,} samples, DPM-Solver++(2M) with {sample_steps} steps, seed {seed}, against {n_real:,} held-out latents, decoded by the same decoder; real against real: {n_fake:,} latents trained on, decoded, against the same; features of {extractor} |
-| photographs | KID of the samples against {n_photos:,} photographs, of those trained on, {kid_photos:.4f}; of the held-out latents, decoded, {real_photos:.4f} |
+| photographs | KID against {n_photos:,} training photographs: samples {kid_photos:.4f}; held-out latents, decoded, {real_photos:.4f} |
 | training pictures | {nearest:.2f} from a sample to the nearest latent trained on, {nearest_real:.2f} from a held-out one (root mean square of standardised latents, {n_fake} of each) |
 
 The decoder's own faults are on both sides of KID and FID, so these say how good the denoiser is. The row of the photographs says what the decoder costs. Most of FID, the floor's too, is due to the small number of samples.
 
-Who has Stable Diffusion's VAE lets it draw instead. It was fed pictures in [0, 1], so it draws them in [0, 1]:
+With Stable Diffusion's VAE at hand, let that draw. It was fed pictures in [0, 1], so it draws them in [0, 1]:
 
     from latentdiff.autoencoder import open_autoencoder
     z = pipe.latents(16)
