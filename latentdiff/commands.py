@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from fastcore.script import call_parse
 from .core import RATES, STEPS, UserError, above_zero, agreed, artefact, beside_file, check_settings, default_device
 from .core import either_way, fingerprint, first_ahead, locked, made, multiples, number, preset_of, progress, rank
-from .core import read_json, run_folder, sealed, seals, settings_of, spread, to_toml, unsealed, whole_folder, write_json
+from .core import read_json, run_folder, sealed, seals, settings_of, spread, to_toml, whole_folder, write_json
 
 # %% ../nbs/90_commands.ipynb #n201
 class _Lazy:

@@ -211,7 +211,7 @@ def guide(net, # Conditioned, or a bare net(x, time, tokens, mask)
     cond,      # labels, captions, images; a tuple for several conditioners; for a bare net tokens or (tokens, mask)
     scale=2.,  # 0: unconditional, 1: conditional, above: further away; or (b,). Ho & Salimans call it 1 + w
     negative=None): # what to move away from, like `cond` or one row of it; None: the unconditional answer
-    "net(x, time) for b rows of x: classifier-free guidance (Ho & Salimans 2022, eq. 6) from one batch of 2b, at 1 of b"
+    "net(x, time) for b rows of x: classifier-free guidance (Ho & Salimans 2022, eq. 6) in one batch (b at scale 1)"
     if not torch.is_tensor(scale): number(-1e6, 1e6, False, scale=scale)
     else: all_finite(scale=scale)
     tokens, mask = context_of(checked(net=net), cond)

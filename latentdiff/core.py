@@ -14,7 +14,7 @@ __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT',
 from .disk import NOWHERE, UserError, altered, check_unchanged, clear_away, content_of, contents_of, data_home
 from .disk import file_md5, of_this_version, on_disk, patience, place, printable, rank, read_json, read_text, readable
 from .disk import one_line, remove, replace_folder, runs_home, there, utf8, whole_folder, world, write_json, write_whole
-from .checks import checked, largest_divisor, multiples, not_finite, number, numbers # all are
+from .checks import checked, largest_divisor, multiples, not_finite, number, numbers # passed on
 from .checks import one_of, positions, spread                                             # passed on
 import argparse, hashlib, importlib, json, os, sys, time, tomllib   # after disk, which minds Ctrl-C
 from contextlib import closing, contextmanager, nullcontext, suppress

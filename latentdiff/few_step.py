@@ -221,7 +221,7 @@ def train_shortcut(net, process, teacher, # from `with_steps`; as `Shortcuts` ta
 def make_shortcut(folder, net, process, latents, steps, # of the run: gets shortcut/; trained; its process; `Latents`
                   guidance=1., lr=1e-3, bs=32, seed=0, device=None, remake=False, # as for `guide` and `make_denoiser`
                   conds=None): # (n,) what the net is told of each image, as for `make_denoiser`; None: its class
-    "The few-step network of a run, in eval mode: loaded, or trained now from `net`, which it replaces"
+    "The few-step network of a run, in eval mode: loaded, or trained now from `net`"
     folder, device = place(folder=folder), default_device(device)
     checked(net=net, process=process, latents=latents)
     if conds is None and not all(isinstance(o, ClassConditioner) for o in getattr(net, 'conditioners', ())):

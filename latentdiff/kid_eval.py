@@ -88,7 +88,7 @@ def finite(x, name='features'): # features (n,d); what they are called
     if not is_floats(x) or x.ndim != 2:
         raise UserError(f'{name} are {kind_of(x)}: give features (n,d), floats, as the function features makes them')
     bad = (~(x.abs() < 1e12)).any(1).sum().item()   # which leaves room for the sixth power
-    if bad: raise UserError(f'{name}: {bad} of {len(x)} images have features that are not finite, or vast: see why')
+    if bad: raise UserError(f'{name}: {bad} of {len(x)} images have features that are not finite or vast: look at them')
     return x
 
 def pair(a, b, least, what): # features (m,d), (n,d); images that are needed of each; for this
@@ -210,7 +210,7 @@ def halves(x, seed=0):
 # %% ../nbs/50_kid_eval.ipynb #c093
 def evaluate(fake, real,       # images or features, as `features` takes them
              extractor,        # pixels -> features
-             floor_from=None,  # more real images, for the floor; None: halves of `real`, whose FID is above its floor
+             floor_from=None,  # more real images, for the floor; None: halves of `real`, which make FID's too high
              seed=0) -> dict:
     "KID and FID of generated against real images, and of real against real: the floor that no generator should beat"
     start, seed = time.monotonic(), number(seed=seed)
