@@ -23,8 +23,8 @@ from torchvision.transforms.functional import gaussian_blur
 from fastai.basics import Callback, DataLoaders, Metric, Path, patch
 from fastai.callback.training import GradientClip
 from .core import UNFIT, WEIGHTS, AsGiven, UserError, agreed, artefact, checked, data_home, default_device, file_md5
-from .core import find_class, fingerprint, first_ahead, load_component, load_weights, multiples, network_config
-from .core import number, numbers, of_this_version, one_line, place, save_component, stream, there, write_whole
+from .core import check_taken, find_class, fingerprint, first_ahead, load_component, load_weights, multiples, number
+from .core import network_config, numbers, of_this_version, one_line, place, save_component, stream, there, write_whole
 from .data import all_finite, as_images, check_images, cropped, kind_of, leeway, like, some_pixels
 from .files import download
 from .training import Checkpoint, DeviceLoader, Graphed, Learner, adamw, fit_steps, muon, randn_rows, zero_init
@@ -355,8 +355,8 @@ def _hub(load, spec, **kw):
 def from_pretrained(cls:PretrainedKL, spec): # Hub id, or a folder in diffusers' layout
     "The published model, in eval mode"
     options = dict(use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True)
-    model, d = _hub(cls.model_class.from_pretrained, spec, **options)
-    if o := [*d['missing_keys'], *d['unexpected_keys']]: raise UserError(f'{spec} is not whole in {o[0]}: get it again')
+    model, info = _hub(cls.model_class.from_pretrained, spec, **options)
+    check_taken(spec, model, info)
     ae = _hub(lambda _: cls.from_config(model.config), spec)
     ae.model = model
     return ae.eval().requires_grad_(False)

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from fastai.basics import DataLoaders, Path
 from .core import UNFIT, AsGiven, UserError, checked, find_class, fingerprint, multiples, number, progress, stream
-from .core import positions, write_json
+from .core import not_finite, positions, write_json
 from .training import DeviceLoader, Learner, adamw, fit_steps, largest_divisor, rows_of, zero_init
 from .data import all_finite, as_images, check_images, is_floats, is_plain, kind_of, like
 from .disk import one_line
@@ -284,10 +284,12 @@ def text_encoder(model): # 'minilm', a folder, or a Hub id such as 'laion/CLIP-V
         kind = AutoConfig.from_pretrained(where, **ours).model_type
         cls = CLIPTextModel if kind.startswith('clip') else AutoModel
         encoder = cls.from_pretrained(where, use_safetensors=True, **ours).eval().requires_grad_(False)
-        return AutoTokenizer.from_pretrained(where, **ours), encoder
+        bad, tokenizer = not_finite(encoder.state_dict()), AutoTokenizer.from_pretrained(where, **ours)
     except (OSError, *UNFIT) as e:
         hint = "check name and network, or use 'minilm'"
         raise UserError(f'cannot load the text encoder {model}: {hint} ({one_line(e)})') from e
+    if bad: raise UserError(f'the text encoder {model} holds {bad[0]} that is not finite: get it again')
+    return tokenizer, encoder
 
 # %% ../nbs/60_conditioning.ipynb #c069
 def captions_of(captions): # list of str, or one

@@ -4,24 +4,23 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT', 'default_device', 'Preset', 'preset',
-           'run_folder', 'above_zero', 'preset_of', 'check_settings', 'settings_of', 'stream', 'Bar', 'progress',
-           'every', 'agreed', 'share', 'gathered', 'first_ahead', 'to_toml', 'check_kinds', 'read_toml', 'beside_file',
-           'either_way', 'fingerprint', 'sealed', 'unsealed', 'made', 'seals', 'check_contents', 'artefact', 'locked',
-           'weights_name', 'sound', 'save_component', 'AsGiven', 'find_class', 'read_weights', 'shapes', 'check_fit',
+           'run_folder', 'preset_of', 'check_settings', 'settings_of', 'stream', 'Bar', 'progress', 'every', 'agreed',
+           'share', 'gathered', 'first_ahead', 'to_toml', 'check_kinds', 'read_toml', 'beside_file', 'fingerprint',
+           'sealed', 'unsealed', 'made', 'seals', 'check_contents', 'artefact', 'locked', 'weights_name', 'sound',
+           'save_component', 'AsGiven', 'find_class', 'read_weights', 'shapes', 'check_fit', 'check_taken',
            'load_weights', 'network_config', 'load_component', 'exercise']
 
 # %% ../nbs/parts/core.ipynb #c004
 from .disk import NOWHERE, UserError, altered, check_unchanged, clear_away, content_of, contents_of, data_home
 from .disk import file_md5, of_this_version, on_disk, patience, place, printable, rank, read_json, read_text, readable
 from .disk import one_line, remove, replace_folder, runs_home, there, utf8, whole_folder, world, write_json, write_whole
-from .checks import checked, largest_divisor, multiples, not_finite, number, numbers # passed on
-from .checks import one_of, positions, spread                                             # passed on
-import argparse, hashlib, importlib, json, os, sys, time, tomllib   # after disk, which minds Ctrl-C
+from .checks import above_zero, checked, either_way, largest_divisor, multiples, not_finite, number # passed on
+from .checks import numbers, one_of, positions, spread                                               # passed on
+import hashlib, importlib, json, os, sys, time, tomllib   # after disk, which minds Ctrl-C
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
 
 from fastcore.imports import IN_NOTEBOOK
 from fastprogress.fastprogress import progress_bar
@@ -122,12 +121,6 @@ def run_folder(p, seed=0): # a `Preset`
 STEPS = 'ae_steps', 'steps'  # what minutes become
 RATES = 'ae_lr', 'lr'        # what may be lowered where a training diverged
 SEEDS = -2**63, 2**63 - 1    # smallest and largest
-
-def above_zero(before='--', /, **kw): # of a name, in what is said of it
-    "`UserError` for an option that is given and not above 0, or beyond reason"
-    for k, v in kw.items():
-        if v is None or isinstance(v, (int, float)) and 0 < v <= 1e9: continue
-        raise UserError(f'{before}{k} is {v!s:.80}: give a number above 0, of a billion at most.')
 
 def preset_of(s):
     "The `Preset` that the settings `s` stand for"
@@ -279,17 +272,6 @@ def beside_file(given, path, kinds): # options; TOML file, None: there is none; 
     rivals = {'minutes': STEPS, **dict.fromkeys(STEPS, ('minutes',))}
     beaten = {o for k in given for o in rivals.get(k, ())}
     return {k: v for k, v in told.items() if k not in beaten} | given
-
-# %% ../nbs/parts/core.ipynb #v912
-class _EitherWay(argparse.Action):
-    "An option that may be written with `-` or `_`"
-    def __init__(self, option_strings, dest, **kw):
-        super().__init__([f"--{dest.replace('_', '-')}", f'--{dest}'], dest, **kw)
-    def __call__(self, parser, namespace, value, option_string=None): setattr(namespace, self.dest, value)
-
-def either_way(kind): # of the value
-    "The annotation of such an option of a command, whatever the age of fastcore"
-    return Annotated[kind, dict(action=_EitherWay)]
 
 # %% ../nbs/parts/core.ipynb #c033
 def fingerprint(**what):
@@ -491,6 +473,17 @@ def check_fit(module, path): # .safetensors
     bad = [k for k in sorted(want.keys() | have.keys()) if want.get(k) != have.get(k)] # float16 may become float32
     if bad: raise UserError(f'{path} does not fit its {type(module).__name__} in {len(bad)} tensors, first {bad[0]}')
 
+def check_taken(spec, model, info): # a folder or Hub id; what diffusers has read there, and what it says of that
+    "`UserError` unless weights are whole, finite, and floats in their files, for it turns anything into floats"
+    from huggingface_hub import snapshot_download
+    if lost := [*info['missing_keys'], *info['unexpected_keys']]:
+        raise UserError(f'{spec} is not whole in {lost[0]}: get it again')
+    if bad := not_finite(model.state_dict()): raise UserError(f'{spec} holds {bad[0]} that is not finite: get it again')
+    folder = Path(spec if os.path.isdir(spec) else snapshot_download(spec, local_files_only=True))   # no download
+    for f in folder.glob('*.safetensors'):
+        if bad := [k for k, (_, floats) in _kinds(f).items() if not floats]:
+            raise UserError(f'{f} holds {bad[0]} that is not in float16, 32 or 64: get it again')
+
 def load_weights(module, path): # to be filled; .safetensors
     "Fill `module` from `path`; raises `UserError` if it is missing, damaged or does not fit"
     check_fit(module, path)
@@ -514,8 +507,7 @@ def _built(folder, config, device): # where it was saved; a dict
         with torch.device(device): return find_class(config.get('_class_name')).from_config(config)
     except UserError as e: raise type(e)(f'{folder}/config.json: {e}') from None
     except UNFIT as e:
-        why = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise UserError(f'{folder}/config.json does not describe a network ({why}): save it again') from e
+        raise UserError(f'{folder}/config.json does not describe a network ({one_line(e)}): save it again') from e
 
 def load_component(folder): # as `save_component` left it
     "The module saved there, in eval mode; raises `UserError` if it is not whole"

@@ -15,7 +15,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from fastai.basics import DataLoaders, Path, patch
 from fastai.callback.all import ActivationStats, GradientClip
 from .core import UNFIT, WEIGHTS, UserError, artefact, default_device, fingerprint, first_ahead, load_component
-from .core import checked, multiples, network_config, number, positions, save_component
+from .core import check_taken, checked, multiples, network_config, number, positions, save_component
 from .core import AsGiven, place, spread, world, write_json
 from .disk import check_unchanged, one_line
 from .data import all_finite, is_floats, is_plain, is_real, kind_of, like
@@ -278,8 +278,7 @@ def from_pretrained(cls:AnyUNet2D, folder): # of a `UNet2DModel`
     except (OSError, *UNFIT) as e:
         raise UserError(f'{folder} cannot be loaded ({one_line(e)}): save or download it again') from e
     if model.class_embedding is not None: raise UserError(f'{folder} is told classes: only diffusers can do that')
-    for k in ('missing_keys', 'unexpected_keys'):
-        if o := sorted(info[k]): raise UserError(f'{folder} has {k} {o[0]}: save or download it again')
+    check_taken(folder, model, info)
     check_unchanged(folder)
     return cls(model.eval().requires_grad_(False)).tried(folder)
 

@@ -5,7 +5,7 @@ from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from urllib.parse import unquote
-import numpy as np, pytest, torch
+import numpy as np, pytest, safetensors.torch, torch
 from PIL import Image
 from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
 from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler, HeunDiscreteScheduler, LDMPipeline, PNDMScheduler
@@ -711,6 +711,30 @@ def test_a_vae_whose_config_leaves_out_what_it_has_learned_is_refused(tmp_path, 
     vae.save_pretrained(tmp_path)
     (tmp_path/'config.json').write_text(json.dumps({**json.loads((tmp_path/'config.json').read_text()), k: False}))
     with pytest.raises(UserError, match='is not whole in .*: get it again'): PretrainedKL.from_pretrained(tmp_path)
+
+ODD = dict(nan=lambda o: o*float('nan'), vast=lambda o: o.double() + 1e300, **{o: lambda x, to=getattr(torch, o): x.to(to) for o in ('int8', 'int64', 'bool', 'complex64', 'float8_e5m2')})
+
+@pytest.mark.parametrize('odd', ODD)
+@pytest.mark.parametrize('small,load', [(small_vae, open_autoencoder), (small_unet, AnyUNet2D.from_pretrained)], ids=['vae', 'unet'])
+def test_weights_that_diffusers_would_make_floats_of_are_refused(tmp_path, small, load, odd):
+    "It casts whatever stands in the file; what is not finite is found in every tensor"
+    small().save_pretrained(tmp_path)
+    load(tmp_path)
+    f = tmp_path/'diffusion_pytorch_model.safetensors'
+    state = safetensors.torch.load_file(f)
+    k = [k for k in sorted(state) if 'attentions' in k or k.startswith('decoder')][-1]
+    safetensors.torch.save_file(state | {k: ODD[odd](state[k])}, f)
+    assert k in one_line(load, tmp_path)
+
+def test_a_vae_of_the_hub_is_looked_at_where_it_was_downloaded_to(tmp_path, monkeypatch):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path/'hub'))
+    (tmp_path/'hub'/'models--owner--vae'/'refs').mkdir(parents=True)
+    (tmp_path/'hub'/'models--owner--vae'/'refs'/'main').write_text('0'*40)
+    small_vae().save_pretrained(folder := tmp_path/'hub'/'models--owner--vae'/'snapshots'/('0'*40))
+    assert open_autoencoder('owner/vae').latent_channels == 4
+    f = folder/'diffusion_pytorch_model.safetensors'
+    safetensors.torch.save_file({k: v.to(torch.float8_e5m2) for k, v in safetensors.torch.load_file(f).items()}, f)
+    assert f'{f} holds' in (said := one_line(open_autoencoder, 'owner/vae')) and 'in float8' in said
 
 @pytest.mark.parametrize('k,v,words', [('latents_std', [1, 1, 1, 0], r'vae \(latent_std is \[1, 1, 1, 0\]: give 4 finite numbers above 0\)'), ('latents_mean', [0, 0], r'latent_mean is \[0, 0\]: give 4 finite numbers\)')])
 def test_a_vae_whose_scale_is_none_names_what_is_wrong(tmp_path, k, v, words):
