@@ -15,9 +15,9 @@ from pathlib import Path
 import torch, torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from torch.optim.lr_scheduler import ConstantLR, OneCycleLR
-from latentdiff.commands import Run, to_hwc, write_npz
+from latentdiff.commands import Run, write_npz
 from latentdiff.core import UserError, artefact, default_device, made, read_json, runs_home, spread, stream, write_json, write_whole
-from latentdiff.data import from_uint8, image_grid, npz_pixels, some_pixels, to_uint8
+from latentdiff.data import from_uint8, image_grid, npz_pixels, some_pixels, to_hwc, to_uint8
 from latentdiff.disk import one_line_errors
 from latentdiff.kid_eval import evaluate, features
 from latentdiff.report import save_png

@@ -189,5 +189,5 @@ def model_card(repo_id, terms, run,       # owner/name; whose pictures, under wh
     head = ModelCardData(tags=['diffusers', 'latentdiff', 'latent-diffusion'], library_name='latentdiff',
                          license=license, pipeline_tag=task, **found_on_hub(Path(run)))
     cell = lambda o: ' '.join(o.split()).replace('|', r'\|').replace('<', '&lt;')   # of the table
-    rows = ''.join(f'| {k} | {cell(v)} |\n' for k, v in notes_of(Path(run)).items())
+    rows = ''.join(f'| {k} | {cell(v)} |\n' for k, v in notes_of(Path(run)).items()).replace('[', r'\[')   # no links
     return CARD.format(head=head, title=repo_id.split('/')[-1], repo_id=repo_id, terms=cell(terms), rows=rows)

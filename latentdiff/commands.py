@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['data', 'training', 'autoencoder', 'noisify', 'unet', 'sampling', 'kid_eval', 'conditioning', 'card', 'pipeline',
-           'report', 'source', 'QUICK', 'SCORES', 'GOALS', 'run_cli', 'encode_cli', 'Run', 'to_hwc', 'write_npz',
-           'train_cli', 'told_by', 'write_pngs', 'sample_cli', 'eval_cli']
+           'report', 'source', 'QUICK', 'SCORES', 'GOALS', 'run_cli', 'encode_cli', 'Run', 'write_npz', 'train_cli',
+           'told_by', 'write_pngs', 'sample_cli', 'eval_cli']
 
 # %% ../nbs/90_commands.ipynb #c004
 from .disk import by_option, clear_away, enough, matching, new_place, new_places, one_line_errors, put_beside
@@ -201,10 +201,6 @@ def pipeline(self:Run):
     return pipe
 
 # %% ../nbs/90_commands.ipynb #c023
-def to_hwc(px):
-    "An array (n,h,w,c), as image files have it, of a tensor (n,c,h,w)"
-    return px.permute(0, 2, 3, 1).contiguous().numpy()
-
 def write_npz(path, px, put=None): # as for `write_whole`
     "The uint8 array (n,h,w,c) in one .npz, complete or not at all"
     f = io.BytesIO()
@@ -227,7 +223,7 @@ def samples(self:Run):
 def draw(self:Run, folder):
     "Fill `folder`: the samples, a grid of the first 64, the way from noise to image of the first three"
     if not agreed(os.path.exists(folder/'samples.npz')):
-        new = to_hwc(self.pipeline.pixels(self.p.n_eval, **self.how, **self.told(self.p.n_eval)))
+        new = data.to_hwc(self.pipeline.pixels(self.p.n_eval, **self.how, **self.told(self.p.n_eval)))
         with first_ahead(): write_npz(folder/'samples.npz', new)   # the others read it when it is there
     px = data.npz_pixels(folder/'samples.npz')
     report.save_png(self.grid(px), folder/'grid.png')
@@ -348,7 +344,8 @@ def announce(self:Run):
     "Print what will be done, on what, how long the trainings will take, and in how much memory"
     (a, d), p = self.step_times(), dataclasses.replace(self.p, n=len(self.images))
     told = f", told {self.condition or 'nothing: no classes, no captions'}" if self.settings.get('condition') else ''
-    print(f"{printable(self.settings['data'])}: {self.images!r}\n{p!r}\nseed {self.seed}{told}, into {self.folder}")
+    name, folder = map(printable, (self.settings['data'], str(self.folder)))
+    print(f"{name}: {self.images!r}\n{p!r}\nseed {self.seed}{told}, into {folder}")
     gb = 1.3*training.peak_gb(self.device) + 2*min(1.5e9, len(self.images)*self.images.channels*p.size**2)/1e9
     print(f'training takes about {(p.ae_steps*a + p.steps*d)/60:.1f} min and {gb:.1f} GB on this machine as it is now: '
           f'{p.ae_steps if a else 0:,} steps of the autoencoder, {p.steps:,} of the denoiser', flush=True)
@@ -381,7 +378,7 @@ def go(self:Run, goals=GOALS):
             getattr(self, k)
             with first_ahead(): still_there(self.folder/'run.json')
     done = 'is finished: nothing to do' if before == stamp() else f'{training.peak_gb(self.device):.1f} GB at most'
-    print(f'{self.folder} {done}{card.outdated(self.folder)}')
+    print(f'{printable(str(self.folder))} {done}{card.outdated(self.folder)}')
 
 # %% ../nbs/90_commands.ipynb #c038
 def _options(
@@ -486,8 +483,8 @@ def sample_cli(
     memory = (size := n*pipe.size**2*3) + 8*n*math.prod(pipe.latent_shape)
     with first_ahead():
         for o in filter(None, (out, npz)): enough(f'Drawing {n:,} images', o, size, memory)
-    print(f'{n:,} images into {out or npz}: {pipeline.expectation(pipe, n, steps, sampler, bs, **told)}', flush=True)
-    px, taken, todo = to_hwc(pipe.pixels(n, steps, sampler, seed, bs, **told)), [], [out]*(not rank())
+    print(f'{n:,} images into {printable(out or npz)}: {pipeline.expectation(pipe, n, steps, sampler, bs, **told)}')
+    px, taken, todo = data.to_hwc(pipe.pixels(n, steps, sampler, seed, bs, **told)), [], [out]*(not rank())
     def attempt(write, place, put=put_beside):
         try: place and write(place, px, put)
         except UserError as e: taken.append(str(e))   # the other one is written all the same
@@ -512,9 +509,9 @@ def eval_cli(
         a, b = (data.open_images(path, size) for path in (generated, real))
         if min(len(a), len(b)) < 8:
             raise UserError(f'{len(a)} and {len(b)} images are too few to score: give eight of each, better 1,000.')
-        for o in (a, b): print(repr(o), *('  ' + printable(': '.join(k)) for k in o.skipped[:5]), sep='\n')
+        for o in (a, b): print(printable(repr(o)), *('  ' + printable(': '.join(k)) for k in o.skipped[:5]), sep='\n')
         print(f'compared at {size} px, by {(judge := kid_eval.EfficientNetFeatures()).name}', flush=True)
         scores = kid_eval.evaluate(a, b, judge, seed=seed)
-    print(d := json.dumps(scores, indent=1))
+    try: out and write_whole(out, json.dumps(scores, indent=1), put_beside)   # either place may be full
+    finally: print(json.dumps(scores, indent=1), flush=True)
     for k, why in report.cautions(scores).items(): print(f'{k}: {why}', file=sys.stderr, flush=True)
-    if out: write_whole(out, d, put_beside)

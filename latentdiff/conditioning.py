@@ -285,6 +285,9 @@ def text_encoder(model): # 'minilm', a folder, or a Hub id such as 'laion/CLIP-V
         cls = CLIPTextModel if kind.startswith('clip') else AutoModel
         encoder = cls.from_pretrained(where, use_safetensors=True, **ours).eval().requires_grad_(False)
         bad, tokenizer = not_finite(encoder.state_dict()), AutoTokenizer.from_pretrained(where, **ours)
+        number(1, 2**31, max_position_embeddings=encoder.config.max_position_embeddings)
+        encoder.get_input_embeddings()(torch.tensor(len(tokenizer) - 1))   # it has as many words
+        encoder(**tokenizer('a bed', return_tensors='pt')).last_hidden_state   # and answers as a BERT does
     except (OSError, *UNFIT) as e:
         hint = "check name and network, or use 'minilm'"
         raise UserError(f'cannot load the text encoder {model}: {hint} ({one_line(e)})') from e

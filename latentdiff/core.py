@@ -16,7 +16,7 @@ from .disk import file_md5, of_this_version, on_disk, patience, place, printable
 from .disk import one_line, remove, replace_folder, runs_home, there, utf8, whole_folder, world, write_json, write_whole
 from .checks import above_zero, checked, either_way, largest_divisor, multiples, not_finite, number # passed on
 from .checks import numbers, one_of, positions, spread                                               # passed on
-import hashlib, importlib, json, os, sys, time, tomllib   # after disk, which minds Ctrl-C
+import hashlib, importlib, json, os, stat, sys, time, tomllib   # after disk, which minds Ctrl-C
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -71,8 +71,8 @@ class Preset:
         time = f': about {self.minutes or 0:g} min and {self.gb or 0:g} GB in all on {_MACHINES[self.name]}'
         measured = self.minutes and self == preset(self.name, self.data)   # with other settings it takes another time
         return '\n'.join((f"preset '{self.name}' on {default_device()}{time if measured else ''}",
-            f"  data         {self.data}, {f'{self.n:,}' if self.n else 'all'} images at {self.size} px",
-            f'  autoencoder  {self.ae_pretrained or own}',
+            f"  data         {printable(self.data)}, {f'{self.n:,}' if self.n else 'all'} images at {self.size} px",
+            f'  autoencoder  {printable(self.ae_pretrained or own)}',
             f'  denoiser     widths {self.widths}, depth {self.depth}, batch {self.bs}, {self.steps:,} steps',
             f'  samples      {self.n_eval:,}, {self.sample_steps} steps each'))
 
@@ -191,7 +191,7 @@ class Bar:
             self.bar.update(0)
             self.bar.start_t -= time.monotonic() - self.start
         elif self.what:
-            print(self.what, flush=True)
+            print(printable(self.what), flush=True)
             self.what = ''
 
     def close(self): self.bar and self.bar.on_iter_end() # take it away
@@ -292,7 +292,9 @@ def unsealed(path, hint, must=False): # of a JSON file; what to do if it is dama
 def made(path):
     "What made.json says of the artefact at `path`: settings, parents, facts, seconds; {} if there is none"
     f, hint = place(path=path)/'made.json', f'delete {path} and run the command again'
-    d = unsealed(f, hint, seals(f.parent.parent)) if os.path.isfile(f) else {}
+    try: d = unsealed(f, hint, seals(f.parent.parent)) if stat.S_ISREG(os.stat(f).st_mode) else {}
+    except (FileNotFoundError, NotADirectoryError): return {}
+    except PermissionError as e: raise UserError(f'{f} cannot be read ({e.strerror}): see to it that it can') from None
     if all(isinstance(d.get(k, {}), dict) for k in ('settings', 'parents', 'facts')): return d
     raise UserError(f'{f} is damaged: {hint}')
 

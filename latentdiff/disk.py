@@ -59,6 +59,8 @@ def stop_politely():
     program = Path(sys.argv[0])   # the second: of python -m latentdiff
     if not program.name.startswith('latentdiff-') and program.parts[-2:] != ('latentdiff', '__main__.py'): return
     sys.excepthook = _not_begun
+    try: os.getcwd()
+    except OSError: sys.exit('the current folder is gone: go to another')
     if 0 < rank() < world(): sys.stderr = open(os.devnull, 'w')   # the first of several says what is wrong with a call
     for n in _SIGNALS if world() == 1 else _SIGNALS[:1]:
         if signal.getsignal(n) in (signal.SIG_DFL, signal.default_int_handler): signal.signal(n, _stop)
@@ -453,7 +455,7 @@ def utf8(**given): # a text or a path, by its name
     raise UserError(f'{k} is {str(v)!r:.200}, which {why}')
 
 def check_call(options): # dict
-    "`UserError` for an empty place, for a name that no other program could write down, and for a number that is none"
+    "Them, at home for ~; `UserError` for an empty place, a name that cannot be written down, a number that is none"
     if not (told := os.environ.get('WORLD_SIZE', '1')).isdecimal() or len(told) > 6:
         raise UserError(f'WORLD_SIZE is {told!r:.80}, no number of processes: unset it')
     if rank() >= world(): raise UserError(f'RANK is {rank()}, and WORLD_SIZE {world()}: unset both')
@@ -462,6 +464,7 @@ def check_call(options): # dict
             raise UserError(f'--{k} is empty: say something, or leave it away.')
         if isinstance(v, list): raise UserError(f'--{k} is --, which says nothing: say something, or leave it away.')
         if isinstance(v, str): utf8(**{k: v})
+    return {k: os.path.expanduser(v) if k in ('out', 'npz', 'config', 'run') and v else v for k, v in options.items()}
 
 def one_line(e): # an exception
     "What it says, in one line"
@@ -469,8 +472,7 @@ def one_line(e): # an exception
 
 def there(spec):
     "The path of what `spec` names, None if it names nothing that is there"
-    paths = (way(spec) for way in (Path, os.path.expanduser) if str(spec))
-    try: return next((Path(o) for o in paths if os.path.exists(o)), None)
+    try: return next((Path(o) for f in (Path, os.path.expanduser) if str(spec) and os.path.exists(o := f(spec))), None)
     except (TypeError, RuntimeError, OSError, ValueError): return None # nobody's home, too long, or with a zero byte
 
 def no_file(path):
@@ -482,8 +484,7 @@ def no_file(path):
 @contextmanager
 def patience(words, seconds=10): # what is waited for
     "Say so on stderr if the others, for whom one waits inside, do not come; where they cannot, each process may speak"
-    late = Timer(seconds, lambda: print(words, file=sys.stderr, flush=True))
-    late.start()
+    (late := Timer(seconds, lambda: print(printable(words), file=sys.stderr, flush=True))).start()
     try: yield
     except ValueError:
         sys.stderr = sys.__stderr__
@@ -516,8 +517,7 @@ def one_line_errors(f):
         plain_output(), stop_politely()
         _options[:] = names
         try:
-            check_call(kwargs)
-            found = f(*args, **kwargs)
+            found = f(*args, **check_call(kwargs))
             for n in _SIGNALS:
                 if signal.getsignal(n) is _stop: signal.signal(n, signal.SIG_IGN)   # nothing is left to be stopped
             return found

@@ -39,7 +39,7 @@ def _arriving(r): # an open HTTP response
         if got < SLOWEST*took: raise TimeoutError(f'only {got:,} bytes came in {took:.0f} seconds')
         got, since = 0, time.monotonic()
 
-def _version(r): return r.headers.get('ETag') or r.headers.get('Last-Modified') or ''  # of the file behind a response
+def _version(r): return next((o for o in map(r.headers.get, ('ETag', 'Last-Modified')) if o and o[:2] != 'W/'), '')
 
 def _goes_on(r, have, version, size): # a response; bytes and version of what is there; of the whole file, 0: not known
     "The size of the whole file, if it is the rest of that one, as it has to be if the server says 206; else 0"
@@ -81,9 +81,9 @@ def _patiently(sockets):
     finally: over.set()
     if late: raise TimeoutError(*late)
 
-def _fetch(url, part, tag):
-    "Go on with `part`, if the server still has the file that `tag` names -> whether it is whole; raises `OSError`"
-    version, _, size = (tag.read_text(errors='ignore') if all(map(os.path.exists, (part, tag))) else '').partition('\n')
+def _fetch(url, part, tag, begun):
+    "Go on with what is begun, if the server has the file that `tag` names -> whether it is whole; raises `OSError`"
+    version, _, size = (tag.read_text(errors='ignore') if begun else '').partition('\n')
     have, size = part.stat().st_size if version else 0, int(size) if size.isdecimal() else 0
     headers = {'User-Agent': 'latentdiff', **({'Range': f'bytes={have}-', 'If-Range': version} if have else {})}
     request, sockets = urllib.request.Request(quote(url, safe=string.punctuation), headers=headers), []
@@ -126,24 +126,26 @@ def download(url, path): # http(s); where the file goes, whose folder is made
     except OSError as e: raise UserError(f'could not download {url} ({one_line(e)}): set LATENTDIFF_DATA') from None
     return path
 
-def _fetch_all(url, path, part, tag, tries=3):
+def _fetch_all(url, path, part, tag, tries=3, afresh=False):
     "Fill `part`, and put it in place"
     while not os.path.exists(path):
         try:
-            if _fetch(url, part, tag): os.replace(part, path)
+            if _fetch(url, part, tag, not afresh and all(map(os.path.exists, (part, tag)))): os.replace(part, path)
         except UserError: raise
         except (OSError, ValueError, OverflowError, http.client.HTTPException) as e:
             code, tries = getattr(e, 'code', None), tries - 1
             if getattr(e, 'errno', None) in FULL: raise
-            if code == 416 and tries > 0 and os.path.exists(part): part.unlink()   # there is no such rest: begin afresh
-            elif code or tries <= 0:
+            afresh = code not in (None, 429, 500, 502, 503, 504) and tries > 0 and not afresh and os.path.exists(part)
+            if not afresh and (code or tries <= 0):
                 raise UserError(f'could not download {url} ({one_line(e)}): try later, or put it at {path}') from None
 
 # %% ../nbs/parts/files.ipynb #f014
 class _Header(tarfile.TarInfo):
     "A member's head, whose long name and notes tarfile reads whole, before anybody could look at their size"
     def _proc_member(self, t): # what subclasses are to override, says tarfile; notes for all that follow add up
-        if self.type not in b'LKxgX' or self.size < 1 << 14 and len(t.pax_headers) < 100: return super()._proc_member(t)
+        if self.type not in b'LKxgX': return super()._proc_member(t)
+        t.work = getattr(t, 'work', 0) + self.size**2   # so long some Pythons take for digits
+        if self.size < 1 << 14 and t.work < 3e10 and len(t.pax_headers) < 100: return super()._proc_member(t)
         raise UserError(f'a name or note in it takes {size_of(self.size)}, or there are many: pack it again without')
 
     @classmethod
@@ -323,10 +325,10 @@ def captions_in(folder):
             if why := no_file(path): raise OSError(why)
             with path.open(newline='', encoding='utf-8-sig') as f:
                 columns, table = {}, csv.DictReader(f, strict=True)
-                for row in table if path.suffix == '.csv' else map(json.loads, filter(str.strip, f)):
+                heads = [o for o in table.fieldnames or () if o] if path.suffix == '.csv' else []
+                if not len({*heads}) == len(heads) <= 1000: raise ValueError('two columns of one name, or over 1,000')
+                for row in table if heads else map(json.loads, filter(str.strip, f)):
                     if any(row.pop(None, ())): raise ValueError(f'line {table.line_num}: put "quotes" round its commas')
-                    if path.suffix == '.csv' and max(map(table.fieldnames.count, ('text', 'caption'))) > 1:
-                        raise ValueError('two columns of captions have one name')
                     columns |= row
                     said, of = row.get('text') or row.get('caption') or '', path.parent/row['file_name']
                     said.encode()   # half a surrogate pair, which JSON can hold, is no text
@@ -411,7 +413,6 @@ def _state(folder):
 def hub_folder(spec, n): # 'owner/name', '?image=..&label=..&caption=..&split=..' behind it if need be; how many
     "The first `n` pictures of a data set on the Hub, or of a local folder of its files; raises `UserError`"
     from datasets import Image as HubImage, load_dataset
-    from huggingface_hub.errors import HTTPError
     name, _, query = str(spec).partition('?')
     if not os.path.isdir(name) and not re.fullmatch(ON_HUB, name):
         raise UserError(f'spec is {spec!r:.200}: give owner/name, or a folder')
@@ -421,17 +422,16 @@ def hub_folder(spec, n): # 'owner/name', '?image=..&label=..&caption=..&split=..
     if os.path.exists(folder): return clear_away(folder, 'new') or folder   # of others that were killed meanwhile
     try:
         rows = load_dataset(name, split=split, streaming=True)
-        features = rows.features or {}   # not known of a table of texts
+        features = rows.features or dict(text=None)   # not known of a table of texts
         cols = _columns(features, told)
         missing = [o for o in cols.values() if o and o not in features] or ['of pictures']*(not cols['image'])
-        here = ', '.join(features) or 'texts'
-        if missing: raise UserError(f'{name} has no column {missing[0]}, only {here}: add ?image=..')
+        if missing: raise UserError(f"{name} has no column {missing[0]}, only {', '.join(features)}: add ?image=..")
         classes = _classes_of(features, cols['label'])
         rows = rows.cast_column(cols['image'], HubImage(decode=False))
         with whole_folder(folder, first=True) as new:
             if not _save_rows(rows, cols, classes, n, new, name): raise UserError(f'{name} has no rows in {split}')
     except UserError: raise
-    except (OSError, TypeError, AttributeError, ImportError, HTTPError, *DAMAGED) as e:   # those of every reader
+    except Exception as e:   # of readers that are other people's, and of what they read with
         raise UserError(f'{name} cannot be had ({one_line(e)}): check the network, or pass a folder') from None
     return folder
 
@@ -462,7 +462,7 @@ def shard_samples(shards):
     from aiohttp import ClientError
     key = lambda file: re.match(r'(.*/)?[^/.]*', file[0])[0]      # up to the first dot
     errors, broken = (OSError, ClientError, MemoryError, *DAMAGED), []
-    for shard in shards:
+    for shard, k in zip(shards, itertools.repeat('')):   # k: of the sample
         try:
             if '://' not in shard and (why := no_file(shard)): raise OSError(why)
             for k, files in itertools.groupby(_shard_files(shard, broken, errors), key):
@@ -477,7 +477,7 @@ def shard_samples(shards):
                 elif len(picture) > LARGEST: picture = f'over {LARGEST/1e9:.0f} GB, too much for a picture'
                 elif not caption or '\ufffd' in caption: picture = 'caption is not UTF-8' if caption else 'no caption'
                 yield f"{PurePosixPath(shard).name.split('.')[0]}/{k}", picture, caption
-            if broken: raise broken.pop()   # what came before it was not lost
+            if broken or not k: raise broken.pop() if broken else OSError('no files in it')   # others were not lost
         except errors as e:
             yield shard, f'shard damaged or missing ({one_line(e)})'
 

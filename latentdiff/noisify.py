@@ -19,7 +19,7 @@ from .autoencoder import fit_bs
 from .core import UserError, agreed, artefact, check_contents, checked, default_device, fingerprint, first_ahead
 from .core import made, number, numbers, one_of, positions, progress, read_json, sealed, share, spread, stream, unsealed
 from .data import CROPS, FEW, all_finite, cropped, from_uint8, is_plain, is_real, kind_of, leeway, like
-from .disk import NOWHERE, on_disk, place, rank, remove, reserve, world, write_json
+from .disk import NOWHERE, on_disk, place, printable, rank, remove, reserve, world, write_json
 
 # %% ../nbs/20_noisify.ipynb #c076
 def cosine_levels(t): # levels in [0,1] -> (alpha, sigma) like t
@@ -299,7 +299,8 @@ def _encode_rest(ae, images, folder, shape, how, bs, save_every=5.):
     "Fill the files in `folder`, from the row where an earlier call stopped; of several processes each its batches"
     count,n = folder/'done.json', len(images)
     said = read_json(count, f'delete {folder}').get('done') if os.path.isfile(count) else 0
-    done = agreed(number(0, n, **{f'done in {count}': said}))
+    whole = all(os.path.isfile(folder/f) and os.path.getsize(folder/f)==2*math.prod(shape) for f in _files(how))
+    done = agreed(number(0, n, **{f'done in {count}': said})*whole)   # else not all of it was copied
     with first_ahead():
         for f in _files(how): reserve(folder/f, 2*math.prod(shape))
         files = [np.memmap(folder/f, np.float16, 'r+', shape=shape) for f in _files(how)]
@@ -308,8 +309,7 @@ def _encode_rest(ae, images, folder, shape, how, bs, save_every=5.):
         agreed()
         write_json(count, dict(done=done))
         return time.monotonic()
-    starts,saved = range(done, n, bs), time.monotonic()
-    mine = [*share(starts)]
+    mine,saved = [*share(starts := range(done, n, bs))], time.monotonic()
     try:
         for i,pixels in progress(prefetch(images, mine, bs), len(mine), f'encoding {n:,} images'):
             for f,z in zip(files, _encode_batch(ae, pixels, i, how)): f[i:i+len(z)] = z
@@ -538,5 +538,5 @@ def mend_process(process, folder): # as above
     try: lost and process.to_diffusers()
     except UserError: lost = [o for o in lost if o=='process']
     if not lost: return
-    print(f"{folder} has lost {' and '.join(lost)}: made again", flush=True)
+    print(printable(f"{folder} has lost {' and '.join(lost)}: made again"), flush=True)
     save_process(process, folder)

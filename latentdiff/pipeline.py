@@ -413,7 +413,6 @@ def push_to_hub(self:LatentDiffusionPipeline, repo_id, # owner/name
 # %% ../nbs/80_pipeline.ipynb #p010
 def loop_of(scheduler): # of diffusers
     "diffusers' loop as a sampler: all that `scheduler` says is kept"
-    takes, scale = inspect.signature(scheduler.step).parameters, getattr(scheduler, 'scale_model_input', lambda x, t: x)
     torchs = lambda g: g if isinstance(g, torch.Generator) else torch.Generator().manual_seed(int(g.integers(2**63)))
     def asked(n, method, *args, **kw):
         try: return method(*args, **kw)
@@ -421,12 +420,13 @@ def loop_of(scheduler): # of diffusers
             why = f'{type(scheduler).__name__} cannot draw in {n} steps ({one_line(e)})'
             raise UserError(f'{why}: take more or fewer, or another sampler') from e
     def loop(net, process, x, ts, callback=None, generator=None):
-        asked(n := len(ts) - 1, scheduler.set_timesteps, n, device=x.device)
-        x = x*(getattr(scheduler, 'init_noise_sigma', 1.)/levels(process, ts[0])[1])
+        scale = getattr(own := copy.deepcopy(scheduler), 'scale_model_input', lambda x, t: x)   # it keeps a state
+        asked(n := len(ts) - 1, own.set_timesteps, n, device=x.device)
+        x = x*(getattr(own, 'init_noise_sigma', 1.)/levels(process, ts[0])[1])
         gens = [torchs(g) for g in generator] if isinstance(generator, list) else generator
-        kw = dict(generator=gens) if 'generator' in takes else {}
-        for i, time in enumerate(scheduler.timesteps):
-            out = asked(n, scheduler.step, net(asked(n, scale, x, time), time.expand(len(x))), time, x, **kw)
+        kw = dict(generator=gens) if 'generator' in inspect.signature(own.step).parameters else {}
+        for i, time in enumerate(own.timesteps):
+            out = asked(n, own.step, net(asked(n, scale, x, time), time.expand(len(x))), time, x, **kw)
             if callback: callback(i, float(process.t_of_time(time)), x, getattr(out, 'pred_original_sample', None))
             x = out.prev_sample
         return x
@@ -440,7 +440,7 @@ def scheduled(scheduler, process): # as above; the `Process` that the network wa
 def tried(scheduler): # as above
     "It; `UserError` if it cannot draw, which it may notice in the middle of a drawing only"
     try:
-        c, loop, x = scheduler.config, loop_of(copy.deepcopy(scheduler)), torch.zeros(1, 1, 2, 2)
+        c, loop, x = scheduler.config, loop_of(scheduler), torch.zeros(1, 1, 2, 2)
         n = min(8, *(c.get(k, 8) for k in ('num_train_timesteps', 'original_inference_steps')))
         with torch.random.fork_rng([]): loop(lambda x, t: x, Process(), x, torch.linspace(1, 0, n + 1))
     except UNFIT as e:
@@ -507,9 +507,8 @@ class KIDCurve(Callback):
     def look(self, at):
         "Swap the average in, score, swap back"
         self.learn.ema.swap()
-        kid, se = self.score(self.model.eval(), self.learn.noisify_cb.process)
-        self.model.train()
-        self.learn.ema.swap()
+        try: kid, se = self.score(self.model.eval(), self.learn.noisify_cb.process)
+        finally: self.model.train(), self.learn.ema.swap()
         self.curve = self.learn.keeper.history.setdefault('kid', [])   # a checkpoint keeps it
         self.curve.append((self.learn.step_by_step.k, kid, se))   # a longer training has other shares
         print(f'KID after {at:.0%} of the training: {kid:.4f} ± {se:.4f}', flush=True)

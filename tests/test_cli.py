@@ -1,5 +1,6 @@
 "The console commands, each in a process of its own: what they leave behind, and one clear line for every bad input."
 import base64, io, json, os, random, re, shlex, shutil, signal, subprocess, sys, tarfile, time
+from contextlib import redirect_stdout
 from html import unescape
 import numpy as np, pytest, torch
 from fastcore.basics import AttrDict
@@ -321,6 +322,20 @@ def test_what_the_module_cannot_do_is_one_line(tmp_path, args, words):
     said = ''.join(l for l in p.stderr.splitlines(keepends=True) if not l.startswith('import time:'))
     one_line(AttrDict(rc=p.returncode, err=said), *words)
     assert not p.stdout and not [*tmp_path.iterdir()]
+
+def test_a_current_folder_that_is_gone_is_one_line(tmp_path):
+    (tmp_path/'gone').mkdir()
+    code = f"import os, sys; os.chdir({str(tmp_path/'gone')!r}); os.rmdir({str(tmp_path/'gone')!r}); sys.argv[0] = 'latentdiff-eval'; import latentdiff.commands"
+    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(Path(latentdiff.__file__).parents[1])))
+    one_line(AttrDict(rc=p.returncode, err=p.stderr), 'the current folder is gone')
+
+def test_an_evaluation_that_cannot_be_printed_is_kept(tmp_path):
+    from latentdiff import commands
+    for k in 'ab': np.savez(tmp_path/f'{k}.npz', np.random.RandomState(ord(k)).randint(0, 256, (8, 16, 16, 3), np.uint8))
+    class Full(io.StringIO):
+        def write(self, s): raise OSError(28, 'No space left on device')
+    with redirect_stdout(Full()), pytest.raises(SystemExit): commands.eval_cli.__wrapped__(*(str(tmp_path/f'{k}.npz') for k in 'ab'), out=str(tmp_path/'e.json'))
+    assert 'kid' in json.loads((tmp_path/'e.json').read_text())
 
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
 def test_the_list_of_verbs_that_cannot_be_printed_is_one_line():

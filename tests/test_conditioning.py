@@ -319,6 +319,29 @@ def test_text_encoder_that_is_not_there(model):
     with pytest.raises(UserError, match=f"cannot load the text encoder {model}.*use 'minilm'") as e: TextConditioner(model)(['a'])
     one_line(e)
 
+def test_a_language_model_that_is_no_bert_is_one_line(clip_folder, tmp_path):
+    "T5 answers to other words; a tokenizer may have more words than its model; weights may be damaged"
+    import safetensors.torch, shutil
+    from transformers import T5Config, T5Model
+    T5Model(T5Config(vocab_size=64, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(tmp_path/'t5')
+    for o in ('t5', 'sick', 'words'): shutil.copytree(clip_folder, tmp_path/o, ignore=shutil.ignore_patterns(*['*.safetensors', 'config.json'][:2*(o == 't5')]), dirs_exist_ok=True)
+    f = tmp_path/'sick'/'model.safetensors'
+    state = safetensors.torch.load_file(f)
+    k = next(k for k in state if k.startswith('text_model') and k.endswith('mlp.fc1.bias'))
+    safetensors.torch.save_file(state | {k: state[k]*float('nan')}, f, metadata={'format': 'pt'})
+    def said(folder):
+        with pytest.raises(UserError) as e: TextConditioner(str(tmp_path/folder))(['a bed'])
+        return one_line(e) and str(e.value)
+    assert 'cannot load the text encoder' in said('t5')
+    assert 'mlp.fc1.bias that is not finite' in said('sick')
+    config = json.loads((tmp_path/'words'/'config.json').read_text())
+    config['text_config']['vocab_size'] = 8
+    (tmp_path/'words'/'config.json').write_text(json.dumps(config))
+    o = 'text_model.embeddings.token_embedding.weight'
+    state[o] = state[o][:8].clone()
+    safetensors.torch.save_file(state, tmp_path/'words'/'model.safetensors', metadata={'format': 'pt'})
+    assert 'cannot load the text encoder' in said('words')
+
 def test_without_the_text_extra(monkeypatch):
     monkeypatch.setattr(latentdiff.conditioning, 'find_spec', lambda name: None)
     text_encoder.cache_clear()

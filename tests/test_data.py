@@ -116,6 +116,37 @@ def test_what_is_kept_beside_a_part_is_not_utf8(server, tmp_path):
     (tmp_path/'a.bin.part.tag').write_bytes(b'"\xff\xfe"\n' + b'%d' % len(PAYLOAD))
     assert download(server.url + '/a.bin', tmp_path/'a.bin').read_bytes() == PAYLOAD and left(tmp_path) == ['a.bin']
 
+@pytest.mark.parametrize('code,whole', [(403, True), (431, True), (501, True), (503, False), (429, False)])
+def test_a_server_that_refuses_parts_is_asked_for_the_whole(server, tmp_path, monkeypatch, code, whole):
+    "What is there is kept until that comes; one that is only busy is left for later"
+    server.files['/a.bin'] = PAYLOAD
+    get = Server.do_GET
+    monkeypatch.setattr(Server, 'do_GET', lambda h: h.send_error(code) if h.headers.get('Range') else get(h))
+    (tmp_path/'a.bin.part').write_bytes(PAYLOAD[:1000])
+    (tmp_path/'a.bin.part.tag').write_text(tag := f'"{hashlib.md5(PAYLOAD).hexdigest()}"')
+    if whole: assert download(server.url + '/a.bin', tmp_path/'a.bin').read_bytes() == PAYLOAD and left(tmp_path) == ['a.bin']
+    else:
+        assert f' {code}' in one_line(download, server.url + '/a.bin', tmp_path/'a.bin')
+        assert (tmp_path/'a.bin.part').read_bytes() == PAYLOAD[:1000] and (tmp_path/'a.bin.part.tag').read_text() == tag
+
+def test_a_table_of_many_columns_is_refused(tmp_path):
+    "Its time would grow with rows times columns; two of one name say two things"
+    (tmp_path/'a.png').write_bytes(png(0))
+    for heads in ([f'c{i}' for i in range(5000)], ['text'], ['file_name']):
+        (tmp_path/'metadata.csv').write_text(','.join(['file_name', 'text', *heads]) + '\na.png,x'*5000 + '\n')
+        assert 'two columns of one name, or over 1,000' in one_line(W.captions_in, tmp_path)
+    (tmp_path/'metadata.csv').write_text('file_name,text,,\na.png,x,,\n')
+    assert W.captions_in(tmp_path) == {tmp_path/'a.png': 'x'}
+
+def test_a_weak_tag_does_not_name_a_file(server, tmp_path, monkeypatch):
+    "Several files may have it (RFC 9110, 13.1.5): the download begins afresh"
+    server.files['/a.bin'] = PAYLOAD
+    monkeypatch.setattr(Server, 'send_header', lambda h, k, v, send=Server.send_header: send(h, k, 'W/"v1"' if k == 'ETag' else v))
+    (tmp_path/'a.bin.part').write_bytes(bytes(1000))
+    (tmp_path/'a.bin.part.tag').write_text('W/"v1"')
+    server.cuts = 1
+    assert download(server.url + '/a.bin', tmp_path/'a.bin').read_bytes() == PAYLOAD and not any(asked for _, asked in server.log[1:])
+
 def test_file_that_is_gone(server, tmp_path):
     message = one_line(download, server.url + '/gone', tmp_path/'c.bin')
     assert '/gone (' in message and '404' in message and 'c.bin' in message and len(server.log) == 1
@@ -710,7 +741,7 @@ def test_several_captions_of_a_picture_are_said(tmp_path, capsys, tables, kept, 
 
 def test_two_columns_of_captions_are_refused(tmp_path):
     put(tmp_path/'s'/'a.png', png()), (tmp_path/'s'/'metadata.csv').write_text('file_name,text,text\na.png,one,two\n')
-    assert 'two columns of captions' in one_line(open_images, tmp_path/'s', 16)
+    assert 'two columns of one name' in one_line(open_images, tmp_path/'s', 16)
 
 @pytest.mark.parametrize('rows,said', [('x/a.png,a red, big bed', 'line 3: put "quotes"'), ('x/a.png,"a red bed', 'unexpected end of data'), ('x/a.png,"a red" bed', "',' expected after '\"'")])
 def test_captions_whose_quotes_are_missing_are_no_captions(tmp_path, rows, said):
@@ -793,6 +824,19 @@ def files_of(n, start=0):
     files = {}
     for i in range(start, start + n): files |= {f'{i:09d}.png': png(i, 48), f'{i:09d}.txt': f'room {i}'.encode(), f'{i:09d}.json': b'{}'}
     return files
+
+def test_a_shard_without_files_is_counted(tmp_path):
+    "Zeros after a crash, or nothing but folders"
+    spec = shards_of(tmp_path, [files_of(3), {}, files_of(3, 3)])
+    (tmp_path/'00001.tar').write_bytes(bytes(10_240))
+    images = open_images(spec, 16)
+    assert len(images) == 6 and [*map(str, images.skipped[0])][1] == 'shard damaged or missing (no files in it)' and '00001.tar' in str(images.skipped[0][0])
+
+@pytest.mark.parametrize('readme', ['---\nconfigs: [\n---\n', '---\na: !!python/object:x.y {}\n---\n'])
+def test_a_data_set_whose_card_is_no_yaml_is_one_line(tmp_path, home, readme):
+    spec = hub_of(tmp_path/'x', told={}, n=8)
+    (tmp_path/'x'/'README.md').write_text(readme)
+    assert 'cannot be had' in one_line(open_images, f'hub:{tmp_path/"x"}', 32, n=6)
 
 def test_shard_names():
     assert W.shard_names('a/{008..011}.tar') == ['a/008.tar', 'a/009.tar', 'a/010.tar', 'a/011.tar']

@@ -1,5 +1,5 @@
 "Noise schedules and targets against closed forms and diffusers; the latent cache against kills and mix-ups."
-import itertools, json, math, shutil, signal, threading
+import itertools, json, math, os, shutil, signal, threading
 from dataclasses import replace
 import diffusers, numpy as np, pytest, torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
@@ -506,6 +506,16 @@ def test_resumes_bit_for_bit_after_an_error(images, tmp_path):
     with pytest.raises(UserError, match='no latents in'): Latents(tmp_path/'cut'/'latents')
     cache(ae, Fails(images, 63), tmp_path/'cut') # would raise if it read the first batch again
     cache(ae, images, tmp_path/'whole')
+    same_files(tmp_path/'cut', tmp_path/'whole')
+
+@pytest.mark.parametrize('keep', [None, 0, 1000])
+def test_what_is_not_all_there_is_encoded_again(images, tmp_path, keep):
+    "A folder that was copied while it was filled: rows of zeros are no latents"
+    with pytest.raises(OSError): cache(small_ae(), Fails(images, 70), tmp_path/'cut')
+    f = tmp_path/'cut'/'.latents.making'/'latents.f16'
+    if keep is None: f.unlink()
+    else: os.truncate(f, keep)
+    for name in ('cut', 'whole'): cache(small_ae(), images, tmp_path/name)
     same_files(tmp_path/'cut', tmp_path/'whole')
 
 def test_what_was_begun_with_another_autoencoder_is_thrown_away(images, tmp_path):

@@ -761,6 +761,7 @@ def test_a_link_to_nowhere_is_no_new_place(tmp_path):
 
 def test_names_and_seeds_are_looked_at_first(tmp_path):
     from latentdiff.core import read_toml, to_toml
+    assert check_call(dict(out='~/x', run='a~', n=3, prompt='~/x')) == dict(out=os.path.expanduser('~/x'), run='a~', n=3, prompt='~/x')
     assert '--out is empty' in one_line(lambda: check_call(dict(out=''))) and '--npz' in one_line(lambda: check_call(dict(n=3, npz='')))
     assert 'UTF-8' in one_line(lambda: check_call(dict(data=os.fsdecode(b'caf\xe9'))))
     (strange := tmp_path/os.fsdecode(b'nu\xff')/'photos').mkdir(parents=True)
@@ -985,6 +986,16 @@ def test_a_place_that_was_taken_meanwhile_is_left_alone_and_what_was_drawn_is_ke
     assert [o.name for o in out.iterdir()] == ['theirs'] and npz.read_text() == 'theirs' and not [*(tmp_path/'out-2').iterdir()]
     assert [o.name for o in (tmp_path/'out-3').iterdir()] == ['00000.png'] and commands.np.load(tmp_path/'a-2.npz')['arr_0'].shape == (1, 32, 32, 1)
     assert {o.name for o in tmp_path.iterdir()} == {'out', 'out-2', 'out-3', 'a.npz', 'a-2.npz'}
+
+def test_a_note_that_may_not_be_read_is_not_of_somebody_else(tmp_path, monkeypatch):
+    "What was trained is not to be deleted for that"
+    from latentdiff import core
+    core.artefact(tmp_path/'unet', lambda o: (o/'a').write_text('x') and {}, {}, {})
+    def denied(path, *args, stat=os.stat, **kw):
+        if str(path).endswith('made.json'): raise PermissionError(13, 'Permission denied', str(path))
+        return stat(path, *args, **kw)
+    monkeypatch.setattr(core.os, 'stat', denied)
+    assert 'made.json cannot be read (Permission denied): see to it that it can' in one_line(lambda: core.artefact(tmp_path/'unet', None, {}, {}))
 
 KILLED_BETWEEN = """
 import os, signal, sys

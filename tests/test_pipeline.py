@@ -23,7 +23,7 @@ from latentdiff.core import UserError, artefact, load_component, made, save_comp
 from latentdiff.few_step import shortcut, unipc, with_steps
 from latentdiff.files import npz_pixels
 from latentdiff.noisify import Process
-from latentdiff.pipeline import KIDCurve, LatentDiffusionPipeline, expectation, load_part, model_card, path_of, zoo
+from latentdiff.pipeline import KIDCurve, LatentDiffusionPipeline, expectation, load_part, loop_of, model_card, path_of, zoo
 from latentdiff.report import guidance_curves, kid_curve, training_curves
 from latentdiff.sampling import SAMPLER, SAMPLERS, sample, start_noise, time_steps
 from latentdiff.unet import AnyUNet2D, UNet, train_denoiser
@@ -313,6 +313,14 @@ class Own:
 
 def test_a_scheduler_of_ones_own_is_one_line():
     assert 'Own cannot draw' in one_line(small().draw, 1, 3, sampler=Own())
+
+def test_a_drawing_within_a_drawing_disturbs_neither():
+    "A preview in a callback, by a scheduler of diffusers, which keeps a state"
+    net, process, x = lambda x, t, c=None: .1*x, Process(), torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    loop, ts = loop_of(UniPCMultistepScheduler(prediction_type='flow_prediction', use_flow_sigmas=True)), torch.linspace(1, 0, 9)
+    alone, within = loop(net, process, x, ts), []
+    y = loop(net, process, x, ts, lambda i, *_: within.append(loop(net, process, x, ts)) if i == 3 else None)
+    assert torch.equal(alone, y) and torch.equal(alone, *within)
 
 def test_the_model_of_diffusers_in_place_of_its_config():
     assert 'the config of one of diffusers' in one_line(PretrainedKL, AutoencoderKL())
@@ -860,12 +868,12 @@ def test_the_head_of_a_card(tmp_path, begun, base):
     settings = dict(data='hub:them/rooms?split=train', preset='tiny', size=32, seed=7, n=500, steps=34, autoencoder=None, **{'from': begun})
     settings |= dict(ae_steps=12) if begun == 'none' else dict(start=dict(fingerprint='0'))
     (tmp_path/'run.json').write_text(json.dumps(dict(settings=settings)))
-    (tmp_path/'metrics.json').write_text(json.dumps(MEASURED))
+    (tmp_path/'metrics.json').write_text(json.dumps(MEASURED | dict(sampler='![x](https://evil/x.png)')))
     card = ModelCard(model_card('us/rooms', 'yours: free | for all\nto see', tmp_path, 'cc-by-4.0'))
     d = card.data
     assert d.base_model == base and d.datasets == ['them/rooms'] and d.license == 'cc-by-4.0' and d.library_name == 'latentdiff'
     assert d.pipeline_tag == 'unconditional-image-generation' and {'diffusers', 'latentdiff'} <= {*d.tags}
-    assert '| data and its terms | yours: free \\| for all to see |' in card.text and '/home' not in card.text
+    assert '| data and its terms | yours: free \\| for all to see |' in card.text and '!\\[x](https' in card.text and '/home' not in card.text
     assert (f'34 steps, going on from {base or begun.split("/")[-1]} |' in card.text) is (begun != 'none')
 
 def test_the_task_on_a_card_is_that_of_the_network(tmp_path):

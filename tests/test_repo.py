@@ -332,8 +332,6 @@ def poor(cells):
     dots = [im.info['dpi'][0] for c in cells for k, b in images(c) if k == 'image/png' and 'dpi' in (im := Image.open(io.BytesIO(b))).info]
     return [*['no style']*(not styled), *small, *(f'{o:.0f} dots an inch' for o in dots if o < 99)]
 
-FEW_DOTS = {'01_smallnorb'} # a lab with a picture that is older than the rule
-
 def names_of(tree):
     "What a cell imports, what it defines (methods given to a class by `@patch` aside), and what its functions use"
     stored = lambda n: {m.id for m in ast.walk(n) if isinstance(m, ast.Name) and isinstance(m.ctx, ast.Store)}
@@ -355,8 +353,8 @@ def test_no_cell_gives_a_name_of_the_library_another_meaning(name):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_figures_are_in_one_style(name):
-    "That of `latentdiff/lesson.mplstyle`, 9 points and 100 dots an inch at least; some labs still have pictures with fewer dots"
-    assert [o for o in poor(code_cells(name)) if Path(name).stem not in FEW_DOTS or not re.search('dots|dpi', o)] == []
+    "That of `latentdiff/lesson.mplstyle`, 9 points and 100 dots an inch at least"
+    assert poor(code_cells(name)) == []
 
 def dotted(dpi):
     "A PNG of so many dots an inch, as in an output"

@@ -613,6 +613,12 @@ def test_the_notes_of_members_are_no_bomb(kind, tmp_path):
         for o in ('0.tar', 'a.tar'): (tmp_path/o).write_bytes(raw)
         assert 'a name or note in it takes' in one_line(F.unpacked, tmp_path/'a.tar') and 'a name or note in it takes' in [*F.shard_samples([str(tmp_path/'0.tar')])][-1][1]
 
+def test_many_notes_are_no_bomb_either(tmp_path):
+    "Some Pythons look at digits in a time that grows with their square: 200 of 15 kB would take a minute"
+    raw = b''.join(head('p', note(k, 15_000)[1], b'x') + note(k, 15_000)[0] + head(f'{k}.txt', 0, b'0') for k in range(200)) + bytes(1024)
+    for o in ('0.tar', 'a.tar'): (tmp_path/o).write_bytes(raw.replace(b'=1', b'=x').replace(b'1'*100, b'x'*100))
+    assert 'there are many' in one_line(F.unpacked, tmp_path/'a.tar') and 'there are many' in [*F.shard_samples([str(tmp_path/'0.tar')])][-1][1]
+
 def test_notes_are_forgotten(tmp_path, monkeypatch):
     "tarfile keeps all members that it has seen, with their notes"
     kept, add = [], tarfile.TarFile.next
@@ -632,7 +638,7 @@ def test_a_server_that_sends_zeros_for_ever_behind_a_shard_is_left(liar):
     liar.answer = answer
     assert len(D.open_images(f'http://127.0.0.1:{liar.server_port}/' + '{0..0}.tar', 16)) == 1 and len(sent) < 200
 
-def test_what_others_have_named_does_not_steer_the_terminal(tmp_path, capsys):
+def test_what_others_have_named_does_not_steer_the_terminal(tmp_path, capsys, monkeypatch):
     "Names in a note, which anyone may seal, and folders of a data set"
     def make(work): (work/'a.txt').write_text('a')
     path = C.artefact(tmp_path/'x', make, {}, dict(sampler='x\x1b]0;pw\x07'), cheap=True)
@@ -641,8 +647,15 @@ def test_what_others_have_named_does_not_steer_the_terminal(tmp_path, capsys):
     (tmp_path/'s'/'s\x1b[31mx'/'a.png').write_bytes(PNG)
     (tmp_path/'s'/'s\x1b[31mx'/'metadata.csv').write_text('file_name,about\na.png,x\n')
     D.open_images(tmp_path/'s', 16)
-    out = capsys.readouterr().out
-    assert 'brought up to date' in out and 'no column text' in out and '\x1b' not in out and '\x07' not in out
+    (p := tmp_path/'p\x1b]0;pw').mkdir()
+    N.mend_process(N.Process('flow'), p)
+    with monkeypatch.context() as m, C.patience('waiting for \x1b[31m', .01):
+        m.setattr(C.time, 'monotonic', lambda now=[0]: now.append(now[-1] + 3) or now[-1])
+        C.Bar(9, 'decoding \x1b[31m').step()
+        C.time.sleep(.2)
+    print(repr(C.preset('tiny', 'x\x1b[31m')))
+    out = ''.join(capsys.readouterr())
+    assert 'made again' in out and 'decoding' in out and 'waiting' in out and 'data         x' in out and 'brought up to date' in out and 'no column text' in out and '\x1b' not in out and '\x07' not in out
 
 def test_a_command_that_is_advised_is_not_cut_inside_its_quotes():
     import shlex
