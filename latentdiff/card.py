@@ -188,6 +188,6 @@ def model_card(repo_id, terms, run,       # owner/name; whose pictures, under wh
     if any(o['_class_name'] == 'ClassConditioner' for o in told): task = None   # the Hub has no name for this one
     head = ModelCardData(tags=['diffusers', 'latentdiff', 'latent-diffusion'], library_name='latentdiff',
                          license=license, pipeline_tag=task, **found_on_hub(Path(run)))
-    cell = lambda o: ' '.join(o.split()).replace('|', r'\|').replace('<', '&lt;')   # of the table
-    rows = ''.join(f'| {k} | {cell(v)} |\n' for k, v in notes_of(Path(run)).items()).replace('[', r'\[')   # no links
+    cell = lambda o: ' '.join(o.split()).replace('|', '&#124;').replace('<', '&lt;')   # of the table
+    rows = ''.join(f'| {k} | {cell(v)} |\n' for k, v in notes_of(Path(run)).items()).replace('[', '&#91;')   # no links
     return CARD.format(head=head, title=repo_id.split('/')[-1], repo_id=repo_id, terms=cell(terms), rows=rows)

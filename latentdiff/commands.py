@@ -378,7 +378,7 @@ def go(self:Run, goals=GOALS):
             getattr(self, k)
             with first_ahead(): still_there(self.folder/'run.json')
     done = 'is finished: nothing to do' if before == stamp() else f'{training.peak_gb(self.device):.1f} GB at most'
-    print(f'{printable(str(self.folder))} {done}{card.outdated(self.folder)}')
+    print(printable(f'{self.folder} {done}{card.outdated(self.folder)}'))
 
 # %% ../nbs/90_commands.ipynb #c038
 def _options(
@@ -487,9 +487,9 @@ def sample_cli(
     px, taken, todo = data.to_hwc(pipe.pixels(n, steps, sampler, seed, bs, **told)), [], [out]*(not rank())
     def attempt(write, place, put=put_beside):
         try: place and write(place, px, put)
-        except UserError as e: taken.append(str(e))   # the other one is written all the same
+        except (UserError, OSError, MemoryError) as e: taken.append(str(e) or 'no memory')   # the other one is written
     def pngs(): attempt(write_pngs, todo and todo.pop())
-    attempt(write_npz, npz, lambda new, path: (pngs(), put_beside(new, path)))   # no kill leaves one without the other
+    attempt(write_npz, todo and npz, lambda new, path: (pngs(), put_beside(new, path)))   # a kill seldom parts them
     pngs()
     if taken: raise UserError('; '.join(taken))
 

@@ -294,7 +294,7 @@ def made(path):
     f, hint = place(path=path)/'made.json', f'delete {path} and run the command again'
     try: d = unsealed(f, hint, seals(f.parent.parent)) if stat.S_ISREG(os.stat(f).st_mode) else {}
     except (FileNotFoundError, NotADirectoryError): return {}
-    except PermissionError as e: raise UserError(f'{f} cannot be read ({e.strerror}): see to it that it can') from None
+    except OSError as e: raise UserError(f'{f} cannot be read ({e.strerror}): see to it that it can') from None
     if all(isinstance(d.get(k, {}), dict) for k in ('settings', 'parents', 'facts')): return d
     raise UserError(f'{f} is damaged: {hint}')
 
@@ -477,14 +477,16 @@ def check_fit(module, path): # .safetensors
 
 def check_taken(spec, model, info): # a folder or Hub id; what diffusers has read there, and what it says of that
     "`UserError` unless weights are whole, finite, and floats in their files, for it turns anything into floats"
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import try_to_load_from_cache as cached
     if lost := [*info['missing_keys'], *info['unexpected_keys']]:
         raise UserError(f'{spec} is not whole in {lost[0]}: get it again')
     if bad := not_finite(model.state_dict()): raise UserError(f'{spec} holds {bad[0]} that is not finite: get it again')
-    folder = Path(spec if os.path.isdir(spec) else snapshot_download(spec, local_files_only=True))   # no download
-    for f in folder.glob('*.safetensors'):
+    folder = Path(spec) if os.path.isdir(spec) else Path(str(cached(str(spec), 'config.json'))).parent
+    index = folder/f'{WEIGHTS}.index.json'   # of weights in several files
+    files = {*read_json(index, 'get it again')['weight_map'].values()} if os.path.isfile(index) else {WEIGHTS}
+    for f in filter(os.path.isfile, sorted(folder/o for o in files)):
         if bad := [k for k, (_, floats) in _kinds(f).items() if not floats]:
-            raise UserError(f'{f} holds {bad[0]} that is not in float16, 32 or 64: get it again')
+            raise UserError(f'{f} holds {bad[0]} that is no float: get it again')
 
 def load_weights(module, path): # to be filled; .safetensors
     "Fill `module` from `path`; raises `UserError` if it is missing, damaged or does not fit"

@@ -324,10 +324,11 @@ def captions_in(folder):
         try:
             if why := no_file(path): raise OSError(why)
             with path.open(newline='', encoding='utf-8-sig') as f:
-                columns, table = {}, csv.DictReader(f, strict=True)
-                heads = [o for o in table.fieldnames or () if o] if path.suffix == '.csv' else []
-                if not len({*heads}) == len(heads) <= 1000: raise ValueError('two columns of one name, or over 1,000')
-                for row in table if heads else map(json.loads, filter(str.strip, f)):
+                table = csv.DictReader(f, strict=True) if path.suffix == '.csv' else None
+                columns, heads = {}, table and table.fieldnames or []
+                if len(heads) > 1000 or max(map(heads.count, ('file_name', 'text', 'caption'))) > 1:
+                    raise ValueError('two columns of one name, or over 1,000')
+                for row in table or map(json.loads, filter(str.strip, f)):
                     if any(row.pop(None, ())): raise ValueError(f'line {table.line_num}: put "quotes" round its commas')
                     columns |= row
                     said, of = row.get('text') or row.get('caption') or '', path.parent/row['file_name']
@@ -422,15 +423,14 @@ def hub_folder(spec, n): # 'owner/name', '?image=..&label=..&caption=..&split=..
     if os.path.exists(folder): return clear_away(folder, 'new') or folder   # of others that were killed meanwhile
     try:
         rows = load_dataset(name, split=split, streaming=True)
-        features = rows.features or dict(text=None)   # not known of a table of texts
+        features = rows.features or dict(others=None)   # not always known
         cols = _columns(features, told)
         missing = [o for o in cols.values() if o and o not in features] or ['of pictures']*(not cols['image'])
         if missing: raise UserError(f"{name} has no column {missing[0]}, only {', '.join(features)}: add ?image=..")
-        classes = _classes_of(features, cols['label'])
-        rows = rows.cast_column(cols['image'], HubImage(decode=False))
+        rows, classes = rows.cast_column(cols['image'], HubImage(decode=False)), _classes_of(features, cols['label'])
         with whole_folder(folder, first=True) as new:
             if not _save_rows(rows, cols, classes, n, new, name): raise UserError(f'{name} has no rows in {split}')
-    except UserError: raise
+    except (UserError, MemoryError): raise
     except Exception as e:   # of readers that are other people's, and of what they read with
         raise UserError(f'{name} cannot be had ({one_line(e)}): check the network, or pass a folder') from None
     return folder

@@ -302,6 +302,7 @@ def _encode_rest(ae, images, folder, shape, how, bs, save_every=5.):
     whole = all(os.path.isfile(folder/f) and os.path.getsize(folder/f)==2*math.prod(shape) for f in _files(how))
     done = agreed(number(0, n, **{f'done in {count}': said})*whole)   # else not all of it was copied
     with first_ahead():
+        if not whole: write_json(count, dict(done=0))   # before files of zeros look whole
         for f in _files(how): reserve(folder/f, 2*math.prod(shape))
         files = [np.memmap(folder/f, np.float16, 'r+', shape=shape) for f in _files(how)]
     def checkpoint():
@@ -313,8 +314,7 @@ def _encode_rest(ae, images, folder, shape, how, bs, save_every=5.):
     try:
         for i,pixels in progress(prefetch(images, mine, bs), len(mine), f'encoding {n:,} images'):
             for f,z in zip(files, _encode_batch(ae, pixels, i, how)): f[i:i+len(z)] = z
-            end = i + (world()-rank())*bs    # of the batches that all encode meanwhile
-            if end-bs > starts[-1]: continue # not all have one
+            if (end := i + (world()-rank())*bs)-bs > starts[-1]: continue # not all have a batch meanwhile
             done = min(end, n)
             if agreed(time.monotonic()-saved > save_every): saved = checkpoint()
         done = n

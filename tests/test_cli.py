@@ -329,11 +329,12 @@ def test_a_current_folder_that_is_gone_is_one_line(tmp_path):
     p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(Path(latentdiff.__file__).parents[1])))
     one_line(AttrDict(rc=p.returncode, err=p.stderr), 'the current folder is gone')
 
-def test_an_evaluation_that_cannot_be_printed_is_kept(tmp_path):
+def test_an_evaluation_that_cannot_be_printed_is_kept(tmp_path, monkeypatch):
     from latentdiff import commands
     for k in 'ab': np.savez(tmp_path/f'{k}.npz', np.random.RandomState(ord(k)).randint(0, 256, (8, 16, 16, 3), np.uint8))
     class Full(io.StringIO):
         def write(self, s): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(os, 'dup2', lambda *args: None)   # it is pytest's own output
     with redirect_stdout(Full()), pytest.raises(SystemExit): commands.eval_cli.__wrapped__(*(str(tmp_path/f'{k}.npz') for k in 'ab'), out=str(tmp_path/'e.json'))
     assert 'kid' in json.loads((tmp_path/'e.json').read_text())
 

@@ -132,10 +132,10 @@ def test_a_server_that_refuses_parts_is_asked_for_the_whole(server, tmp_path, mo
 def test_a_table_of_many_columns_is_refused(tmp_path):
     "Its time would grow with rows times columns; two of one name say two things"
     (tmp_path/'a.png').write_bytes(png(0))
-    for heads in ([f'c{i}' for i in range(5000)], ['text'], ['file_name']):
+    for heads in ([f'c{i}' for i in range(5000)], ['']*5000, ['text'], ['file_name']):
         (tmp_path/'metadata.csv').write_text(','.join(['file_name', 'text', *heads]) + '\na.png,x'*5000 + '\n')
         assert 'two columns of one name, or over 1,000' in one_line(W.captions_in, tmp_path)
-    (tmp_path/'metadata.csv').write_text('file_name,text,,\na.png,x,,\n')
+    (tmp_path/'metadata.csv').write_text('file_name,text,tag,tag,,\na.png,x,1,2,,\n')
     assert W.captions_in(tmp_path) == {tmp_path/'a.png': 'x'}
 
 def test_a_weak_tag_does_not_name_a_file(server, tmp_path, monkeypatch):

@@ -509,12 +509,18 @@ def test_resumes_bit_for_bit_after_an_error(images, tmp_path):
     same_files(tmp_path/'cut', tmp_path/'whole')
 
 @pytest.mark.parametrize('keep', [None, 0, 1000])
-def test_what_is_not_all_there_is_encoded_again(images, tmp_path, keep):
+def test_what_is_not_all_there_is_encoded_again(images, tmp_path, monkeypatch, keep):
     "A folder that was copied while it was filled: rows of zeros are no latents"
     with pytest.raises(OSError): cache(small_ae(), Fails(images, 70), tmp_path/'cut')
     f = tmp_path/'cut'/'.latents.making'/'latents.f16'
     if keep is None: f.unlink()
     else: os.truncate(f, keep)
+    def dies(path, size):
+        if path != f: raise OSError
+        with open(path, 'a'): os.truncate(path, size)
+    with monkeypatch.context() as m, pytest.raises(OSError):   # when it has as many bytes as it shall have
+        m.setattr('latentdiff.noisify.reserve', dies)
+        cache(small_ae(), images, tmp_path/'cut')
     for name in ('cut', 'whole'): cache(small_ae(), images, tmp_path/name)
     same_files(tmp_path/'cut', tmp_path/'whole')
 

@@ -994,6 +994,9 @@ def test_a_note_that_may_not_be_read_is_not_of_somebody_else(tmp_path, monkeypat
     def denied(path, *args, stat=os.stat, **kw):
         if str(path).endswith('made.json'): raise PermissionError(13, 'Permission denied', str(path))
         return stat(path, *args, **kw)
+    (tmp_path/'loop').mkdir()
+    (tmp_path/'loop'/'made.json').symlink_to('made.json')
+    assert 'cannot be read' in one_line(lambda: core.made(tmp_path/'loop')) and core.made(tmp_path/'none') == core.made(tmp_path/'loop'/'x') == {}
     monkeypatch.setattr(core.os, 'stat', denied)
     assert 'made.json cannot be read (Permission denied): see to it that it can' in one_line(lambda: core.artefact(tmp_path/'unet', None, {}, {}))
 

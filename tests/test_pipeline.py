@@ -12,6 +12,7 @@ from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, F
 from diffusers import UniPCMultistepScheduler, UNet2DModel, UnCLIPScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from errors import one_line
+from fastcore.basics import AttrDict
 from huggingface_hub import ModelCard
 from matplotlib import style
 from matplotlib.figure import Figure
@@ -313,6 +314,13 @@ class Own:
 
 def test_a_scheduler_of_ones_own_is_one_line():
     assert 'Own cannot draw' in one_line(small().draw, 1, 3, sampler=Own())
+
+def test_an_interrupted_look_puts_the_raw_weights_back():
+    "Else a training that goes on would go on from the average"
+    swaps, look = [], KIDCurve(lambda *_: 1/0)
+    look.learn = AttrDict(ema=AttrDict(swap=lambda: swaps.append(1)), model=torch.nn.Linear(1, 1), noisify_cb=AttrDict(process=None))
+    with pytest.raises(ZeroDivisionError): look.look(.5)
+    assert len(swaps) == 2 and look.learn.model.training
 
 def test_a_drawing_within_a_drawing_disturbs_neither():
     "A preview in a callback, by a scheduler of diffusers, which keeps a state"
@@ -739,6 +747,7 @@ def test_a_vae_of_the_hub_is_looked_at_where_it_was_downloaded_to(tmp_path, monk
     (tmp_path/'hub'/'models--owner--vae'/'refs').mkdir(parents=True)
     (tmp_path/'hub'/'models--owner--vae'/'refs'/'main').write_text('0'*40)
     small_vae().save_pretrained(folder := tmp_path/'hub'/'models--owner--vae'/'snapshots'/('0'*40))
+    (folder/'other.safetensors').write_bytes(b'nobody reads this')
     assert open_autoencoder('owner/vae').latent_channels == 4
     f = folder/'diffusion_pytorch_model.safetensors'
     safetensors.torch.save_file({k: v.to(torch.float8_e5m2) for k, v in safetensors.torch.load_file(f).items()}, f)
@@ -873,7 +882,7 @@ def test_the_head_of_a_card(tmp_path, begun, base):
     d = card.data
     assert d.base_model == base and d.datasets == ['them/rooms'] and d.license == 'cc-by-4.0' and d.library_name == 'latentdiff'
     assert d.pipeline_tag == 'unconditional-image-generation' and {'diffusers', 'latentdiff'} <= {*d.tags}
-    assert '| data and its terms | yours: free \\| for all to see |' in card.text and '!\\[x](https' in card.text and '/home' not in card.text
+    assert '| data and its terms | yours: free &#124; for all to see |' in card.text and '!&#91;x](https' in card.text and '/home' not in card.text
     assert (f'34 steps, going on from {base or begun.split("/")[-1]} |' in card.text) is (begun != 'none')
 
 def test_the_task_on_a_card_is_that_of_the_network(tmp_path):
