@@ -61,7 +61,7 @@ def stop_politely():
     sys.excepthook = _not_begun
     if 0 < rank() < world(): sys.stderr = open(os.devnull, 'w')   # the first of several says what is wrong with a call
     try: os.getcwd()
-    except OSError: sys.exit('the current folder is gone: go to another')
+    except FileNotFoundError: sys.exit('the current folder is gone: go to another')
     for n in _SIGNALS if world() == 1 else _SIGNALS[:1]:
         if signal.getsignal(n) in (signal.SIG_DFL, signal.default_int_handler): signal.signal(n, _stop)
 
