@@ -220,11 +220,11 @@ _HERE = f'{zlib.crc32(platform.node().encode()):08x}'   # this machine: others m
 
 def _beside(path, kind): return path.parent/f'.{path.name}.{_HERE}-{os.getpid()}.{kind}'
 
-def _gone(writer): # as `_beside` names it
+def _gone(path, writer): # which `_beside` has named after it; one of another machine, if a day went by there
     here, _, pid = writer.partition('-')
-    try: return os.name == 'posix' and here == _HERE and os.kill(int(pid), 0) is not None   # signal 0 only asks
-    except (ProcessLookupError, OverflowError): return True
-    except (OSError, ValueError): return False
+    own = os.name == 'posix' and here == _HERE
+    try: return os.kill(int(pid), 0) is not None if own else path.lstat().st_mtime + 86400 < path.parent.stat().st_mtime
+    except (OSError, ValueError, OverflowError) as e: return isinstance(e, (ProcessLookupError, OverflowError))
 
 def remove(path):
     "Delete a file, a folder, or a link, but not what a link leads to; nothing happens where nothing is"
@@ -242,7 +242,7 @@ def clear_away(path, *kinds): # 'part', 'new', 'old'
     for folder, name, kind, pattern in (beside, inside) if not rank() else ():
         for o in [*matching(folder, pattern)]:
             told = re.fullmatch(rf'\.{name}\.([0-9a-f]{{8}}-\d+)\.({kind})', o.name)
-            if told and (told[2] == 'old' or _gone(told[1])): remove(o)
+            if told and (told[2] == 'old' or _gone(o, told[1])): remove(o)
 
 @contextmanager
 def no_empty_folders(path):

@@ -19,10 +19,9 @@ import fsspec, numpy as np, torch, torchvision.transforms.functional as TF
 from PIL import Image, ImageOps, UnidentifiedImageError
 from fastai.data.external import untar_data
 from filelock import FileLock
-from .core import DATASETS, Bar, UserError, content_of, data_home, fingerprint, progress, rank, whole_folder
-from .core import checked, number, one_of
-from .disk import FULL, clear_away, enough, matching, name_below, no_file, on_disk, one_line
-from .disk import patience, place, printable, size_of, there
+from .core import DATASETS, Bar, checked, fingerprint, number, one_of, progress
+from .disk import FULL, UserError, clear_away, content_of, data_home, enough, matching, name_below, no_file, on_disk
+from .disk import one_line, patience, place, printable, rank, size_of, there, whole_folder
 
 # %% ../nbs/parts/files.ipynb #f007
 def is_url(o): return str(o).lower().startswith(('http://', 'https://'))
@@ -137,7 +136,8 @@ def _fetch_all(url, path, part, tag, tries=3, afresh=False):
             if getattr(e, 'errno', None) in FULL: raise
             afresh = code not in (None, 429, 500, 502, 503, 504) and tries > 0 and not afresh and os.path.exists(part)
             if not afresh and (code or tries <= 0):
-                raise UserError(f'could not download {url} ({one_line(e)}): try later, or put it at {path}') from None
+                way = f'delete {part} to begin anew, '*bool(code and os.path.exists(part)) + f'or put it at {path}'
+                raise UserError(f'could not download {url} ({one_line(e)}): try later, {way}') from None
 
 # %% ../nbs/parts/files.ipynb #f014
 class _Header(tarfile.TarInfo):

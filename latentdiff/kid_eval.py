@@ -251,7 +251,8 @@ def subset_kids(a, b, ia, ib): # features (m,d), (n,d); the rows each subset tak
     "KID of each pair of subsets -> (s,) float64"
     pair(a, b, 4, 'KID')
     for k, o in dict(ia=ia, ib=ib).items():
-        if not getattr(o, 'ndim', 1): raise UserError(f'{k} is {o!r:.80}: give rows of positions, one a subset')
+        if getattr(o, 'ndim', 1) and (is_plain(o) or not torch.is_tensor(o)): continue
+        raise UserError(f'{k} is {o!r:.80}: give rows of positions, one a subset')
     subsets = [(positions(len(a), ia=i), positions(len(b), ib=j)) for i, j in zip(checked(ia=ia), checked(ib=ib))]
     return torch.tensor([kid(a[i], b[j])[0] for i, j in subsets], dtype=torch.float64)
 

@@ -9,7 +9,7 @@ __all__ = ['SCHEDULES', 'TARGETS', 'TIMES', 'FILES', 'PREDICTION_TYPES', 'BETA_S
            'process_of', 'other_noise', 'load_process', 'save_process', 'mend_process']
 
 # %% ../nbs/20_noisify.ipynb #c003
-import contextlib, functools, hashlib, inspect, json, math, os, time, warnings
+import contextlib, functools, hashlib, inspect, json, math, os, time, warnings, zlib
 import numpy as np, torch
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -298,25 +298,25 @@ def _files(how): return (f'{o}{k or ""}.f16' for k in range(1+how.get('crops', 0
 def _encode_rest(ae, images, folder, shape, how, bs, save_every=5.):
     "Fill the files in `folder`, from the row where an earlier call stopped; of several processes each its batches"
     count,n = folder/'done.json', len(images)
-    said = read_json(count, f'delete {folder}').get('done') if os.path.isfile(count) else 0
-    whole = all(os.path.isfile(folder/f) and os.path.getsize(folder/f)==2*math.prod(shape) for f in _files(how))
-    done = agreed(number(0, n, **{f'done in {count}': said})*whole)   # else not all of it was copied
+    told = read_json(count, f'delete {folder}') if os.path.isfile(count) else dict(done=0)
+    kept = number(0, n, **{f'done in {count}': told.get('done')})   # rows that `sums` are of
     with first_ahead():
-        if not whole: write_json(count, dict(done=0))   # before files of zeros look whole
         for f in _files(how): reserve(folder/f, 2*math.prod(shape))
         files = [np.memmap(folder/f, np.float16, 'r+', shape=shape) for f in _files(how)]
+    sums = [zlib.crc32(f[:kept]) for f in files]
+    done = kept = agreed(kept*(sums==told.get('sums')))   # 0 where not all of it was copied
     def checkpoint():
-        for f in files: f.flush()
-        agreed()
-        write_json(count, dict(done=done))
-        return time.monotonic()
+        nonlocal kept, saved, sums
+        agreed([f.flush() for f in files])
+        kept,saved,sums = done, time.monotonic(), [zlib.crc32(f[kept:done], s*(kept>0)) for f,s in zip(files, sums)]
+        write_json(count, dict(done=done, sums=sums))
     mine,saved = [*share(starts := range(done, n, bs))], time.monotonic()
     try:
         for i,pixels in progress(prefetch(images, mine, bs), len(mine), f'encoding {n:,} images'):
             for f,z in zip(files, _encode_batch(ae, pixels, i, how)): f[i:i+len(z)] = z
             if (end := i + (world()-rank())*bs)-bs > starts[-1]: continue # not all have a batch meanwhile
             done = min(end, n)
-            if agreed(time.monotonic()-saved > save_every): saved = checkpoint()
+            if agreed(time.monotonic()-saved > save_every): checkpoint()
         done = n
     finally:
         if done==n or world()==1: checkpoint()

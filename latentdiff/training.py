@@ -99,8 +99,7 @@ class DeviceLoader(DataLoader):
 
     def new(self, dataset=None, cls=None, **kwargs):
         "The same loader over the same or other tensors, with some settings changed"
-        own = {k: getattr(self, k) for k in ('bs', 'shuffle', 'flip', 'seed', 'device', 'transform', 'crop')}
-        own |= {k: v for k, v in kwargs.items() if k in own}
+        own = {k: kwargs.get(k, getattr(self, k)) for k in 'bs shuffle flip seed device transform crop'.split()}
         return type(self)(*getattr(dataset or self.dataset, 'tensors', [dataset]), **own)
 
 # %% ../nbs/parts/training.ipynb #c013
@@ -151,9 +150,8 @@ def no_sync(learn): # a fastai Learner
     "Take the places out of `learn` where fastai waits for the device at every step"
     recorder, bar = checked(learn=learn).recorder, getattr(learn, 'progress', None)
     def to_host(): recorder.losses = [float(o) for o in recorder.losses]
-    def draw(): bar.pbar.update(bar.iter + 1)  # without the loss beside it
     vars(recorder).update(smooth_loss=_DeviceSmoothLoss(), after_fit=to_host)  # past fastai, which warns of its names
-    if bar is not None: vars(bar)['after_batch'] = draw
+    if bar is not None: vars(bar)['after_batch'] = lambda: bar.pbar.update(bar.iter + 1)   # without the loss beside it
     return learn
 
 # %% ../nbs/parts/training.ipynb #s704
@@ -169,7 +167,9 @@ def _remind(opt, memory): # a fastai optimizer; what `_memory` said of one of it
     for k, v in memory.items():
         (i, name), p = k.split('.'), params[int(k.split('.')[0])]
         state = d['state'].setdefault(int(i), {}) if wrapped else d['state'][int(i)]
-        state[name] = torch.empty_like(p).copy_(v) if v.shape == p.shape else v if wrapped or v.ndim else v.item()
+        if v.ndim and v.ndim != p.ndim or torch.broadcast_shapes(v.shape, p.shape) != p.shape: raise ValueError(k)
+        own = v.shape == p.shape and v.is_floating_point()   # else it may be the step of a single number
+        state[name] = torch.empty_like(p, dtype=v.dtype).copy_(v) if own else v if wrapped or v.ndim else v.item()
     opt.load_state_dict(d)
 
 def _kind(opt): return type(getattr(opt, 'opt', opt)).__name__ if opt else ''
@@ -267,8 +267,7 @@ class Together(Callback):
 
 def together(model):
     "The callbacks that let several processes train `model` as one"
-    whole = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    return [] if world() == 1 or whole else [Together()]
+    return [Together()]*(world()>1 and not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()))
 
 # %% ../nbs/parts/training.ipynb #c017
 class _Stopwatch(Callback):
@@ -317,10 +316,10 @@ class Checkpoint:
 
     def path(self, name): return own_folder(self.folder)/f'{name}.safetensors'
 
-    def save(self, name, tensors, note):
+    def save(self, name, tensors, note): # ...; on the CPU
         "Write tensors and a note (a dict) in one step, and clear away what a killed process left half written"
         make_in(self.home, own_folder(self.folder))
-        tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        tensors = {k: v.contiguous() for k, v in tensors.items()}
         own = dict(made_from=self.made_from, spent=round(self.spent + time.monotonic() - self.begun))
         note = json.loads(json.dumps(note, default=float)) | own | dict(sums=crc_of(tensors))
         write_whole(self.path(name), safetensors.torch.save(tensors, {'note': json.dumps(sealed(note))}))
@@ -335,7 +334,8 @@ class Checkpoint:
         try:
             with readable(f), safetensors.safe_open(f, 'pt') as o: note = json.loads(o.metadata()['note'])
             if note['made_from'] == self.made_from and note.pop('seal') != fingerprint(**note): raise ValueError
-            if not all(repr(note.get(o, 0)).isdecimal() for o in ('k', 'steps', 'ema', 'spent')): raise ValueError
+            counts = (repr(note.get(o, 0)) for o in ('k', 'steps', 'ema', 'spent'))
+            if not all(o.isdecimal() and len(o) < 11 for o in counts): raise ValueError
             return note if note['made_from'] == self.made_from else None
         except UserError: raise
         except (safetensors.SafetensorError, RecursionError, *UNFIT):
@@ -426,13 +426,11 @@ class Keeper(Callback):
         except UNFIT as e:
             why = f'{self.checkpoint.folder} holds a checkpoint of another version ({e!r:.80})'
             raise UserError(f'{why}: delete it, and this training starts again') from e
-        if self.checkpoint:
-            with first_ahead(): enough('The training', self.checkpoint.path('last'), self.bytes())
+        with first_ahead(): self.checkpoint and enough('The training', self.checkpoint.path('last'), self.bytes())
 
     def bytes(self):
         "About as much as two checkpoints and one that is being written take: weights, two moments, average, best"
-        copies, state = 3 + hasattr(self.learn, 'ema') + self.keep_best, self.model.state_dict()
-        return 3*copies*sum(v.nbytes for v in state.values())
+        return 3*(3 + hasattr(self, 'ema') + self.keep_best)*sum(v.nbytes for v in self.model.state_dict().values())
 
     def after_batch(self):
         k, steps = self.step_by_step.k, self.step_by_step.steps
@@ -445,7 +443,7 @@ class Keeper(Callback):
         row = [self.step_by_step.k, *map(float, self.recorder.log[1:])]
         self.step_by_step.finite(not row[2:] or math.isfinite(row[2]), 'its validation loss is not a finite number')
         self.history['rows'].append(row)
-        if self.keep_best and (self.best is None or row[2] < self.history['best'][1]):
+        if self.keep_best and (not self.best or row[2] < self.history['best'][1]):
             self.history['best'], average = [row[0], row[2]], getattr(self.learn, 'ema', None)
             if average: average.swap()  # it was validated
             self.best = {k: v.clone() for k, v in self.model.state_dict().items()}
@@ -454,7 +452,7 @@ class Keeper(Callback):
 
     def after_fit(self):
         self.check(dict(self.model.named_parameters()))
-        if self.best is not None:
+        if self.best:
             at, of = self.history['best'][0], self.step_by_step.steps
             if at < of: print(f'the weights of step {at:,} of {of:,} are kept: their validation was best', flush=True)
             self.model.load_state_dict(self.best)
@@ -471,7 +469,7 @@ class Keeper(Callback):
         "Everything the next step depends on, by name"
         ema = {str(i): s for i, s in enumerate(self.ema.shadow)} if hasattr(self.learn, 'ema') else {}
         parts = dict(model=self.model.state_dict(), opt=_memory(self.opt), ema=ema, best=self.best or {})
-        return {f'{p}.{k}': torch.as_tensor(v) for p, d in parts.items() for k, v in d.items()}
+        return {f'{p}.{k}': torch.as_tensor(v).detach().cpu() for p, d in parts.items() for k, v in d.items()}
 
     def save(self, name):
         "Write a checkpoint, unless something in it is not finite"
@@ -483,17 +481,19 @@ class Keeper(Callback):
         self.checkpoint.save(name, tensors, note)
         self.saved = time.monotonic()
 
-    def restore(self, tensors, note):
+    def restore(self, kept, note):
         "Go on from a checkpoint"
-        part = lambda p: {k[len(p):]: v for k, v in tensors.items() if k.startswith(p)}
+        part = lambda p: {k[len(p):]: v for k, v in kept.items() if k.startswith(p)}
         self.model.load_state_dict(part('model.'))
         _remind(self.opt, part('opt.'))
         if hasattr(self.learn, 'ema'):
-            for i, s in enumerate(self.ema.shadow): s.copy_(tensors[f'ema.{i}'])
+            for i, s in enumerate(self.ema.shadow): s.copy_(kept[f'ema.{i}'])
             self.ema.n = note['ema']
         if note['scaler']: self.learn.mixed_precision.scaler.load_state_dict(note['scaler'])
-        self.best = {k: v.to(self.dls.device) for k, v in part('best.').items()} or None
-        self.history = {k: note['history'][k] for k in self.history} | note['history']
+        self.history = h = {k: note['history'][k] for k in self.history} | note['history']
+        self.best = h['best'] and {k: v.clone().copy_(kept[f'best.{k}']) for k, v in self.model.state_dict().items()}
+        math.fsum((*h['step'], *h['loss'], *(o for r in (h['best'] or (0, 0), *h['rows']) for o in (*r, r[1]))))
+        if not math.isfinite(note['smooth']) or crc_of(self.tensors()) != note['sums']: raise ValueError('no fit')
         vars(self.recorder.smooth_loss).update(count=note['k'], val=torch.tensor(note['smooth']).to(self.dls.device))
 
 # %% ../nbs/parts/training.ipynb #c029

@@ -1,5 +1,5 @@
 "Killed, stopped, starved of disk: what is finished is kept, what is half done is never taken for the whole, and the same command goes on."
-import errno, json, os, random, shutil, signal, subprocess, sys, threading
+import errno, json, os, random, shutil, signal, subprocess, sys, threading, time
 import numpy as np, pytest, torch
 from filelock import FileLock
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_killed_at_any_write_and_called_again(deaths, stage):
         assert again == done, (stage, where)
 
 def test_only_what_nobody_is_at_is_cleared_away(tmp_path):
-    "Left by a dead process of this machine, or moved out of the way by any; not what a living one writes, nor one of another machine that sees the same disk"
+    "Left by a dead process of this machine, or moved out of the way by any; not what a living one writes, nor one of another machine that sees the same disk, unless a day went by"
     path, (here, me) = tmp_path/'a', disk._beside(tmp_path/'a', 'part').name.split('.')[2].split('-')
     dead = subprocess.Popen([sys.executable, '-c', ''])
     dead.wait()
@@ -46,6 +46,7 @@ def test_only_what_nobody_is_at_is_cleared_away(tmp_path):
     for writer, kinds in ((f'{here}-{dead.pid}', ('part', 'new', 'old')), (f'{here}-{me}', ('part',)), (f'{"0"*8}-{dead.pid}', ('part', 'old')), ('123', ('part',))):
         for kind in kinds: (tmp_path/f'.a.{writer}.{kind}').write_text('half')
     (tmp_path/f'.ab.{here}-{dead.pid}.part').write_text('of another file')
+    for kind in ('part', 'new'): (tmp_path/f'.a.{"f"*8}-{me}.{kind}').write_text('half, two days ago, elsewhere'), os.utime(tmp_path/f'.a.{"f"*8}-{me}.{kind}', (time.time() - 2*86400,)*2)
     for o in ('.a.backup.old', '.a.2025.old', '.a.old'): (tmp_path/o).write_text("the user's own")
     inside = [f'.{o}.{here}-{dead.pid}.part' for o in ('b', 'c.png')], [f'.b.{here}-{me}.part', f'.b.{here}-{dead.pid}.new', '.b.x.part', 'b']
     (path/'deep').mkdir(parents=True)
@@ -53,7 +54,7 @@ def test_only_what_nobody_is_at_is_cleared_away(tmp_path):
     clear_away(path, 'part', 'old')
     assert {o.name for o in path.rglob('*')} == {*inside[1], 'deep'}
     shutil.rmtree(path)
-    stays = {f'.a.{here}-{dead.pid}.new', f'.a.{here}-{me}.part', f'.a.{"0"*8}-{dead.pid}.part', '.a.123.part', f'.ab.{here}-{dead.pid}.part', '.a.backup.old', '.a.2025.old', '.a.old'}
+    stays = {f'.a.{"f"*8}-{me}.new', f'.a.{here}-{dead.pid}.new', f'.a.{here}-{me}.part', f'.a.{"0"*8}-{dead.pid}.part', '.a.123.part', f'.ab.{here}-{dead.pid}.part', '.a.backup.old', '.a.2025.old', '.a.old'}
     assert {o.name for o in tmp_path.iterdir()} == stays
 
 # --- signals

@@ -2,7 +2,7 @@
 import copy, json, math, os, random, time
 from types import SimpleNamespace
 import numpy as np, pytest, torch
-from fastai.basics import SGD, Callback, DataLoaders, Learner
+from fastai.basics import SGD, Adam, Callback, DataLoaders, Learner
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -526,7 +526,7 @@ def test_a_write_that_was_cut_off_is_cleared_away(tmp_path):
     Checkpoint(tmp_path, 'this').save('last', {}, dict(k=1, steps=2))
     assert [o.name for o in tmp_path.iterdir()] == ['last.safetensors']
 
-@pytest.mark.parametrize('note', [dict(k='x'), dict(k=2.5), dict(k=-1), dict(k=None), dict(steps='x'), dict(steps=None), dict(ema='x'), dict(ema=None), dict(spent='x'), dict(spent=math.nan)], ids=str)
+@pytest.mark.parametrize('note', [dict(k='x'), dict(k=2.5), dict(k=-1), dict(k=None), dict(steps='x'), dict(steps=None), dict(ema='x'), dict(ema=None), dict(spent='x'), dict(spent=math.nan), dict(k=10**30), dict(ema=10**12), dict(spent=10**400)], ids=lambda o: f'{o!s:.30}')
 def test_a_note_that_counts_wrongly_is_one_line(note, tmp_path):
     "With a seal that fits"
     keep = Checkpoint(tmp_path, 'this')
@@ -537,6 +537,67 @@ def test_a_note_that_counts_wrongly_is_one_line(note, tmp_path):
         save_file(had, keep.path('last'), {'note': json.dumps(sealed(dict(whole, made_from='this', sums=crc_of(had))))})
     with pytest.raises(UserError, match='is not a whole checkpoint: delete it') as e: keep.load(40)
     assert '\n' not in str(e.value)
+
+class Quits(Callback):
+    order = 95
+    def after_batch(self):
+        if self.step_by_step.k == 24: raise KeyboardInterrupt
+
+def moments(how): return lambda d: {k: how(v) if k.startswith('opt.') and v.ndim else v for k, v in d.items()}
+
+FORGED = dict(half=lambda d: {k: v.half() for k, v in d.items()}, whole_numbers=lambda d: {k: v.to(torch.int8) if k.startswith('model.') else v for k, v in d.items()},
+              one_moment=moments(lambda v: v.flatten()[:1]), half_moments=moments(torch.Tensor.half), no_average=lambda d: {k: v for k, v in d.items() if not k.startswith('ema.0')},
+              one_more=lambda d: d | {'ema.99': torch.ones(2)}, a_stranger=lambda d: d | {'z': torch.ones(2)}, best_of_half=lambda d: {k: v.half() if k.startswith('best.') else v for k, v in d.items()},
+              of_a_stranger=lambda d: d | {'opt.99.step': torch.tensor(1)}, of_nobody=lambda d: d | {'opt.x.step': torch.tensor(1)})
+NOTED = dict(smooth=[dict(smooth=o) for o in (None, 'x', [], math.nan, math.inf)], ema=[dict(ema=2**40)], scaler=[dict(scaler={'x': 1})][:torch.cuda.is_available()],
+             history=[dict(history=o) for o in ('x', {}, dict(step=[1], loss=[1.], rows=[]))], rows=[dict(rows=o) for o in ('x', [['a']], [[1]], [[1, 2., 'x']], [3], None)],
+             loss=[dict(loss=['a']), dict(loss=None)], step=[dict(step=[None])], best=[dict(best=o) for o in (None, 'x', [1], [1, 'x'], {}, [])])
+
+@pytest.fixture(scope='module')
+def begun(tmp_path_factory):
+    "A checkpoint of a training with an average and its best weights; what such a training is"
+    folder = tmp_path_factory.mktemp('begun')
+    train = lambda folder, *cbs: quiet(small_learner(EMA()), steps=40, checkpoint=Checkpoint(folder, 'this', every=0), keep_best=True, cbs=[*cbs])
+    with pytest.raises(KeyboardInterrupt): train(folder, Quits())
+    with safe_open(folder/'last.safetensors', 'pt') as o: note = json.loads(o.metadata()['note'])
+    return load_file(folder/'last.safetensors'), note, train
+
+def forge(folder, tensors, note):
+    "With a seal and sums that fit"
+    note = {k: v for k, v in note.items() if k != 'seal'} | dict(sums=crc_of(tensors))
+    save_file(tensors, folder/'last.safetensors', {'note': json.dumps(sealed(note))})
+
+def test_a_training_goes_on_from_what_it_wrote(begun, tmp_path):
+    "That is: its state is then, to the last byte, the one that was written down"
+    tensors, note, train = begun
+    assert {k.split('.')[0] for k in tensors} == {'model', 'opt', 'ema', 'best'} and note['history']['best']
+    forge(tmp_path, tensors, note)
+    assert all(torch.equal(v, w) for v, w in zip(train(tmp_path).model.state_dict().values(), train(tmp_path/'whole').model.state_dict().values()))
+
+@pytest.mark.parametrize('how', [*FORGED, *(f'{k} {i}' for k, v in NOTED.items() for i in range(len(v)))])
+def test_a_checkpoint_that_somebody_has_made_up_is_one_line(how, begun, tmp_path):
+    "Of other kinds, shapes and names than the training has, or with a history of letters; nothing is gone on from in silence"
+    tensors, note, train = begun
+    if how in FORGED: forge(tmp_path, FORGED[how](dict(tensors)), note)
+    else:
+        (k, v), = NOTED[how.split()[0]][int(how.split()[1])].items()
+        forge(tmp_path, tensors, note | {k: v} if k in note else note | dict(history=note['history'] | {k: v}))
+    with pytest.raises(UserError, match='delete it, and this training starts again') as e: train(tmp_path)
+    assert '\n' not in str(e.value)
+
+def test_a_single_number_goes_on_as_it_was(tmp_path):
+    "Its moments have no axes, like the number of its steps"
+    class Scaled(nn.Module):
+        def __init__(self): super().__init__(); self.net, self.by = nn.Linear(4, 4), nn.Parameter(torch.tensor(.5))
+        def forward(self, x): return self.by*self.net(x)
+    for name, opt in dict(fastai=Adam, torch=adamw).items():
+        def train(folder, *cbs):
+            torch.manual_seed(0)
+            loader = DeviceLoader(torch.randn(64, 4), torch.randn(64, 4), bs=16, seed=0, device='cpu')
+            return quiet(Learner(DataLoaders(loader, loader), Scaled(), nn.MSELoss(), opt), steps=40, checkpoint=Checkpoint(folder, 'this', every=0), cbs=[*cbs])
+        with pytest.raises(KeyboardInterrupt): train(tmp_path/name, Quits())
+        whole, again = train(tmp_path/'whole'/name), train(tmp_path/name)
+        assert torch.equal(whole.model.by, again.model.by) and torch.equal(whole.model.net.weight, again.model.net.weight)
 
 def test_the_seconds_of_a_training_are_those_of_all_its_calls(tmp_path, monkeypatch):
     "Of a killed one what its checkpoint holds, and of a longer one what it goes on from; by a clock that moves ten seconds a step"
