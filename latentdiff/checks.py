@@ -47,8 +47,10 @@ def positions(n=None, **given): # how many there are, None: no end; an argument 
 def spread(items, n): # a tensor or array; how many
     "`n` of them, evenly apart, or all if there are no more: where classes follow one another, some of each"
     number(0, n=n)
-    try: return items if len(checked(items=items)) <= n else items[np.linspace(0, len(items) - 1, n).round().astype(int)]
-    except (TypeError, RuntimeError): raise UserError('items have no rows of numbers: give a tensor or an array') from None
+    try:
+        all_of_them = len(checked(items=items)) <= n
+        return items if all_of_them else items[np.linspace(0, len(items) - 1, n).round().astype(int)]
+    except (TypeError, RuntimeError): raise UserError('items have no rows: give a tensor or an array') from None
 
 _PIPE, _MOST = ('latent_shape', 'one as from_pretrained has it'), dict(depth=100, kernel=99, shape=10**6)
 _NET, _ROWS = ('__call__', 'net(x_t, time) -> prediction'), ('__iter__', 'rows of positions, one a subset')
