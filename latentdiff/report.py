@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['GUIDANCES', 'CHOICES', 'STYLE', 'PAGE', 'to_pil', 'save_png', 'labelled', 'picture_rows', 'path_picture',
            'history_of', 'loss_curves', 'kid_curve', 'training_curves', 'class_judge', 'caption_judge', 'told',
-           'by_guidance', 'guidance_curves', 'inside', 'figure', 'asked_for', 'table', 'caution', 'check_measured',
-           'cautions', 'headline', 'guidance_figure', 'samples_figure', 'figures', 'is_of', 'report']
+           'by_guidance', 'guidance_curves', 'trackers', 'inside', 'figure', 'asked_for', 'table', 'caution',
+           'check_measured', 'cautions', 'headline', 'guidance_figure', 'samples_figure', 'figures', 'is_of', 'report']
 
 # %% ../nbs/parts/report.ipynb #c004
 import base64, io, os, shlex
 from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from matplotlib import style
@@ -21,6 +22,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from .core import UNFIT, UserError, checked, made, number, place, unsealed, write_whole
 from .data import check_images, from_uint8, image_grid
+from .disk import own_folder
 from .kid_eval import features, finite, kid
 from .pipeline import path_of
 
@@ -179,6 +181,22 @@ def guidance_curves(d): # as `by_guidance` returns it
         axs[1].text(g[x], y, at, ha=h, va='bottom', fontsize=9, color='grey')
     axs[1].set(title=f"{d['of']} asked for is seen in", xlabel='guidance', ylim=(0, 1.12))
     return to_pil(fig)
+
+# %% ../nbs/parts/report.ipynb #t904
+def trackers(name, folder): # 'tensorboard', or None for none; where it writes
+    "The callbacks that write down a training for others to watch; raises `UserError` if there is no such thing here"
+    if name is None: return []
+    if name != 'tensorboard': raise UserError(f'--track is {name}: there is only tensorboard.')
+    if not find_spec('tensorboard'): raise UserError("TensorBoard is not installed: pip install 'latentdiff[track]'")
+    from fastai.callback.tensorboard import TensorBoardCallback
+    class Board(TensorBoardCallback):
+        "fastai's, with the steps of `fit_steps`, and of what torch's optimizers call a setting only the rate"
+        run_valid = False
+        def write(self, **d):
+            for k, v in d.items(): self.writer.add_scalar(k, v, self.step_by_step.k)
+        def after_batch(self): self.write(train_loss=self.smooth_loss, lr=self.opt.hypers[-1]['lr'])
+        def after_epoch(self): self.write(**dict(zip(self.recorder.metric_names[2:-1], self.recorder.log[2:-1])))
+    return [Board(own_folder(folder/'events').parent, trace_model=False, log_preds=False)]
 
 # %% ../nbs/parts/report.ipynb #c014
 STYLE = """

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['adamw', 'randn_rows', 'zero_init', 'peak_gb', 'as_pictures', 'DeviceLoader', 'EMA', 'mixed_precision', 'no_sync',
            'Learner', 'Graphed', 'rows_of', 'Together', 'together', 'step_time', 'seconds_per_step', 'decay_start',
-           'rate', 'Checkpoint', 'StepByStep', 'Keeper', 'fit_steps', 'trackers']
+           'rate', 'Checkpoint', 'StepByStep', 'Keeper', 'fit_steps']
 
 # %% ../nbs/parts/training.ipynb #c004
 import fastai.callback.schedule, fastai.learner, json, math, os, safetensors.torch, sys, tempfile, time, timeit
 import torch, torch.distributed as dist, torch.nn.functional as F
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from torch import nn
 from fastai.basics import AvgSmoothLoss, Callback, CancelFitException, DataLoader, OptimWrapper, join_path_file, listify
@@ -160,6 +159,11 @@ def _memory(opt): # a fastai optimizer, its own or a wrapped one of torch
     each = o.items() if isinstance(o := opt.state_dict()['state'], dict) else enumerate(o)
     return {f'{i}.{k}': torch.as_tensor(v) for i, s in each for k, v in s.items()}
 
+def _known(opt): # a fastai optimizer
+    "It, if `_memory` is all that it remembers; raises `UserError` where it is not, as of fastai's Lookahead"
+    if not {*opt.state_dict()} - {'state', 'hypers', 'param_groups'}: return opt
+    raise UserError(f'{type(opt).__name__} remembers what cannot be written down: take another optimizer, such as Adam')
+
 def _remind(opt, memory): # a fastai optimizer; what `_memory` said of one of its kind with such parameters
     "Make it remember that; fastai's own keep plain numbers"
     d, params = opt.state_dict(), [p for group in opt.param_lists for p in group]
@@ -167,10 +171,12 @@ def _remind(opt, memory): # a fastai optimizer; what `_memory` said of one of it
     for k, v in memory.items():
         (i, name), p = k.split('.'), params[int(k.split('.')[0])]
         state = d['state'].setdefault(int(i), {}) if wrapped else d['state'][int(i)]
-        if v.ndim and v.ndim != p.ndim or torch.broadcast_shapes(v.shape, p.shape) != p.shape: raise ValueError(k)
         own = v.shape == p.shape and v.is_floating_point()   # else it may be the step of a single number
         state[name] = torch.empty_like(p, dtype=v.dtype).copy_(v) if own else v if wrapped or v.ndim else v.item()
     opt.load_state_dict(d)
+    for i, s in d['state'].items() if wrapped else ():   # torch has made single numbers of the weights' kind
+        now = opt.opt.state[params[i]]
+        now.update({k: v.to(now[k].device) for k, v in s.items() if not v.ndim})
 
 def _kind(opt): return type(getattr(opt, 'opt', opt)).__name__ if opt else ''
 
@@ -179,7 +185,7 @@ class Learner(fastai.learner.Learner):
     def save(self, file, with_opt=True): # name in models/, or a path, without .safetensors; the optimizer's memory too
         "Write the weights; returns the path"
         f, opt = join_path_file(file, self.path/self.model_dir, '.safetensors'), with_opt and self.opt
-        parts = dict(model=self.model.state_dict(), opt=_memory(opt) if opt else {})
+        parts = dict(model=self.model.state_dict(), opt=_memory(_known(opt)) if opt else {})
         tensors = {f'{p}.{k}': v.detach().cpu().contiguous() for p, d in parts.items() for k, v in d.items()}
         hypers = {k: [h[k] for h in opt.hypers] for k, v in opt.hypers[0].items() if type(v) is float} if opt else {}
         if not rank(): write_whole(f, safetensors.torch.save(tensors, dict(opt=_kind(opt), hypers=json.dumps(hypers))))
@@ -267,7 +273,8 @@ class Together(Callback):
 
 def together(model):
     "The callbacks that let several processes train `model` as one"
-    return [Together()]*(world()>1 and not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()))
+    whole = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    return [] if world() == 1 or whole else [Together()]
 
 # %% ../nbs/parts/training.ipynb #c017
 class _Stopwatch(Callback):
@@ -284,7 +291,7 @@ def step_time(learn): # a fastai Learner
     state, watch = {k: v.clone() for k, v in learn.model.state_dict().items()}, _Stopwatch()
     with learn.no_bar(), learn.no_logging(): learn.fit(4, 0., cbs=[watch, *together(learn.model)])
     learn.model.load_state_dict(state)
-    learn.opt = None
+    learn.remembers, learn.opt = {k: (v.dtype, v.shape) for k, v in _memory(learn.opt).items()}, None
     return min(watch.times[1:], default=.01)
 
 def seconds_per_step(net, z, *cond): # denoiser; one batch of latents (b,c,h,w) on its device; their condition, if any
@@ -334,8 +341,8 @@ class Checkpoint:
         try:
             with readable(f), safetensors.safe_open(f, 'pt') as o: note = json.loads(o.metadata()['note'])
             if note['made_from'] == self.made_from and note.pop('seal') != fingerprint(**note): raise ValueError
-            counts = (repr(note.get(o, 0)) for o in ('k', 'steps', 'ema', 'spent'))
-            if not all(o.isdecimal() and len(o) < 11 for o in counts): raise ValueError
+            counts = [note['k'], note['steps'], note['steps'] - note['k'], note.get('ema', 0), note.get('spent', 0)]
+            if not all(type(o) is int and 0 <= o <= 10**9 for o in counts) or 'sums' not in note: raise ValueError
             return note if note['made_from'] == self.made_from else None
         except UserError: raise
         except (safetensors.SafetensorError, RecursionError, *UNFIT):
@@ -468,7 +475,7 @@ class Keeper(Callback):
     def tensors(self):
         "Everything the next step depends on, by name"
         ema = {str(i): s for i, s in enumerate(self.ema.shadow)} if hasattr(self.learn, 'ema') else {}
-        parts = dict(model=self.model.state_dict(), opt=_memory(self.opt), ema=ema, best=self.best or {})
+        parts = dict(model=self.model.state_dict(), opt=_memory(_known(self.opt)), ema=ema, best=self.best or {})
         return {f'{p}.{k}': torch.as_tensor(v).detach().cpu() for p, d in parts.items() for k, v in d.items()}
 
     def save(self, name):
@@ -485,14 +492,17 @@ class Keeper(Callback):
         "Go on from a checkpoint"
         part = lambda p: {k[len(p):]: v for k, v in kept.items() if k.startswith(p)}
         self.model.load_state_dict(part('model.'))
+        kinds = {k: (v.dtype, v.shape) for k, v in part('opt.').items()}
+        if not getattr(self.learn, 'remembers', {}).items() <= kinds.items(): raise ValueError('another optimizer')
         _remind(self.opt, part('opt.'))
         if hasattr(self.learn, 'ema'):
             for i, s in enumerate(self.ema.shadow): s.copy_(kept[f'ema.{i}'])
             self.ema.n = note['ema']
         if note['scaler']: self.learn.mixed_precision.scaler.load_state_dict(note['scaler'])
         self.history = h = {k: note['history'][k] for k in self.history} | note['history']
+        rows = [o for k, v in h.items() if k not in ('step', 'loss', 'best') for o in v] + [h['best'] or (0, 0)]
         self.best = h['best'] and {k: v.clone().copy_(kept[f'best.{k}']) for k, v in self.model.state_dict().items()}
-        math.fsum((*h['step'], *h['loss'], *(o for r in (h['best'] or (0, 0), *h['rows']) for o in (*r, r[1]))))
+        math.fsum((*h['step'], *h['loss'], *(o for r in rows for o in (*r, r[1]))))   # all are numbers
         if not math.isfinite(note['smooth']) or crc_of(self.tensors()) != note['sums']: raise ValueError('no fit')
         vars(self.recorder.smooth_loss).update(count=note['k'], val=torch.tensor(note['smooth']).to(self.dls.device))
 
@@ -523,19 +533,3 @@ def fit_steps(learn,                                 # a fastai Learner whose tr
         try: no_sync(learn).fit(len(each.left()), lr, cbs=[each, *more])   # its bar is another than that of the timing
         except UserError as e: raise type(e)(e.args[0].split('\t')[-1]) from None  # without fastai's line above it
     return learn
-
-# %% ../nbs/parts/training.ipynb #n904
-def trackers(name, folder): # 'tensorboard', or None for none; where it writes
-    "The callbacks that write down a training for others to watch; raises `UserError` if there is no such thing here"
-    if name is None: return []
-    if name != 'tensorboard': raise UserError(f'--track is {name}: there is only tensorboard.')
-    if not find_spec('tensorboard'): raise UserError("TensorBoard is not installed: pip install 'latentdiff[track]'")
-    from fastai.callback.tensorboard import TensorBoardCallback
-    class Board(TensorBoardCallback):
-        "fastai's, with the steps of `fit_steps`, and of what torch's optimizers call a setting only the rate"
-        run_valid = False
-        def write(self, **d):
-            for k, v in d.items(): self.writer.add_scalar(k, v, self.step_by_step.k)
-        def after_batch(self): self.write(train_loss=self.smooth_loss, lr=self.opt.hypers[-1]['lr'])
-        def after_epoch(self): self.write(**dict(zip(self.recorder.metric_names[2:-1], self.recorder.log[2:-1])))
-    return [Board(own_folder(folder/'events').parent, trace_model=False, log_preds=False)]

@@ -16,7 +16,8 @@ from latentdiff.few_step import with_steps
 from latentdiff.noisify import Latents, Process, make_latents, weights_hash
 from latentdiff.pipeline import LatentDiffusionPipeline, zoo
 from latentdiff.report import by_guidance, caption_judge, caution, class_judge, guidance_curves, guidance_figure, headline, is_of, report as page_of
-from latentdiff.training import fit_steps, orthogonalise, rate, trackers
+from latentdiff.report import trackers
+from latentdiff.training import fit_steps, orthogonalise, rate
 from latentdiff.unet import UNet, denoiser_learner, loss_by_level, make_denoiser
 
 FLOW = 'flow', 'velocity', 'logit_normal'
