@@ -481,7 +481,7 @@ def test_lr_find_leaves_the_weights_alone(tmp_path, monkeypatch):
 
 def test_tensorboard_is_told(tmp_path, monkeypatch):
     "Losses and rates are in its files; where it is missing, one line says so."
-    monkeypatch.setattr('latentdiff.training.find_spec', lambda name: None)
+    monkeypatch.setattr('latentdiff.report.find_spec', lambda name: None)
     assert 'pip install' in one_line(trackers, 'tensorboard', tmp_path) and 'tensorboard' in one_line(trackers, 'wandb', tmp_path)
     monkeypatch.undo()
     pytest.importorskip('tensorboard')
