@@ -89,11 +89,12 @@ class Process:
     steps: int = 1000            # how many betas; diffusers' num_train_timesteps
 
     def __post_init__(self):
-        for what,names in dict(schedule=SCHEDULES, target=TARGETS, times=TIMES).items():
-            one_of(names, **{what: getattr(self, what)})
-        number(1 + self.schedule.endswith('zero'), 10**6, steps=self.steps)
+        one_of(SCHEDULES, schedule=self.schedule), one_of(TARGETS, target=self.target), one_of(TIMES, times=self.times)
+        number(1 + self.schedule.endswith('zero'), 10**6, steps=self.steps), number(.02, 1e6, False, rho=self.rho)
         number(1e-9, .9999, False, beta_start=self.beta_start, beta_end=self.beta_end)
-        number(1e-9, number(1e-9, 1e6, False, rho=self.rho, sigma_max=self.sigma_max), False, sigma_min=self.sigma_min)
+        number(1e-9, number(1e-9, 1e6, False, sigma_max=self.sigma_max), False, sigma_min=self.sigma_min)
+        if torch.stack(self.levels(torch.linspace(0, 1, 9))).diff().abs().amax(0).min() > 0: return
+        raise UserError(f'{self} is no noise to work with: it does not grow from each level to the next')
 
     def _table(self, like):
         return log_abar_table(self.schedule, self.beta_start, self.beta_end, self.steps, like.dtype, like.device)
@@ -428,8 +429,8 @@ NEUTRAL = dict( # settings that a process has no place for, and the values at wh
 
 def _settings(scheduler):
     "The settings that its class knows (others may be carried along); UserError for one that a process would lose"
-    c,known = checked(scheduler=scheduler).config, inspect.signature(type(scheduler)).parameters
-    c = {k: v for k,v in c.items() if k in known}
+    known = inspect.signature(type(scheduler)).parameters
+    c = {k: v for k,v in checked(scheduler=scheduler).config.items() if k in known}
     for k,neutral in NEUTRAL.items():
         if c.get(k, neutral[0]) not in neutral: raise UserError(f"cannot convert {k}={c[k]!r}: only {k}={neutral[0]!r}")
     return c
@@ -516,9 +517,8 @@ def load_process(folder, network): # of the run, a Path; the folder of its netwo
     process, note = Process.load(folder/'process'), made(network).get('settings')
     told = note.get('process') if isinstance(note, dict) else None
     for k,v in (told if isinstance(told, dict) else {}).items():
-        if getattr(process, k, v)==v: continue
-        said = f'{folder}/process has {k} {getattr(process, k)}, {network} was trained with {v}'
-        raise UserError(f'{said}: take both from one run')
+        if getattr(process, k, v)!=v: raise UserError(f'{folder}/process has {k} {getattr(process, k)}, {network} was '
+                                                      f'trained with {v}: take both from one run')
     return process
 
 def save_process(process, folder): # a `Process`; of the run, a Path

@@ -440,9 +440,11 @@ def scheduled(scheduler, process): # as above; the `Process` that the network wa
 def tried(scheduler): # as above
     "It; `UserError` if it cannot draw, which it may notice in the middle of a drawing only"
     try:
-        c, loop, x = scheduler.config, loop_of(scheduler), torch.zeros(1, 1, 2, 2)
+        c, loop, x, had = scheduler.config, loop_of(scheduler), torch.zeros(1, 1, 2, 2), torch.get_rng_state()
         n = min(8, *(c.get(k, 8) for k in ('num_train_timesteps', 'original_inference_steps')))
-        with torch.random.fork_rng([]): loop(lambda x, t: x, Process(), x, torch.linspace(1, 0, n + 1))
+        with torch.random.fork_rng([]):
+            loop(lambda x, t: x, Process(), x, torch.linspace(1, 0, n + 1), None, [torch.Generator()])
+            if not torch.equal(had, torch.get_rng_state()): raise ValueError('its noise follows no seed')
     except UNFIT as e:
         name, why = type(scheduler).__name__, one_line(e.__cause__ or e)
         raise UserError(f'{name} cannot draw as its config says ({why}): change that, or take another') from e
@@ -468,8 +470,7 @@ def with_their_scale(ae): # a `PretrainedKL`
 
 def their_parts(folder, d): # of a pipeline of diffusers; its model_index.json, a dict
     "What ours is made of, from one that has no more than a unet, a scheduler and maybe an autoencoder"
-    has = {k for k, v in d.items() if names_class(v)}
-    ae = has & {'vae', 'vqvae'}
+    ae = (has := {k for k, v in d.items() if names_class(v)}) & {'vae', 'vqvae'}
     if has - ae != {'unet', 'scheduler'} or len(ae) > 1:
         raise UserError(f"{folder} has {', '.join(sorted(has)) or 'no parts'}: give a unet, a scheduler, maybe a vae")
     denoiser, scheduler = load_part(folder/'unet', d['unet'][1]), load_scheduler(folder)

@@ -499,6 +499,20 @@ def same_files(a, b):
     for f in names[0]: assert (a/'latents'/f).read_bytes() == (b/'latents'/f).read_bytes()
     assert json.loads((a/'latents'/'manifest.json').read_text()) == json.loads((b/'latents'/'manifest.json').read_text())
 
+@pytest.mark.parametrize('kw', [dict(schedule='edm', rho=.001), dict(schedule='edm', sigma_min=80.), dict(schedule='ddpm_linear_zero', target='v', beta_end=.9),
+    dict(schedule='ddpm_linear', target='v', beta_end=.9), dict(schedule='ddpm_linear', target='v', beta_start=1e-9, beta_end=1e-9)], ids=str)
+def test_noise_that_does_not_grow_is_refused(kw, tmp_path):
+    "In float32 such levels are one and the same, and samplers divide by what lies between; a file that says so is not read either"
+    with pytest.raises(UserError, match='it does not grow|rho is') as e: Process(**kw)
+    assert '\n' not in str(e.value)
+    Process().save(tmp_path)
+    (tmp_path/'config.json').write_text(json.dumps(json.loads((tmp_path/'config.json').read_text()) | kw))
+    with pytest.raises(UserError, match='it does not grow|rho is'): Process.load(tmp_path)
+
+@pytest.mark.parametrize('kw', [dict(schedule='edm', rho=1.), dict(schedule='edm', sigma_max=1e6), dict(schedule='ddpm_linear', target='eps', beta_end=.9, steps=10), dict(schedule='ddpm_linear', beta_end=.1),
+    dict(schedule='ddpm_cosine', steps=2), dict(schedule='ddpm_linear', steps=1), dict(schedule='scaled_linear_zero', target='v', steps=4000)], ids=str)
+def test_noise_that_grows_is_taken(kw): assert Process(**kw).levels(torch.rand(5))[0].isfinite().all()
+
 def test_resumes_bit_for_bit_after_an_error(images, tmp_path):
     ae = small_ae()
     with pytest.raises(OSError): cache(ae, Fails(images, 70), tmp_path/'cut')

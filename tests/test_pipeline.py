@@ -671,6 +671,19 @@ def test_a_scheduler_that_fails_in_the_middle_of_a_drawing_is_refused_as_it_is_g
     p.scheduler = right
     assert p.own_scheduler is right and right.num_inference_steps is None and torch.initial_seed() == 0 and torch.equal(torch.rand(3), torch.rand(3, generator=seeded()))
 
+def test_a_scheduler_whose_noise_follows_no_seed_is_refused():
+    "As in diffusers 0.34 `FlowMatchEulerDiscreteScheduler` where it is stochastic: one seed would draw other pictures each time"
+    class Unseeded(FlowMatchEulerDiscreteScheduler):
+        def step(self, model_output, timestep, sample, generator=None, **kw):
+            out = super().step(model_output, timestep, sample, **kw)
+            return type(out)(prev_sample=out.prev_sample + .1*torch.randn_like(sample))
+    p = small(process=Process())
+    assert 'Unseeded cannot draw as its config says (its noise follows no seed)' in one_line(setattr, p, 'scheduler', Unseeded())
+    stochastic = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    try: p.scheduler = stochastic
+    except UserError as e: assert 'follows no seed' in str(e)
+    else: assert torch.equal(p.draw(3, 4, seed=5, bs=3)[:2], p.draw(2, 4, seed=5, bs=3))
+
 @pytest.mark.parametrize('cls', [DDPMScheduler, DDIMScheduler, PNDMScheduler])
 def test_a_scheduler_that_fails_at_another_number_of_steps_than_its_trial_says_so(cls):
     "Its first time lies beyond its table in a step for each time, not in eight; what the network raises is left alone"
