@@ -58,19 +58,21 @@ class Run:
         here = source.moved(self.folder, settings, old, lambda: self.opened(preset_of(settings), settings['seed']))
         for k in sorted((o for o in {*asked} - free - {*here} if before.get(o) != asked[o]), key=[*asked].index):
             raise UserError(f'{source.made_with(self.folder, k, before.get(k), asked[k])}, or {other}')
-        return check_settings(f, {**settings, **old, **here, **source.told_anew(self.folder, settings, old, self.more)})
+        more = 0 if d.get('more') == self.more else self.more   # where that training was killed, its steps are these
+        return check_settings(f, {**settings, **old, **here, **source.told_anew(self.folder, settings, old, more)})
 
     def once(self, name, make):
         "What `make()` returns, made at the first call and kept"
         if name not in self.kept: self.kept[name] = make()
         return self.kept[name]
 
-    def write(self):
+    def write(self, more=None): # steps beyond those of a finished denoiser, while they are not trained
         "Write run.json, last of all: the settings, and what else a result depends on"
         import diffusers, fastai, latentdiff, torch
         named = torch, fastai, diffusers, *[latentdiff]*seals(self.folder, new=True)   # ours: each note has a seal
         versions = dict(python=platform.python_version(), **{o.__name__: o.__version__ for o in named})
         d = dict(settings=self.settings, device=str(self.device), threads=torch.get_num_threads(), versions=versions)
+        d |= dict(more=more) if more else {}
         write_whole(self.folder/'config.toml', to_toml(self.options()))
         write_json(self.folder/'run.json', d, indent=1)
 
@@ -360,8 +362,7 @@ def go(self:Run, goals=GOALS):
         if not os.path.exists(self.folder): new_place(self.folder, '--out')
     fresh, _ = agreed(not os.path.exists(self.folder/'run.json')), self.condition
     if fresh:                       # errors in data and settings come before anything is written
-        self.begin()
-        self.fix_steps()
+        self.begin(), self.fix_steps()
         self.announce()
     self.folder.mkdir(parents=True, exist_ok=True)
     stamp = lambda: {o: o.lstat().st_mtime_ns for o in self.folder.glob('**/*.json')}  # each part has its made.json
@@ -373,10 +374,11 @@ def go(self:Run, goals=GOALS):
         if (fresh or self.more and (scratch or self.source)) and self.images.skipped:   # before steps are written down
             write_json(self.folder/'skipped.json', self.images.skipped, indent=1)
         new = fresh or may and source.no_options(self.folder/'config.toml', self.options())
-        if new or read_json(self.folder/'run.json', 'delete it').get('settings') != self.settings: self.write()
+        if new or read_json(self.folder/'run.json', 'delete it').get('settings') != self.settings: self.write(self.more)
         for k in goals:
             getattr(self, k)
             with first_ahead(): still_there(self.folder/'run.json')
+        if may and 'denoiser' in goals and read_json(self.folder/'run.json', 'delete it').get('more'): self.write()
     done = 'is finished: nothing to do' if before == stamp() else f'{training.peak_gb(self.device):.1f} GB at most'
     print(printable(f'{self.folder} {done}{card.outdated(self.folder)}'))
 

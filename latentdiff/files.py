@@ -324,11 +324,12 @@ def captions_in(folder):
         try:
             if why := no_file(path): raise OSError(why)
             with path.open(newline='', encoding='utf-8-sig') as f:
-                table = csv.DictReader(f, strict=True) if path.suffix == '.csv' else None
+                lines = (o for o in iter(lambda: f.readline(1 << 20), '') if number(1, 10**6, letters_a_line=len(o)))
+                table = csv.DictReader(lines, strict=True) if path.suffix == '.csv' else None
                 columns, heads = {}, table and table.fieldnames or []
                 if len(heads) > 1000 or max(map(heads.count, ('file_name', 'text', 'caption'))) > 1:
                     raise ValueError('two columns of one name, or over 1,000')
-                for row in table or map(json.loads, filter(str.strip, f)):
+                for row in table or map(json.loads, filter(str.strip, lines)):
                     if any(row.pop(None, ())): raise ValueError(f'line {table.line_num}: put "quotes" round its commas')
                     columns |= row
                     said, of = row.get('text') or row.get('caption') or '', path.parent/row['file_name']
@@ -423,8 +424,7 @@ def hub_folder(spec, n): # 'owner/name', '?image=..&label=..&caption=..&split=..
     if os.path.exists(folder): return clear_away(folder, 'new') or folder   # of others that were killed meanwhile
     try:
         rows = load_dataset(name, split=split, streaming=True)
-        features = rows.features or dict(others=None)   # not always known
-        cols = _columns(features, told)
+        cols = _columns(features := rows.features or dict(others=None), told)   # which are not always known
         missing = [o for o in cols.values() if o and o not in features] or ['of pictures']*(not cols['image'])
         if missing: raise UserError(f"{name} has no column {missing[0]}, only {', '.join(features)}: add ?image=..")
         rows, classes = rows.cast_column(cols['image'], HubImage(decode=False)), _classes_of(features, cols['label'])

@@ -205,6 +205,17 @@ def test_a_mistyped_number_of_steps_is_taken_back(server, cli, run, tmp_path):
     assert r.rc == 0 and steps() == 40 and weights(folder) == weights(run.folder), r
     assert cli('train', folder, '--more', 1).rc == 0 and steps() == 41
 
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
+def test_more_steps_that_were_trained_when_it_was_killed_are_not_trained_again(server, cli, run, tmp_path, number):
+    "The network is in its place, and the command has not ended: the same command ends it; once more it trains more"
+    folder = shutil.copytree(run.folder, tmp_path/'run')
+    steps = lambda: json.loads((folder/'unet'/'made.json').read_text())['settings']['steps']
+    kill = f"import os\nfrom latentdiff import commands\nwrite = commands.Run.write\ndef dies(self, *more):\n    if not more and self.folder.name == 'run': os.kill(os.getpid(), {int(number)})\n    write(self, *more)\ncommands.Run.write = dies"
+    server.start(command(tmp_path, 'train', kill), folder, '--more', 3)
+    assert server.wait().rc in (-number, 128 + number) and steps() == 43
+    assert cli('train', folder, '--more', 3).rc == 0 and steps() == 43 and 'more' not in json.loads((folder/'run.json').read_text())
+    assert cli('train', folder, '--more', 3).rc == 0 and steps() == 46
+
 def test_a_run_that_is_named_from_within_one_of_its_parts(server, run, tmp_path):
     "The part is made anew, so the folder that one stands in is gone, and '..' leads nowhere"
     folder = shutil.copytree(run.folder, tmp_path/'run')

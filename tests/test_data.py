@@ -130,6 +130,15 @@ def test_a_server_that_refuses_parts_is_asked_for_the_whole(server, tmp_path, mo
         assert f' {code}' in said and f"try later, delete {tmp_path/'a.bin.part'} to begin anew, or put it at" in said   # some are never asked for a part in vain
         assert (tmp_path/'a.bin.part').read_bytes() == PAYLOAD[:1000] and (tmp_path/'a.bin.part.tag').read_text() == tag
 
+@pytest.mark.parametrize('name', ['metadata.csv', 'metadata.jsonl'])
+def test_a_table_of_one_endless_line_is_refused(tmp_path, name):
+    "Before memory is full of it; a file of holes takes nothing on the disk"
+    (tmp_path/'a.png').write_bytes(png(0))
+    (tmp_path/name).touch()
+    os.truncate(tmp_path/name, 1 << 40)
+    said = one_line(W.captions_in, tmp_path)
+    assert 'is no table with file_name and text (letters_a_line is 1048576: give' in said and 'mend or remove it' in said
+
 def test_a_table_of_many_columns_is_refused(tmp_path):
     "Its time would grow with rows times columns; two of one name say two things"
     (tmp_path/'a.png').write_bytes(png(0))
