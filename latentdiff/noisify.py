@@ -289,7 +289,7 @@ def _encode_batch(ae, pixels, first, how): # number of the first; see `make_late
     with torch.no_grad(), torch.autocast(x.device.type, torch.float16, enabled=x.is_cuda):
         z = [ae.encode(o).half().cpu() for v in (x, *crops) for o in (v, v.flip(-1))[:1+how['mirrored']]]
     if all(o.isfinite().all() for o in z): return [o.numpy() for o in z]
-    raise UserError(f"{type(ae).__name__} gives latents that float16 cannot hold: fit its scale, or take more varied images")
+    raise UserError(f"{type(ae).__name__} gives latents beyond float16: fit its scale, or take more varied images")
 
 # %% ../nbs/20_noisify.ipynb #c041
 FILES = 'latents', 'mirrored'
