@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PIPELINES', 'SCHEDULERS', 'PARTS', 'CARD', 'as_drawn', 'names_class', 'check_index', 'load_scheduler',
-           'check_channels', 'check_saved', 'notes_of', 'outdated', 'said_of', 'check_size', 'found_on_hub',
-           'model_card']
+           'check_channels', 'check_saved', 'notes_of', 'outdated', 'said_of', 'check_size', 'check_pair',
+           'found_on_hub', 'model_card']
 
 # %% ../nbs/parts/card.ipynb #k904
 import diffusers, os, re, shlex, tempfile, torch
@@ -15,7 +15,7 @@ from .core import UNFIT, UserError, checked, find_class, made, network_config, n
 from .core import of_this_version, read_json, shapes, sound, unsealed
 from .disk import one_line
 from .files import ON_HUB
-from .noisify import process_of
+from .noisify import process_of, weights_hash
 from .unet import OtherNetwork
 
 # %% ../nbs/parts/card.ipynb #k910
@@ -168,6 +168,13 @@ def check_size(folder, size): # of a pipeline; pixels a side
     "`UserError` if it is of a run on images of another size"
     if (told := _settings(folder).get('size', size)) == size: return
     raise UserError(f'{folder}/model_index.json says {size} px, run.json {told}: run latentdiff-run on it again')
+
+def check_pair(folder, network, ae): # of a pipeline; of its network; its autoencoder
+    "`UserError` if the notes of a run say that the network was trained on latents of another autoencoder"
+    z, of = made(folder/'latents'), made(network).get('parents') or {}
+    if not z or 'latents' not in of: return   # they are not there beyond a run
+    if of['latents'] == z.get('fingerprint') and weights_hash(ae) == (z.get('parents') or {}).get('autoencoder'): return
+    raise UserError(f'{network} was trained on latents of another autoencoder: take all of {folder} from one run')
 
 def found_on_hub(run): # a folder
     "What a run says that it has from the Hub: base_model and datasets, as a card names them"

@@ -26,7 +26,7 @@ from .autoencoder import Autoencoder, fit_bs, open_autoencoder
 from .noisify import Process, load_process, other_noise, process_of, save_process
 from .files import ON_HUB, OURS
 from .unet import AnyUNet2D, OtherNetwork
-from .card import PIPELINES, as_drawn, check_channels, check_index, check_saved, check_size, load_scheduler
+from .card import PIPELINES, as_drawn, check_channels, check_index, check_pair, check_saved, check_size, load_scheduler
 from .card import model_card, names_class
 from .conditioning import guide
 from .sampling import SAMPLER, SAMPLERS, denoise_path, evaluations, generators, levels, noise_like, sample, time_steps
@@ -381,10 +381,10 @@ def our_parts(folder, d): # as `save_pretrained` left it; its model_index.json, 
     number(1, _MOST, **{f"size in {folder/'model_index.json'}": d.get('size')})
     check_size(folder, d['size'])
     autoencoder, denoiser = (load_part(folder/k, d[k][1]) for k in names)
+    check_pair(folder, folder/names[1], autoencoder)
     scheduler = scheduler_in(folder, process := load_process(folder, folder/names[1]))
-    own = scheduler if d.get('sampler') == 'scheduler' else None
     how = as_drawn(d.get('drawn_with'), NAMED, f"drawn_with in {folder/'model_index.json'}")
-    return autoencoder, denoiser, process, d['size'], own, how
+    return autoencoder, denoiser, process, d['size'], scheduler if d.get('sampler') == 'scheduler' else None, how
 
 # %% ../nbs/80_pipeline.ipynb #L105
 @patch

@@ -10,6 +10,7 @@ import latentdiff
 from latentdiff.card import model_card
 from latentdiff.commands import Run, eval_cli, settings_of
 from latentdiff.core import Bar, UserError, locked, preset, sealed
+from latentdiff.disk import contents_of
 from latentdiff.data import open_images
 from latentdiff.files import npz_pixels
 from latentdiff.kid_eval import Extractor, features
@@ -204,6 +205,18 @@ def test_a_mistyped_number_of_steps_is_taken_back(server, cli, run, tmp_path):
     r = cli('run', *run.args, '--steps', 40, '--out', folder)
     assert r.rc == 0 and steps() == 40 and weights(folder) == weights(run.folder), r
     assert cli('train', folder, '--more', 1).rc == 0 and steps() == 41
+
+@pytest.mark.parametrize('part', ['autoencoder', 'unet'])
+def test_halves_of_two_runs_are_no_pipeline(cli, run, tmp_path, part):
+    "One draws rubbish from the latents of the other; the notes of the two tell"
+    folder = shutil.copytree(run.folder, tmp_path/'run')
+    note, config = (json.loads((folder/part/o).read_text()) for o in ('made.json', 'config.json'))
+    if part == 'unet': note['parents']['latents'] = 'of another run'
+    else: (folder/part/'config.json').write_text(json.dumps(config | dict(latent_std=[o*1.5 for o in config['latent_std']])))
+    note['contents'] = contents_of(folder/part)   # all of the other run's part is here, as it was made there
+    (folder/part/'made.json').write_text(json.dumps(sealed({k: v for k, v in note.items() if k != 'seal'})))
+    one_line(cli('sample', folder, '--n', 2, '--npz', tmp_path/'a.npz'), f"{folder/'unet'} was trained on latents of another autoencoder: take all of {folder} from one run")
+    assert not (tmp_path/'a.npz').exists()
 
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
 def test_more_steps_that_were_trained_when_it_was_killed_are_not_trained_again(server, cli, run, tmp_path, number):
