@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PIPELINES', 'SCHEDULERS', 'PARTS', 'CARD', 'as_drawn', 'names_class', 'check_index', 'load_scheduler',
-           'check_channels', 'check_saved', 'notes_of', 'outdated', 'said_of', 'check_size', 'check_pair',
+           'check_channels', 'check_saved', 'notes_of', 'repeated', 'outdated', 'said_of', 'check_size', 'check_pair',
            'found_on_hub', 'model_card']
 
 # %% ../nbs/parts/card.ipynb #k904
@@ -137,12 +137,16 @@ def notes_of(folder): # of a run
         raise UserError(f'{folder}: run.json or metrics.json is damaged ({one_line(e)}): delete it') from e
     return {k: v for k, v in rows.items() if k not in ('KID', 'protocol') or not outdated(folder)}
 
+def repeated(verb, folder, *more): # of a command; of a run, a Path; further words
+    "The command that goes on with a run, to paste: a folder whose name begins with - or ~ is no option, and no home"
+    folder = f'./{folder}' if str(folder)[:1] in ('-', '~') else str(folder)
+    return shlex.join([f'latentdiff-{verb}', '--config', f'{folder}/config.toml', '--out', folder, *more])
+
 def outdated(folder): # of a run, a Path
     "What to say of scores in it that are those of networks before, '' unless there are such"
     of = made(folder/'samples').get('parents')
     of = {k: v for k, v in (of if isinstance(of, dict) else {}).items() if made(folder/k).get('fingerprint') != v}
-    again = shlex.join(['latentdiff-run', '--config', f'{folder}/config.toml', '--out', str(folder)])
-    return f'; samples, scores and report are of the {" and ".join(of)} before: {again}' if of else ''
+    return f'; samples, scores and report are of the {" and ".join(of)} before: {repeated("run", folder)}' if of else ''
 
 def said_of(s, m): # the settings of a run; what was measured; dicts
     "The same from what these two say"

@@ -10,11 +10,12 @@ __all__ = ['NETWORK', 'ENOUGH', 'told_of', 'channels_of', 'check_told', 'listed'
            'ae_alone', 'refusal']
 
 # %% ../nbs/parts/source.ipynb #c004
-import csv, json, os, safetensors, shlex, tomllib, torch, warnings
+import csv, json, os, safetensors, tomllib, torch, warnings
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict
 from functools import lru_cache
+from .card import repeated
 from .core import RATES, UNFIT, UserError, artefact, checked, default_device, fingerprint, load_component, made
 from .core import number, save_component
 from .disk import by_option, matching, read_text
@@ -183,8 +184,8 @@ def made_of(folder): # of a run, a Path
 def check_there(folder, data): # of a run, a Path; its data
     "`UserError` that says what to do where parts of a run are there, and its data, a path, are not"
     if not os.path.isabs(data) or '{' in data or os.path.exists(data) or not made_of(folder): return
-    again = shlex.join(['latentdiff-encode', '--config', f'{folder}/config.toml', '--out', str(folder), '--data'])
-    raise UserError(f'no folder or file {data!r:.200}; if the pictures of {folder} lie elsewhere now: {again} PLACE')
+    again = repeated('encode', folder, '--data', 'PLACE')
+    raise UserError(f'no folder or file {data!r:.200}; if the pictures of {folder} lie elsewhere now: {again}')
 
 def made_with(folder, k, was, now): # of a run, a Path; a setting, what it is, and what it shall be
     "What to say of a run that was made with another, without the full stop"

@@ -16,6 +16,7 @@ from latentdiff.few_step import with_steps
 from latentdiff.noisify import Latents, Process, make_latents, weights_hash
 from latentdiff.pipeline import LatentDiffusionPipeline, zoo
 from latentdiff.report import by_guidance, caption_judge, caution, class_judge, guidance_curves, guidance_figure, headline, is_of, report as page_of
+from latentdiff.card import repeated
 from latentdiff.report import trackers
 from latentdiff.training import fit_steps, orthogonalise, rate
 from latentdiff.unet import UNet, denoiser_learner, loss_by_level, make_denoiser
@@ -478,6 +479,11 @@ def test_lr_find_leaves_the_weights_alone(tmp_path, monkeypatch):
         with learn.no_bar(): found = learn.lr_find(num_it=20, show_plot=False)
         assert 1e-7 <= found.valley <= 10 and all(torch.equal(before[k], v) for k, v in learn.model.state_dict().items())
     assert not [f for f in tmp_path.rglob('*') if f.is_file()]
+
+@pytest.mark.parametrize('name,said', [('a b', "'a b/config.toml' --out 'a b'"), ('-x', './-x/config.toml --out ./-x'), ('~root', "'./~root/config.toml' --out './~root'"), ('/a;b', "'/a;b/config.toml' --out '/a;b'")])
+def test_a_command_that_is_advised_names_that_folder(name, said):
+    "Pasted into a shell, it is neither an option nor somebody's home"
+    assert repeated('run', name) == f'latentdiff-run --config {said}'
 
 def test_tensorboard_is_told(tmp_path, monkeypatch):
     "Losses and rates are in its files; where it is missing, one line says so."
