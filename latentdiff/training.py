@@ -142,8 +142,7 @@ class _DeviceSmoothLoss(AvgSmoothLoss):
     "fastai's running loss, kept on the device"
     def accumulate(self, learn):
         self.count += 1
-        loss = learn.loss.detach().mean().float()
-        self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
+        self.val = torch.lerp(loss := learn.loss.detach().mean().float(), self.val.to(loss.device), self.beta)
 
 def no_sync(learn): # a fastai Learner
     "Take the places out of `learn` where fastai waits for the device at every step"
@@ -164,6 +163,8 @@ def _known(opt): # a fastai optimizer
     if not {*opt.state_dict()} - {'state', 'hypers', 'param_groups'}: return opt
     raise UserError(f'{type(opt).__name__} remembers what cannot be written down: take another optimizer, such as Adam')
 
+_MOMENTS = 'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'momentum_buffer', 'grad_avg', 'sqr_avg'   # one a weight
+
 def _remind(opt, memory): # a fastai optimizer; what `_memory` said of one of its kind with such parameters
     "Make it remember that; fastai's own keep plain numbers"
     d, params = opt.state_dict(), [p for group in opt.param_lists for p in group]
@@ -171,8 +172,10 @@ def _remind(opt, memory): # a fastai optimizer; what `_memory` said of one of it
     for k, v in memory.items():
         (i, name), p = k.split('.'), params[int(k.split('.')[0])]
         state = d['state'].setdefault(int(i), {}) if wrapped else d['state'][int(i)]
-        own = v.shape == p.shape and v.is_floating_point()   # else it may be the step of a single number
-        state[name] = torch.empty_like(p, dtype=v.dtype).copy_(v) if own else v if wrapped or v.ndim else v.item()
+        if name in _MOMENTS and v.shape != p.shape: raise ValueError(k)
+        own = v.shape == p.shape and name != 'step'   # of the weights' kind, and on their device
+        plain = not (own or wrapped or v.ndim) and v.dtype in (torch.float32, torch.int64, torch.bool)
+        state[name] = torch.empty_like(p).copy_(v) if own else v.item() if plain else v
     opt.load_state_dict(d)
     for i, s in d['state'].items() if wrapped else ():   # torch has made single numbers of the weights' kind
         now = opt.opt.state[params[i]]
@@ -291,7 +294,7 @@ def step_time(learn): # a fastai Learner
     state, watch = {k: v.clone() for k, v in learn.model.state_dict().items()}, _Stopwatch()
     with learn.no_bar(), learn.no_logging(): learn.fit(4, 0., cbs=[watch, *together(learn.model)])
     learn.model.load_state_dict(state)
-    learn.remembers, learn.opt = {k: (v.dtype, v.shape) for k, v in _memory(learn.opt).items()}, None
+    learn.remembers, learn.opt = {k: (v.shape, v.ndim and v.dtype) for k, v in _memory(learn.opt).items()}, None
     return min(watch.times[1:], default=.01)
 
 def seconds_per_step(net, z, *cond): # denoiser; one batch of latents (b,c,h,w) on its device; their condition, if any
@@ -433,7 +436,8 @@ class Keeper(Callback):
         except UNFIT as e:
             why = f'{self.checkpoint.folder} holds a checkpoint of another version ({e!r:.80})'
             raise UserError(f'{why}: delete it, and this training starts again') from e
-        with first_ahead(): self.checkpoint and enough('The training', self.checkpoint.path('last'), self.bytes())
+        with first_ahead():
+            if self.checkpoint: _known(self.opt), enough('The training', self.checkpoint.path('last'), self.bytes())
 
     def bytes(self):
         "About as much as two checkpoints and one that is being written take: weights, two moments, average, best"
@@ -481,7 +485,7 @@ class Keeper(Callback):
     def save(self, name):
         "Write a checkpoint, unless something in it is not finite"
         tensors, scaler = self.tensors(), getattr(getattr(self.learn, 'mixed_precision', None), 'scaler', None)
-        self.check(tensors)
+        self.check(tensors | dict(smooth=torch.as_tensor(self.recorder.smooth_loss.val)))
         note = dict(k=self.step_by_step.k, steps=self.step_by_step.steps, history=self.history,
                     smooth=self.recorder.smooth_loss.val, ema=self.ema.n if hasattr(self.learn, 'ema') else 0,
                     scaler=scaler.state_dict() if scaler else None)
@@ -492,9 +496,9 @@ class Keeper(Callback):
         "Go on from a checkpoint"
         part = lambda p: {k[len(p):]: v for k, v in kept.items() if k.startswith(p)}
         self.model.load_state_dict(part('model.'))
-        kinds = {k: (v.dtype, v.shape) for k, v in part('opt.').items()}
-        if not getattr(self.learn, 'remembers', {}).items() <= kinds.items(): raise ValueError('another optimizer')
-        _remind(self.opt, part('opt.'))
+        _remind(self.opt, memory := part('opt.'))
+        had = {k: (v.shape, v.ndim and v.dtype) for k, v in memory.items()}
+        if not getattr(self.learn, 'remembers', {}).items() <= had.items(): raise ValueError('another optimizer')
         if hasattr(self.learn, 'ema'):
             for i, s in enumerate(self.ema.shadow): s.copy_(kept[f'ema.{i}'])
             self.ema.n = note['ema']
@@ -502,7 +506,9 @@ class Keeper(Callback):
         self.history = h = {k: note['history'][k] for k in self.history} | note['history']
         rows = [o for k, v in h.items() if k not in ('step', 'loss', 'best') for o in v] + [h['best'] or (0, 0)]
         self.best = h['best'] and {k: v.clone().copy_(kept[f'best.{k}']) for k, v in self.model.state_dict().items()}
-        math.fsum((*h['step'], *h['loss'], *(o for r in rows for o in (*r, r[1]))))   # all are numbers
+        lists = all(type(h[k]) is list for k in ('step', 'loss', 'rows')) and len(h['step']) == len(h['loss'])
+        each = {type(o) for row in (h['step'], h['loss'], *((*r, r[1]) for r in rows)) for o in row}
+        if not lists or each - {int, float}: raise ValueError('no history')
         if not math.isfinite(note['smooth']) or crc_of(self.tensors()) != note['sums']: raise ValueError('no fit')
         vars(self.recorder.smooth_loss).update(count=note['k'], val=torch.tensor(note['smooth']).to(self.dls.device))
 

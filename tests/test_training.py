@@ -3,7 +3,7 @@ import copy, json, math, os, random, time
 from types import SimpleNamespace
 import numpy as np, pytest, torch
 from functools import partial
-from fastai.basics import SGD, Adam, Callback, DataLoaders, Learner, OptimWrapper, ranger
+from fastai.basics import SGD, Adam, Callback, DataLoaders, Larc, Learner, OptimWrapper, ranger
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -552,7 +552,7 @@ FORGED = dict(half=lambda d: {k: v.half() for k, v in d.items()}, whole_numbers=
               one_more=lambda d: d | {'ema.99': torch.ones(2)}, a_stranger=lambda d: d | {'z': torch.ones(2)}, best_of_half=lambda d: {k: v.half() if k.startswith('best.') else v for k, v in d.items()},
               of_a_stranger=lambda d: d | {'opt.99.step': torch.tensor(1)}, of_nobody=lambda d: d | {'opt.x.step': torch.tensor(1)})
 NOTED = dict(k=[dict(k=41), dict(k=None)], kid=[dict(kid=o) for o in ('rubbish', 5, [1], [['a']])], smooth=[dict(smooth=o) for o in (None, 'x', [], math.nan, math.inf)], ema=[dict(ema=2**40)], scaler=[dict(scaler={'x': 1})][:torch.cuda.is_available()],
-             history=[dict(history=o) for o in ('x', {}, dict(step=[1], loss=[1.], rows=[]))], rows=[dict(rows=o) for o in ('x', [['a']], [[1]], [[1, 2., 'x']], [3], None)],
+             history=[dict(history=o) for o in ('x', {}, dict(step=[1], loss=[1.], rows=[]))], lists=[dict(step={}), dict(loss={}), dict(rows=''), dict(step=[])], rows=[dict(rows=o) for o in ('x', [['a']], [[1]], [[1, 2., 'x']], [3], None)],
              loss=[dict(loss=['a']), dict(loss=None)], step=[dict(step=[None])], best=[dict(best=o) for o in (None, 'x', [1], [1, 'x'], {}, [])])
 
 @pytest.fixture(scope='module')
@@ -594,10 +594,10 @@ def test_a_checkpoint_whose_note_lacks_something_is_one_line(left_out, begun, tm
     with pytest.raises(UserError, match='delete it, and this training starts again'): train(tmp_path)
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize('opt', ['NAdam', 'ASGD', 'RAdam', 'AdamW', 'Adafactor', 'SGD', 'Muon', 'fastai'])
+@pytest.mark.parametrize('opt', ['NAdam', 'ASGD', 'RAdam', 'AdamW', 'Adafactor', 'SGD', 'Muon', 'fastai', 'larc'])
 def test_any_optimizer_goes_on_to_the_bit(opt, dtype, tmp_path):
     "Some keep single numbers of another kind than the weights are, or moments of another shape"
-    func = Adam if opt == 'fastai' else muon if opt == 'Muon' else partial(OptimWrapper, opt=getattr(torch.optim, opt))
+    func = Adam if opt == 'fastai' else Larc if opt == 'larc' else muon if opt == 'Muon' else partial(OptimWrapper, opt=getattr(torch.optim, opt))
     def train(folder, *cbs):
         learn = small_learner(dtype=dtype)
         learn.opt_func = func
@@ -605,11 +605,39 @@ def test_any_optimizer_goes_on_to_the_bit(opt, dtype, tmp_path):
     with pytest.raises(KeyboardInterrupt): train(tmp_path/'cut', Quits())
     for v, w in zip(train(tmp_path/'whole').model.parameters(), train(tmp_path/'cut').model.parameters()): assert torch.equal(v, w)
 
+def test_a_loss_that_is_not_finite_is_not_written_down(tmp_path):
+    "On a GPU it is looked at a step later; a checkpoint with it would be refused when it is read"
+    class Spoil(Callback):
+        order = 89
+        def after_batch(self):
+            if self.step_by_step.k == 9: self.recorder.smooth_loss.val = torch.tensor(math.inf)
+    keep = Checkpoint(tmp_path, 'this', every=0)
+    with pytest.raises(UserError, match='nothing of this step is saved'): quiet(small_learner(), steps=40, checkpoint=keep, cbs=[Spoil()])
+    assert keep.load(40)[1]['k'] == 8
+
+@pytest.mark.parametrize('opt', [Adam, adamw, muon])
+def test_a_memory_of_another_shape_or_kind_is_not_taken(opt, tmp_path):
+    "A fused optimizer reads where nothing is; halves would stay halves"
+    def learner():
+        learn = small_learner()
+        learn.opt_func = opt
+        return learn
+    quiet(learn := learner(), steps=4)
+    f = learn.save(tmp_path/'learned')
+    with safe_open(f, 'pt') as o: tensors, note = {k: o.get_tensor(k) for k in o.keys()}, o.metadata()
+    moment = next(k for k, v in tensors.items() if k.startswith('opt.') and v.ndim == 2)
+    for spoilt in (tensors[moment][:1, :1], tensors[moment].flatten(), tensors[moment][0, 0]):
+        save_file(tensors | {moment: spoilt.contiguous()}, f, note)
+        with pytest.raises(UserError, match='does not fit this optimizer'): learner().load(tmp_path/'learned')
+    save_file({k: v.half() if v.is_floating_point() and k.startswith('opt.') and v.ndim else v for k, v in tensors.items()}, f, note)
+    state = getattr((again := learner().load(tmp_path/'learned')).opt, 'opt', again.opt).state
+    assert {v.dtype for s in state.values() for v in s.values() if torch.is_tensor(v) and v.ndim} == {torch.float32}
+
 def test_an_optimizer_that_remembers_more_is_refused(tmp_path):
     "fastai's Lookahead keeps slow weights beside what its optimizer keeps"
     learn = small_learner()
     learn.opt_func = ranger
-    with pytest.raises(UserError, match='Lookahead remembers what cannot be written down'): quiet(learn, steps=40, checkpoint=Checkpoint(tmp_path, 'this', every=0))
+    with pytest.raises(UserError, match='Lookahead remembers what cannot be written down'): quiet(learn, steps=40, checkpoint=Checkpoint(tmp_path, 'this'))   # before its first step
     quiet(learn, steps=4)   # without a checkpoint it may
     with pytest.raises(UserError, match='take another optimizer'): learn.save(tmp_path/'learned')
 
