@@ -178,7 +178,7 @@ def check_pair(folder, network, ae): # of a pipeline; of its network; its autoen
     z, of = made(folder/'latents'), made(network).get('parents') or {}
     if not z or 'latents' not in of: return   # they are not there beyond a run
     if of['latents'] == z.get('fingerprint') and weights_hash(ae) == (z.get('parents') or {}).get('autoencoder'): return
-    raise UserError(f'{network} was trained on latents of another autoencoder: take all of {folder} from one run')
+    raise UserError(f'{network} was trained on latents of another autoencoder: take both from one run, or train anew')
 
 def found_on_hub(run): # a folder
     "What a run says that it has from the Hub: base_model and datasets, as a card names them"

@@ -408,7 +408,7 @@ def _options(
     folder = run_folder(preset_of(s), s['seed'])
     if s['from'] not in (None, 'none'): folder = folder.with_name(f"{folder.name}-from-{Path(s['from']).name}")
     run = Run(out or folder, s)
-    run.trackers = report.trackers(track, run.folder/'tensorboard')
+    run.trackers = report.trackers(track, run.folder/'tensorboard') if track else []
     return run
 
 def _verb(name, goals, doc):

@@ -93,7 +93,7 @@ class Process:
         number(1 + self.schedule.endswith('zero'), 10**6, steps=self.steps), number(.02, 1e6, False, rho=self.rho)
         number(1e-9, .9999, False, beta_start=self.beta_start, beta_end=self.beta_end)
         number(1e-9, number(1e-9, 1e6, False, sigma_max=self.sigma_max), False, sigma_min=self.sigma_min)
-        if torch.stack(self.levels(torch.linspace(0, 1, 9))).diff().abs().amax(0).min() > 0: return
+        if torch.stack(self.levels(torch.linspace(0, 1, 9, device='cpu'))).diff().abs().amax(0).min() > 0: return
         raise UserError(f'{self} is no noise to work with: it does not grow from each level to the next')
 
     def _table(self, like):

@@ -153,17 +153,17 @@ def no_sync(learn): # a fastai Learner
     return learn
 
 # %% ../nbs/parts/training.ipynb #s704
-def _memory(opt): # a fastai optimizer, its own or a wrapped one of torch
+def _memory(opt, has=lambda v: True): # a fastai optimizer, its own or a wrapped one of torch; what of it
     "What it remembers of its parameters, {'number.name': tensor}"
     each = o.items() if isinstance(o := opt.state_dict()['state'], dict) else enumerate(o)
-    return {f'{i}.{k}': torch.as_tensor(v) for i, s in each for k, v in s.items()}
+    return {f'{i}.{k}': torch.as_tensor(v) for i, s in each for k, v in s.items() if has(v)}
 
 def _known(opt): # a fastai optimizer
     "It, if `_memory` is all that it remembers; raises `UserError` where it is not, as of fastai's Lookahead"
     if not {*opt.state_dict()} - {'state', 'hypers', 'param_groups'}: return opt
     raise UserError(f'{type(opt).__name__} remembers what cannot be written down: take another optimizer, such as Adam')
 
-_MOMENTS = 'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'momentum_buffer', 'grad_avg', 'sqr_avg'   # one a weight
+def _kinds(memory): return {k: (v.shape, v.ndim and v.dtype) for k, v in memory.items()}
 
 def _remind(opt, memory): # a fastai optimizer; what `_memory` said of one of its kind with such parameters
     "Make it remember that; fastai's own keep plain numbers"
@@ -172,14 +172,14 @@ def _remind(opt, memory): # a fastai optimizer; what `_memory` said of one of it
     for k, v in memory.items():
         (i, name), p = k.split('.'), params[int(k.split('.')[0])]
         state = d['state'].setdefault(int(i), {}) if wrapped else d['state'][int(i)]
-        if name in _MOMENTS and v.shape != p.shape: raise ValueError(k)
+        if name.endswith(('avg', 'avg_sq', 'buffer')) and v.shape != p.shape: raise ValueError(k)   # one a weight
         own = v.shape == p.shape and name != 'step'   # of the weights' kind, and on their device
         plain = not (own or wrapped or v.ndim) and v.dtype in (torch.float32, torch.int64, torch.bool)
         state[name] = torch.empty_like(p).copy_(v) if own else v.item() if plain else v
     opt.load_state_dict(d)
     for i, s in d['state'].items() if wrapped else ():   # torch has made single numbers of the weights' kind
         now = opt.opt.state[params[i]]
-        now.update({k: v.to(now[k].device) for k, v in s.items() if not v.ndim})
+        now.update({k: v.to(now[k].device) for k, v in s.items() if not v.ndim or v.dtype != now[k].dtype})
 
 def _kind(opt): return type(getattr(opt, 'opt', opt)).__name__ if opt else ''
 
@@ -294,7 +294,7 @@ def step_time(learn): # a fastai Learner
     state, watch = {k: v.clone() for k, v in learn.model.state_dict().items()}, _Stopwatch()
     with learn.no_bar(), learn.no_logging(): learn.fit(4, 0., cbs=[watch, *together(learn.model)])
     learn.model.load_state_dict(state)
-    learn.remembers, learn.opt = {k: (v.shape, v.ndim and v.dtype) for k, v in _memory(learn.opt).items()}, None
+    learn.remembers, learn.opt = _kinds(_memory(learn.opt, torch.is_tensor)), None
     return min(watch.times[1:], default=.01)
 
 def seconds_per_step(net, z, *cond): # denoiser; one batch of latents (b,c,h,w) on its device; their condition, if any
@@ -496,9 +496,9 @@ class Keeper(Callback):
         "Go on from a checkpoint"
         part = lambda p: {k[len(p):]: v for k, v in kept.items() if k.startswith(p)}
         self.model.load_state_dict(part('model.'))
-        _remind(self.opt, memory := part('opt.'))
-        had = {k: (v.shape, v.ndim and v.dtype) for k, v in memory.items()}
-        if not getattr(self.learn, 'remembers', {}).items() <= had.items(): raise ValueError('another optimizer')
+        _remind(self.opt, part('opt.'))
+        had = _kinds(part('opt.')).items()   # with a scaler there may have been no step so far
+        if not note['scaler'] and not getattr(self, 'remembers', {}).items() <= had: raise ValueError('another memory')
         if hasattr(self.learn, 'ema'):
             for i, s in enumerate(self.ema.shadow): s.copy_(kept[f'ema.{i}'])
             self.ema.n = note['ema']

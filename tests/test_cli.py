@@ -215,7 +215,7 @@ def test_halves_of_two_runs_are_no_pipeline(cli, run, tmp_path, part):
     else: (folder/part/'config.json').write_text(json.dumps(config | dict(latent_std=[o*1.5 for o in config['latent_std']])))
     note['contents'] = contents_of(folder/part)   # all of the other run's part is here, as it was made there
     (folder/part/'made.json').write_text(json.dumps(sealed({k: v for k, v in note.items() if k != 'seal'})))
-    one_line(cli('sample', folder, '--n', 2, '--npz', tmp_path/'a.npz'), f"{folder/'unet'} was trained on latents of another autoencoder: take all of {folder} from one run")
+    one_line(cli('sample', folder, '--n', 2, '--npz', tmp_path/'a.npz'), f"{folder/'unet'} was trained on latents of another autoencoder: take both from one run")
     assert not (tmp_path/'a.npz').exists()
 
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
