@@ -429,8 +429,8 @@ NEUTRAL = dict( # settings that a process has no place for, and the values at wh
 
 def _settings(scheduler):
     "The settings that its class knows (others may be carried along); UserError for one that a process would lose"
-    known = inspect.signature(type(scheduler)).parameters
-    c = {k: v for k,v in checked(scheduler=scheduler).config.items() if k in known}
+    known = inspect.signature(type(checked(scheduler=scheduler))).parameters
+    c = {k: v for k,v in scheduler.config.items() if k in known}
     for k,neutral in NEUTRAL.items():
         if c.get(k, neutral[0]) not in neutral: raise UserError(f"cannot convert {k}={c[k]!r}: only {k}={neutral[0]!r}")
     return c

@@ -154,7 +154,7 @@ def test_what_is_not_finite_in_one_process_stops_all(several):
 
 def test_two_processes_begin_a_run(several, tmp_path):
     "The others ask for run.json only when the first has written it"
-    slow = 'import time, latentdiff.commands as C\nwrite = C.Run.write\nC.Run.write = lambda run: (C.rank() or time.sleep(1), write(run))\n'
+    slow = 'import time, latentdiff.commands as C\nwrite = C.Run.write\nC.Run.write = lambda run, *more: (C.rank() or time.sleep(1), write(run, *more))\n'
     r = several(2, 'run', '--data', 'rooms', '--preset', 'tiny', '--n', 120, '--ae-steps', 2, '--steps', 2, '--out', tmp_path/'run', before=slow)
     assert r.rc == 0 and 'ENDS 0' in r.out and (tmp_path/'run'/'report.html').exists(), r
 
