@@ -361,7 +361,7 @@ def _begin(work, want):
     "An empty folder with a note of what it is for, unless an earlier call has begun just that"
     begun = read_json(work/'making.json', f'delete {work}') if os.path.isfile(work/'making.json') else None
     plain = lambda o: not o.is_symlink() and (o.is_file() or o.is_dir())   # a link leads elsewhere, a pipe waits
-    if begun == want and all(map(plain, [work, *work.rglob('*')])): return
+    if begun == want and all(map(plain, [work, *work.rglob('*')])) and not (work/'done.json').is_dir(): return
     remove(work), work.mkdir()
     write_json(work/'making.json', want)
 
@@ -380,8 +380,8 @@ def _make(path, make, want):
 # %% ../nbs/parts/core.ipynb #c036
 def _lock(folder):
     try:
-        place(folder=folder).mkdir(parents=True, exist_ok=True)
-        path = Path(folder)/'.lock'
+        if {*'\r\n'} & {*str(place(folder=folder))}: raise UserError(f'{folder} holds a line break: name another')
+        (path := Path(folder)/'.lock').parent.mkdir(parents=True, exist_ok=True)
         if path.is_symlink(): path.unlink()   # else an old filelock would empty what it leads to
         return FileLock(path, timeout=0, is_singleton=True).acquire()
     except Timeout: raise UserError(f'another process works in {folder}: wait, or choose another folder') from None

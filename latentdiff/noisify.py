@@ -300,7 +300,7 @@ def _encode_rest(ae, images, folder, shape, how, bs, save_every=5.):
     "Fill the files in `folder`, from the row where an earlier call stopped; of several processes each its batches"
     count,n = folder/'done.json', len(images)
     told = read_json(count, f'delete {folder}') if os.path.isfile(count) else dict(done=0)
-    kept = number(0, n, **{f'done in {count}': told.get('done')})   # rows that `sums` are of
+    kept = k if type(k := told.get('done')) is int and 0<=k<=n else 0   # rows that `sums` are of
     with first_ahead():
         for f in _files(how): reserve(folder/f, 2*math.prod(shape))
         files = [np.memmap(folder/f, np.float16, 'r+', shape=shape) for f in _files(how)]

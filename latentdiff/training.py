@@ -172,8 +172,8 @@ def _remind(opt, memory): # a fastai optimizer; what `_memory` said of one of it
     for k, v in memory.items():
         (i, name), p = k.split('.'), params[int(k.split('.')[0])]
         state = d['state'].setdefault(int(i), {}) if wrapped else d['state'][int(i)]
-        if name.endswith(('avg', 'avg_sq', 'buffer')) and v.shape != p.shape: raise ValueError(k)   # one a weight
         own = v.shape == p.shape and name != 'step'   # of the weights' kind, and on their device
+        if name.endswith(('avg', 'avg_sq', 'buffer')) and not own or name == 'step' and (v < 0).any(): raise ValueError
         plain = not (own or wrapped or v.ndim) and v.dtype in (torch.float32, torch.int64, torch.bool)
         state[name] = torch.empty_like(p).copy_(v) if own else v.item() if plain else v
     opt.load_state_dict(d)

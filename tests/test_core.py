@@ -507,6 +507,12 @@ def test_one_process_at_a_time(tmp_path):
         make(tmp_path/'a', Maker())
     assert (tmp_path/'a').exists()
 
+@pytest.mark.parametrize('name', ['x\ny', 'x\r', 'x\ny/z'])
+def test_a_folder_whose_name_no_line_could_repeat_is_refused(name, tmp_path):
+    "What a command advises is to be pasted"
+    with pytest.raises(UserError, match='holds a line break: name another'): make(tmp_path/name/'a', Maker())
+    assert not [*tmp_path.iterdir()]
+
 def test_one_process_may_lock_twice(tmp_path):
     with locked(tmp_path), locked(tmp_path): pass
     with locked(tmp_path): pass

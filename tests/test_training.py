@@ -549,7 +549,7 @@ def without(start): return lambda d: {k: v for k, v in d.items() if not k.starts
 
 FORGED = dict(half=lambda d: {k: v.half() for k, v in d.items()}, whole_numbers=lambda d: {k: v.to(torch.int8) if k.startswith('model.') else v for k, v in d.items()},
               one_moment=moments(lambda v: v.flatten()[:1]), half_moments=moments(torch.Tensor.half), no_average=without('ema.0'), no_memory=without('opt.'), without_a_moment=without('opt.0.exp_avg_sq'), a_short_moment=moments(lambda v: v.flatten()[:1], '1.'),
-              one_more=lambda d: d | {'ema.99': torch.ones(2)}, a_stranger=lambda d: d | {'z': torch.ones(2)}, best_of_half=lambda d: {k: v.half() if k.startswith('best.') else v for k, v in d.items()},
+              before_the_first=lambda d: {k: -5 + 0*v if k.endswith('.step') else v for k, v in d.items()}, one_more=lambda d: d | {'ema.99': torch.ones(2)}, a_stranger=lambda d: d | {'z': torch.ones(2)}, best_of_half=lambda d: {k: v.half() if k.startswith('best.') else v for k, v in d.items()},
               of_a_stranger=lambda d: d | {'opt.99.step': torch.tensor(1)}, of_nobody=lambda d: d | {'opt.x.step': torch.tensor(1)})
 NOTED = dict(k=[dict(k=41), dict(k=None)], kid=[dict(kid=o) for o in ('rubbish', 5, [1], [['a']])], smooth=[dict(smooth=o) for o in (None, 'x', [], math.nan, math.inf)], ema=[dict(ema=2**40)], scaler=[dict(scaler={'x': 1})],
              history=[dict(history=o) for o in ('x', {}, dict(step=[1], loss=[1.], rows=[]))], lists=[dict(step={}), dict(loss={}), dict(rows=''), dict(step=[])], rows=[dict(rows=o) for o in ('x', [['a']], [[1]], [[1, 2., 'x']], [3], None)],
