@@ -9,7 +9,7 @@ __all__ = ['SCHEDULES', 'TARGETS', 'TIMES', 'FILES', 'PREDICTION_TYPES', 'BETA_S
            'process_of', 'other_noise', 'load_process', 'save_process', 'mend_process']
 
 # %% ../nbs/20_noisify.ipynb #c003
-import contextlib, functools, hashlib, inspect, json, math, os, time, warnings, zlib
+import contextlib, errno, functools, hashlib, inspect, json, math, os, time, warnings, zlib
 import numpy as np, torch
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -301,7 +301,7 @@ def _encode_rest(ae, images, folder, shape, how, bs, save_every=5.):
     count,n = folder/'done.json', len(images)
     told = read_json(count, f'delete {folder}') if os.path.isfile(count) else dict(done=0)
     kept = k if type(k := told.get('done')) is int and 0<=k<=n else 0   # rows that `sums` are of
-    with first_ahead():
+    with first_ahead(), on_disk(folder, more=(errno.ENODEV, errno.EOPNOTSUPP)):   # not all disks have memory maps
         for f in _files(how): reserve(folder/f, 2*math.prod(shape))
         files = [np.memmap(folder/f, np.float16, 'r+', shape=shape) for f in _files(how)]
     sums = [0 if rank() else zlib.crc32(f[:kept]) for f in files]

@@ -1,5 +1,5 @@
 "Noise schedules and targets against closed forms and diffusers; the latent cache against kills and mix-ups."
-import itertools, json, math, os, shutil, signal, threading
+import errno, itertools, json, math, os, shutil, signal, threading
 from dataclasses import replace
 import diffusers, numpy as np, pytest, torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
@@ -549,6 +549,13 @@ def test_what_is_not_all_there_is_encoded_again(images, tmp_path, monkeypatch, k
         cache(small_ae(), images, tmp_path/'cut')
     for name in ('cut', 'whole'): cache(small_ae(), images, tmp_path/name)
     same_files(tmp_path/'cut', tmp_path/'whole')
+
+def test_a_disk_without_memory_maps_is_one_line(images, tmp_path, monkeypatch):
+    "Such as a folder that a virtual machine shares"
+    def none(*args, **kw): raise OSError(errno.ENODEV, 'No such device')
+    monkeypatch.setattr(np, 'memmap', none)
+    with pytest.raises(UserError, match='latents.making cannot be written .No such device.: go to another disk') as e: cache(small_ae(), images, tmp_path)
+    assert '\n' not in str(e.value)
 
 def test_what_was_begun_with_another_autoencoder_is_thrown_away(images, tmp_path):
     with pytest.raises(OSError): cache(small_ae(1), Fails(images, 70), tmp_path/'cut')
