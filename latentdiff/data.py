@@ -25,7 +25,7 @@ from .core import DATASETS, UserError, checked, data_home, default_device, finge
 from .core import positions, progress, stream
 from .disk import enough, matching, name_below, no_file, one_line, printable, there
 from .files import at_hand, bytes_of, captions_in, files_below, hub_folder, is_picture, known_folder, npz_pixels
-from .files import pixels_or_why, shard_names, shard_samples, unpacked
+from .files import load_pixels, pixels_or_why, shard_names, shard_samples, unpacked
 from .rooms import ROOM_FACTORS, draw_rooms, room_caption, room_codes
 
 # %% ../nbs/00_data.ipynb #c023
@@ -360,10 +360,13 @@ class FileImages(Images):
 
     def read(self, idxs):
         if self.raw is not None: return super().read(idxs)
-        x = [pixels_or_why(self.paths[i], self.size, self.channels) for i in idxs]
-        bad = [(self.paths[i], o) for i, o in zip(idxs, x) if isinstance(o, str)]
-        if bad: raise UserError(f"'{bad[0][0]}' has changed and cannot be decoded ({bad[0][1]}): start again")
-        return torch.stack(x)
+        return torch.stack([self.again(self.paths[i], self.contents[i]) for i in idxs])
+
+    def again(self, path, content): # a file; the hash of its bytes when the folder was opened
+        try: raw = bytes_of(path)
+        except OSError as e: raise UserError(f"'{path}' cannot be read ({e.strerror}): start again") from None
+        if hashlib.md5(raw).hexdigest() == content: return load_pixels(raw, self.size, self.channels)
+        raise UserError(f"'{path}' has changed since the folder was opened: start again")
 
 # %% ../nbs/00_data.ipynb #g007
 LSUN_HUB = 'pcuenq/lsun-bedrooms' # the archive's pictures, shuffled, in pieces

@@ -408,9 +408,9 @@ def _classes_of(features, column):
     raise UserError(f'label={column} is a column of {kind!s:.80}: name one of classes, texts or whole numbers')
 
 def _state(folder):
-    "Where a folder is, and the name, size and time of each file in it: another one, or a changed one, has others"
+    "Where a folder is, and the name, size and times of each file in it: another one, or a changed one, has others"
     found = files_below(os.path.realpath(folder))[0]
-    return [(str(o), s.st_size, s.st_mtime_ns) for o in found if not no_file(o) for s in [o.stat()]]
+    return [(str(o), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for o in found if not no_file(o) for s in [o.stat()]]
 
 def hub_folder(spec, n): # 'owner/name', '?image=..&label=..&caption=..&split=..' behind it if need be; how many
     "The first `n` pictures of a data set on the Hub, or of a local folder of its files; raises `UserError`"

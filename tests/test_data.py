@@ -297,6 +297,10 @@ def test_picture_that_goes_bad_later(tmp_path, monkeypatch):
     images.paths[0].write_bytes(b'gone bad')
     assert torch.equal(images.pixels(), x)
     assert 'a.jpg' in one_line(again.pixels)
+    save(images.paths[0], Image.new('RGB', (32, 32)))   # another picture, and a good one
+    assert 'a.jpg\' has changed since' in one_line(again.pixels)
+    images.paths[0].unlink()
+    assert 'a.jpg\' cannot be read (No such file' in one_line(again.pixels)
 
 # pictures from files
 
@@ -990,6 +994,9 @@ def test_a_folder_in_the_place_of_the_hub_is_known_by_its_files(tmp_path, monkey
     hub_of(tmp_path/'new', told={0: dict(image=dict(bytes=png(40), path=None))})
     (tmp_path/'new'/'train-00000.parquet').replace(tmp_path/'b'/'x'/'train-00000.parquet')
     assert torch.equal(open_images('hub:x', 16).pixels([0])[0], load_pixels(png(40), 16))
+    for colour in (50, 60):   # as many bytes, and as old
+        os.utime(save(tmp_path/'b'/'y'/'a.bmp', Image.new('RGB', (16, 16), (colour,)*3)), (10**9, 10**9))
+        assert open_images('hub:y', 16).pixels().unique().tolist() == [colour]
 
 def test_classes_and_captions_of_the_hub(tmp_path):
     from datasets import ClassLabel, Value
