@@ -435,7 +435,8 @@ def find_class(name): # of the class that was saved
     name = _OURS.get(str(name), str(name))
     found = [c for c in _subclasses(ConfigMixin) if c.__name__ == name and not c.__module__.startswith('diffusers')]
     if found: return found[-1]
-    for module, syms in d['syms'].items():
+    left_out = {'latentdiff.autoencoder': f'latentdiff.autoencoder.{name}'}   # by nbdev, for the "auto" in its name
+    for module, syms in (d['syms'] | left_out).items():
         cls = getattr(importlib.import_module(module), name, None) if f'{module}.{name}' in syms else None
         if isinstance(cls, type) and issubclass(cls, ConfigMixin): return cls
     raise UserError(f'no class named {name!s:.80} is known here: import the module that defines it first')

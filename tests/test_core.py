@@ -278,6 +278,17 @@ def test_weights_that_are_not_finite_are_not_saved(value, tmp_path):
     with pytest.raises(UserError, match='layers.0.bias of Toy is not finite'): save_component(sick, tmp_path/'toy')
     assert load_component(tmp_path/'toy').config.wide == 3
 
+def test_what_was_saved_is_loaded_where_nothing_else_was_imported():
+    "Every class of the package that can be saved, with `core` alone"
+    code = """import ast, latentdiff
+from pathlib import Path
+from latentdiff.core import find_class
+for path in sorted(Path(latentdiff.__file__).parent.glob('[a-z]*.py')):
+    for o in ast.parse(path.read_text()).body:
+        if isinstance(o, ast.ClassDef) and 'ConfigMixin' in map(ast.unparse, o.bases): assert find_class(o.name).__module__ == f'latentdiff.{path.stem}', o.name
+print(find_class('KLAutoencoder').__name__)"""
+    assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout == 'KLAutoencoder\n'
+
 def test_the_class_of_a_notebook_comes_before_that_of_diffusers():
     from latentdiff.autoencoder import PretrainedKL
     assert find_class('AutoencoderKL') is PretrainedKL and find_class('Toy') is Toy
