@@ -126,7 +126,7 @@ class NorbImages(Images):
     def __init__(self, size, n=None, channels=None, seed=0,
         only=(), folder=None): # categories, cameras, 'train', 'test': of each sort just those named; other files
         self.sets = [*_norb_sets(folder)]
-        stamp = [hashlib.md5(o).hexdigest() for _, dat, *rest in self.sets for o in (dat[:50], dat[-50:], *rest)]
+        stamp = [hashlib.md5(o).hexdigest() for _, dat, *rest in self.sets for o in (dat, *rest)]
         table = self._table(only)
         names = [f'{self.sets[s][0]}-{i:05d}-{NORB["cameras"][c]}' for s, i, c in table[:,:3].tolist()]
         keep = pick(names, n, seed)

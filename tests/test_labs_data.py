@@ -233,6 +233,14 @@ def test_norb_fingerprint_follows_the_pictures(tmp_path):
         norb_files(tmp_path/'own', 'x-training', 6, seed)
         prints.append(D.NorbImages(96, folder=tmp_path/'own').fingerprint)
     assert prints[0] == prints[2] != prints[1]
+    norb_files(tmp_path/'many', 'x-training', 200)
+    first = D.NorbImages(96, folder=tmp_path/'many').fingerprint
+    with next((tmp_path/'many').glob('*dat.mat')).open('r+b') as f:   # one pixel in the middle
+        f.seek(24 + 100*2*96*96)
+        was = f.read(1)[0]
+        f.seek(-1, 1)
+        f.write(bytes([was ^ 1]))
+    assert D.NorbImages(96, folder=tmp_path/'many').fingerprint != first
 
 def test_norb_sets_that_do_not_fit(tmp_path):
     assert 'NAME-dat.mat' in one_line(D.NorbImages, 96, folder=tmp_path)
