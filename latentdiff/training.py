@@ -525,7 +525,7 @@ def fit_steps(learn,                                 # a fastai Learner whose tr
     lr, _, _ = number(0, 1e38, False, lr=lr), number(1, 10**4, rounds=rounds), number(seed=seed)
     dl, net, name = checked(learn=learn).dls.train, learn.model, type(learn.model).__name__
     if all(not p.requires_grad for p in net.parameters()): raise UserError(f'{name} is frozen: call requires_grad_()')
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.enable_grad():
         secs = step_time(no_sync(learn))
         if steps is None: steps = epochs*len(dl) if minutes is None else 60*minutes/secs
         steps = agreed(max(1, int(steps)))

@@ -569,6 +569,11 @@ def forge(folder, tensors, note):
     note = {k: v for k, v in note.items() if k != 'seal'} | dict(sums=crc_of(tensors))
     save_file(tensors, folder/'last.safetensors', {'note': json.dumps(sealed(note))})
 
+def test_a_training_within_no_grad_is_one(tmp_path):
+    "As in a cell that goes on to draw"
+    with torch.no_grad(): there = quiet(small_learner(), steps=3)
+    assert all(torch.equal(v, w) for v, w in zip(there.model.state_dict().values(), quiet(small_learner(), steps=3).model.state_dict().values()))
+
 def test_a_training_goes_on_from_what_it_wrote(begun, tmp_path):
     "That is: its state is then, to the last byte, the one that was written down"
     tensors, note, train = begun
