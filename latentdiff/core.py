@@ -12,10 +12,10 @@ __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT',
 
 # %% ../nbs/parts/core.ipynb #c004
 from .disk import NOWHERE, UserError, altered, check_unchanged, clear_away, content_of, contents_of, data_home
-from .disk import file_md5, of_this_version, on_disk, patience, place, printable, rank, read_json, read_text, readable
+from .disk import file_md5, move_aside, on_disk, patience, place, printable, rank, read_json, read_text, readable
 from .disk import one_line, remove, replace_folder, runs_home, there, utf8, whole_folder, world, write_json, write_whole
 from .checks import above_zero, checked, either_way, largest_divisor, multiples, not_finite, number # passed on
-from .checks import numbers, one_of, positions, spread                                               # passed on
+from .checks import numbers, of_this_version, one_of, positions, spread                              # passed on
 import hashlib, importlib, json, os, stat, sys, time, tomllib   # after disk, which minds Ctrl-C
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -164,7 +164,8 @@ def settings_of(data=None, preset=None, size=None, minutes=None, seed=0, n=None,
     here = lambda d, file: os.path.exists(os.path.expanduser(place(path=d)/file)) or '{' in str(d).split(':')[0]
     there = lambda d, file: d and d not in DATASETS and here(d, file)
     whole = lambda d, file='': utf8(path=str(Path(os.path.expanduser(d)).resolve())) if there(d, file) else d
-    return dict(data=whole(p.data), preset=p.name, size=p.size, minutes=minutes, seed=seed, n=p.n,
+    data = 'hub:'*p.data.startswith('hub:') + whole(p.data.removeprefix('hub:'))   # maybe a folder in the Hub's place
+    return dict(data=data, preset=p.name, size=p.size, minutes=minutes, seed=seed, n=p.n,
                 autoencoder=whole(p.ae_pretrained), condition=None if condition == 'none' else condition, steps=steps,
                 ae_steps=ae_steps, **{'from': whole(From, 'model_index.json')}, **{k: v for k, v in rates if v})
 
@@ -355,7 +356,7 @@ def _reopen(path, want, lost): # the names of its files that shall be made again
     write_json(path/'making.json', want)
     for o in lost: remove(path/o)   # what says so, made.json, stays: without it this would be nobody's folder
     remove(_work(path))
-    path.rename(_work(path))
+    move_aside(path, _work(path))
 
 def _begin(work, want):
     "An empty folder with a note of what it is for, unless an earlier call has begun just that"
@@ -431,12 +432,11 @@ def _subclasses(cls): return [c for sub in cls.__subclasses__() for c in (sub, *
 def find_class(name): # of the class that was saved
     "The class of that name among those already defined, else in this package"
     from diffusers.configuration_utils import ConfigMixin
-    from latentdiff._modidx import d
+    from latentdiff._modidx import d   # it lacks autoencoder, because nbdev skips notebooks with "auto" in their name
     name = _OURS.get(str(name), str(name))
     found = [c for c in _subclasses(ConfigMixin) if c.__name__ == name and not c.__module__.startswith('diffusers')]
     if found: return found[-1]
-    left_out = {'latentdiff.autoencoder': f'latentdiff.autoencoder.{name}'}   # by nbdev, for the "auto" in its name
-    for module, syms in (d['syms'] | left_out).items():
+    for module, syms in (d['syms'] | {'latentdiff.autoencoder': f'latentdiff.autoencoder.{name}'}).items():
         cls = getattr(importlib.import_module(module), name, None) if f'{module}.{name}' in syms else None
         if isinstance(cls, type) and issubclass(cls, ConfigMixin): return cls
     raise UserError(f'no class named {name!s:.80} is known here: import the module that defines it first')

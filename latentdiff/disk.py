@@ -7,9 +7,9 @@ __all__ = ['FULL', 'NOWHERE', 'world', 'rank', 'Stopped', 'last_words', 'stop_po
            'runs_home', 'DiskError', 'place', 'size_of', 'lies_in', 'name_below', 'still_there', 'own_folder',
            'make_in', 'room_at', 'by_option', 'on_disk', 'enough', 'free_memory', 'reserve', 'remove', 'matching',
            'clear_away', 'no_empty_folders', 'put_beside', 'write_whole', 'write_json', 'readable', 'read_text',
-           'read_json', 'crc_of', 'file_md5', 'content_of', 'contents_of', 'altered', 'of_this_version',
-           'check_unchanged', 'replace_folder', 'whole_folder', 'new_place', 'new_places', 'refused', 'utf8',
-           'check_call', 'one_line', 'there', 'no_file', 'patience', 'plain_output', 'one_line_errors']
+           'read_json', 'crc_of', 'file_md5', 'content_of', 'contents_of', 'altered', 'check_unchanged', 'move_aside',
+           'replace_folder', 'whole_folder', 'new_place', 'new_places', 'refused', 'utf8', 'check_call', 'one_line',
+           'there', 'no_file', 'patience', 'plain_output', 'one_line_errors']
 
 # %% ../nbs/parts/disk.ipynb #k001
 import os, signal, sys
@@ -340,15 +340,6 @@ def altered(path, note): # an artefact's folder; what `made` says of it
     is_it = lambda o, mark: os.path.isfile(o) and content_of(o) == mark
     return [k for k, mark in told.items() if not is_it(Path(path)/k, mark)]
 
-def of_this_version(folder): # maybe of a run, or of a part of one
-    "It; raises `UserError` if that is a run of version 0.1"
-    own = os.path.isfile(Path(folder)/'model_index.json')   # else it may be a part of one
-    for f in (Path(folder)/'run.json', Path(folder).parent/'run.json')[:2 - own]:
-        d = {}
-        with suppress(OSError, ValueError): d = read_json(f, '')   # what is damaged, others find
-        if 'stages' in d: raise UserError(f'{f.parent} is a run of version 0.1, which this one cannot read: train anew')
-    return folder
-
 def check_unchanged(folder): # of a network
     "`UserError` if its weights are others than the note beside them says, as after a flipped bit"
     note = Path(folder)/'contents.json'
@@ -357,12 +348,20 @@ def check_unchanged(folder): # of a network
         raise UserError(f'{Path(folder)/k} has changed since it was saved: get it again, or delete {note} to keep it')
 
 # %% ../nbs/parts/disk.ipynb #d015
+def move_aside(path, to): # a folder, and a free place beside it
+    "Rename it; one of a container's image, which has no other names, is copied"
+    try: path.rename(to)
+    except OSError as e:
+        if e.errno != errno.EXDEV: raise
+        shutil.copytree(path, to, symlinks=True)
+        remove(path)
+
 def replace_folder(new, path): # a finished folder, and the place it takes, beside it
     "Put `new` at `path`; what was there is deleted"
     if rank(): return
     old = _beside(path, 'old')
     try:
-        if os.path.exists(path): path.rename(old)
+        if os.path.exists(path): move_aside(path, old)
         new.rename(path)
     except BaseException:   # as Ctrl-C between the two
         if os.path.exists(old) and not os.path.exists(path): old.rename(path)

@@ -307,6 +307,18 @@ class Maker:
 
 def make(path, maker, steps=1, images='f00', **kw): return artefact(path, maker, dict(images=images), dict(steps=steps, widths=(1, 2)), **kw)
 
+def test_a_part_of_a_containers_image_is_made_anew(tmp_path, monkeypatch):
+    "overlayfs gives no folder of a lower layer another name: EXDEV"
+    maker, lower, rename = Maker(), [], Path.rename
+    make(tmp_path/'run'/'a', maker)
+    lower.append((tmp_path/'run'/'a').stat().st_ino)
+    def overlay(self, to):
+        if self.stat().st_ino in lower: raise OSError(errno.EXDEV, 'Invalid cross-device link', str(self))
+        return rename(self, to)
+    monkeypatch.setattr(Path, 'rename', overlay)
+    make(tmp_path/'run'/'a', maker, steps=2, cheap=True)
+    assert made(tmp_path/'run'/'a')['facts'] == dict(number=2) and [o.name for o in (tmp_path/'run').iterdir() if o.name != '.lock'] == ['a']
+
 def test_made_once(tmp_path):
     maker = Maker()
     for _ in range(3): assert make(tmp_path/'run'/'a', maker) == tmp_path/'run'/'a'

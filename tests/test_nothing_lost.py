@@ -4,7 +4,7 @@ import numpy as np, pytest, torch
 from filelock import FileLock
 from pathlib import Path
 from fastcore.basics import AttrDict
-from latentdiff import core, disk
+from latentdiff import checks, core, disk
 from latentdiff.checks import not_finite
 from latentdiff.core import *
 from latentdiff.disk import *
@@ -1130,7 +1130,7 @@ def test_a_run_of_version_0_1_is_called_one(tmp_path):
     for f in (pipeline.LatentDiffusionPipeline.from_pretrained, lambda o: source.as_there({'from': str(o)}), autoencoder.open_autoencoder, lambda o: autoencoder.open_autoencoder(o/'autoencoder')):
         assert f'{tmp_path} is a run of version 0.1' in one_line(lambda: f(tmp_path))
     (tmp_path/'new').mkdir(), write_json(tmp_path/'new'/'model_index.json', {})
-    assert disk.of_this_version(tmp_path/'new') == tmp_path/'new'   # a pipeline beside it
+    assert checks.of_this_version(tmp_path/'new') == tmp_path/'new'   # a pipeline beside it
 
 def test_advice_for_a_run_that_is_there(tmp_path, monkeypatch):
     "A command without --out cannot be told to choose a place, nor to set where new runs go"
