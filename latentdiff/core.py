@@ -11,7 +11,7 @@ __all__ = ['PRESETS', 'DATASETS', 'STEPS', 'RATES', 'SEEDS', 'WEIGHTS', 'UNFIT',
            'load_weights', 'network_config', 'load_component', 'exercise']
 
 # %% ../nbs/parts/core.ipynb #c004
-from .disk import NOWHERE, UserError, altered, check_unchanged, clear_away, content_of, contents_of, data_home
+from .disk import NO_LOCK, NOWHERE, UserError, altered, check_unchanged, clear_away, content_of, contents_of, data_home
 from .disk import file_md5, move_aside, on_disk, patience, place, printable, rank, read_json, read_text, readable
 from .disk import one_line, remove, replace_folder, runs_home, there, utf8, whole_folder, world, write_json, write_whole
 from .checks import above_zero, checked, either_way, largest_divisor, multiples, not_finite, number # passed on
@@ -386,7 +386,7 @@ def _lock(folder):
         if path.is_symlink(): path.unlink()   # else an old filelock would empty what it leads to
         return FileLock(path, timeout=0, is_singleton=True).acquire()
     except Timeout: raise UserError(f'another process works in {folder}: wait, or choose another folder') from None
-    except OSError as e: raise UserError(f'{folder} cannot be written ({e.strerror}): choose another folder') from None
+    except NO_LOCK as e: raise UserError(f'{folder} cannot be written ({one_line(e)}): take another') from None
 
 @contextmanager
 def locked(folder):
@@ -509,7 +509,7 @@ def _built(folder, config, device): # where it was saved; a dict
     "The network that `config` describes; raises `UserError` if it describes none"
     import torch
     try:
-        with torch.device(device): return find_class(config.get('_class_name')).from_config(config)
+        with torch.device(device): return find_class(config.get('_class_name')).from_config(config).float()
     except UserError as e: raise type(e)(f'{folder}/config.json: {e}') from None
     except UNFIT as e:
         raise UserError(f'{folder}/config.json does not describe a network ({one_line(e)}): save it again') from e

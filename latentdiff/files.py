@@ -20,8 +20,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from fastai.data.external import untar_data
 from filelock import FileLock
 from .core import DATASETS, Bar, checked, fingerprint, number, one_of, progress
-from .disk import FULL, UserError, clear_away, content_of, data_home, enough, matching, name_below, no_file, on_disk
-from .disk import one_line, patience, place, printable, rank, size_of, there, whole_folder
+from .disk import FULL, NO_LOCK, UserError, clear_away, content_of, data_home, enough, matching, name_below, no_file
+from .disk import on_disk, one_line, patience, place, printable, rank, size_of, there, whole_folder
 
 # %% ../nbs/parts/files.ipynb #f007
 def is_url(o): return str(o).lower().startswith(('http://', 'https://'))
@@ -122,7 +122,7 @@ def download(url, path): # http(s); where the file goes, whose folder is made
                     with suppress(OSError): lock.unlink()         # Windows keeps an open file: it goes below
         for o in (tag, lock) if not rank() else (): o.unlink(missing_ok=True)   # of a process that was killed just here
     except UserError: raise
-    except OSError as e: raise UserError(f'could not download {url} ({one_line(e)}): set LATENTDIFF_DATA') from None
+    except NO_LOCK as e: raise UserError(f'could not download {url} ({one_line(e)}): set LATENTDIFF_DATA') from None
     return path
 
 def _fetch_all(url, path, part, tag, tries=3, afresh=False):

@@ -73,14 +73,14 @@ class _Canvas:
         g = (torch.arange(size, dtype=torch.float32) + .5)/size
         self.u = g.view(1, 1, 1, -1) - .5 - .04*self.j['view_x']
         self.v = g.view(1, 1, -1, 1) - _HORIZON - .03*self.j['view_y']
-        self.img, self.light = torch.zeros(len(self.u), 3, size, size), torch.ones(1, 1, size, 1)
+        self.img, self.light = self.u.new_zeros(len(self.u), 3, size, size), self.u.new_ones(1, 1, size, 1)
         self._arrange()
 
     def _arrange(self):
         "Where the furniture stands: `bed`, `table` and `window`, in picture widths right of the eye"
-        side = self.code['side'] - 1.
+        side = self.code['side'].float() - 1
         self.middle = (side == 0).float()
-        turn = torch.where(self.j['turn'] < 0, -1., 1.)
+        turn = 1 - 2*(self.j['turn'] < 0).float()
         self.bed, self.bed_half = .205*side + .012*self.j['bed_x'], .145 + .01*self.j['bed_width']
         self.table = self.bed + (self.middle*turn - side)*.235
         self.window = -(side + self.middle*turn)*(.255 + .015*self.j['window_x'])
@@ -116,7 +116,7 @@ class _Canvas:
 
     def colour(self, factor):
         "The paint of a factor, picture by picture"
-        return torch.tensor(PALETTE[factor])[self.code[factor].flatten()][:,:,None,None]
+        return torch.tensor(PALETTE[factor], dtype=torch.float32)[self.code[factor].flatten()][:,:,None,None]
 
 # %% ../nbs/parts/rooms.ipynb #c057
 PALETTE = dict(
@@ -125,7 +125,7 @@ PALETTE = dict(
     bed=((.80,.17,.16), (.16,.33,.72), (.20,.52,.27), (.94,.74,.18), (.50,.26,.62), (.95,.94,.92)),
     headboard=((.40,.24,.13), (.93,.92,.90)), rug=((0,0,0), (.70,.22,.20), (.20,.35,.62), (.92,.90,.85)))
 
-def _rgb(*colour): return torch.tensor(colour).view(1, 3, 1, 1)
+def _rgb(*colour): return torch.tensor(colour, dtype=torch.float32).view(1, 3, 1, 1)
 def _mix(a, b, weight): return a + (b - a)*weight
 
 # %% ../nbs/parts/rooms.ipynb #c059
@@ -181,7 +181,7 @@ def _draw_rug(c):
     "A rug with a darker border, or none"
     c = c.rows(.40, .63)
     x, s = c.plane(_FLOOR)
-    side, there = c.code['side'] - 1., 1 - c.has('rug', 'none')
+    side, there = c.code['side'].float() - 1, 1 - c.has('rug', 'none')
     mid, half = .03*c.j['rug_x'] - .14*side, .20 + .07*c.middle
     c.paint(there*c.box(mid-half, mid+half, 1.28, 1.84, x, s, s, _FLOOR), c.colour('rug')*.75)
     c.paint(there*c.box(mid-half+.03, mid+half-.03, 1.34, 1.78, x, s, s, _FLOOR), c.colour('rug'))
@@ -240,7 +240,7 @@ def _draw_light(c):
     night, lit = c.has('window', 'night'), c.has('lamp', 'lit')
     far = (c.u - c.table*1.06)**2 + (c.v - _TABLE*1.06 + .12)**2
     glow = lit*(.25 + .60*night)/(1 + far/.03)
-    c.light = _mix(torch.ones(1, 3, 1, 1), _rgb(.46, .48, .62), night) + glow*_rgb(1., .82, .45)
+    c.light = _mix(_rgb(1, 1, 1), _rgb(.46, .48, .62), night) + glow*_rgb(1., .82, .45)
 
 # %% ../nbs/parts/rooms.ipynb #c080
 _DRAWS = (_draw_light, _draw_walls, _draw_floor, _draw_window, _draw_picture, _draw_rug, _draw_table,

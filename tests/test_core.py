@@ -289,6 +289,15 @@ for path in sorted(Path(latentdiff.__file__).parent.glob('[a-z]*.py')):
 print(find_class('KLAutoencoder').__name__)"""
     assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout == 'KLAutoencoder\n'
 
+def test_weights_are_what_they_were_whatever_a_notebook_has_for_a_default(tmp_path):
+    torch.manual_seed(0)
+    toy = Toy()
+    save_component(toy, tmp_path/'toy')
+    torch.set_default_dtype(torch.bfloat16)
+    try: again = load_component(tmp_path/'toy')
+    finally: torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(v, w) and v.dtype == w.dtype for v, w in zip(toy.state_dict().values(), again.state_dict().values()))
+
 def test_the_class_of_a_notebook_comes_before_that_of_diffusers():
     from latentdiff.autoencoder import PretrainedKL
     assert find_class('AutoencoderKL') is PretrainedKL and find_class('Toy') is Toy
@@ -519,6 +528,16 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
     "As in a run of somebody else's"
     (tmp_path/'precious').write_text('important'), (tmp_path/'run').mkdir(), (tmp_path/'run'/'.lock').symlink_to('../precious')
     with locked(tmp_path/'run'): assert (tmp_path/'precious').read_text() == 'important'
+
+def test_a_disk_that_locks_nothing_is_one_line(tmp_path, monkeypatch):
+    "As old versions of filelock say it, where the system has no flock"
+    from latentdiff import files
+    class NoLock:
+        def __init__(self, *args, **kw): raise NotImplementedError('FileSystem does not appear to support flock')
+    monkeypatch.setattr(core, 'FileLock', NoLock), monkeypatch.setattr(files, 'FileLock', NoLock)
+    with pytest.raises(UserError, match='cannot be written .*flock.*: take another') as e: make(tmp_path/'a', Maker())
+    with pytest.raises(UserError, match='could not download .*flock.*') as f: files.download('http://127.0.0.1:9/a.bin', tmp_path/'a.bin')
+    assert one_line(e) and one_line(f)
 
 def test_one_process_at_a_time(tmp_path):
     with subprocess.Popen([sys.executable, '-c', HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:

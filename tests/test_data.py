@@ -942,6 +942,13 @@ def test_picture_shows_its_range():
     assert (ax.images[0].get_array() == 128).all()
     D.plt.close('all')
 
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_rooms_are_the_same_whatever_a_notebook_has_for_a_default(dtype):
+    drawn = rooms(60, 32)
+    torch.set_default_dtype(dtype)
+    try: assert torch.equal(rooms(60, 32), drawn)
+    finally: torch.set_default_dtype(torch.float32)
+
 @pytest.mark.parametrize('fits', [True, False])
 def test_rooms_are_drawn_once_if_they_fit(monkeypatch, fits):
     "And are the same rooms either way, whatever is asked for first"
