@@ -360,9 +360,9 @@ class FileImages(Images):
 
     def read(self, idxs):
         if self.raw is not None: return super().read(idxs)
-        return torch.stack([self.again(self.paths[i], self.contents[i]) for i in idxs])
+        return torch.stack([self._again(self.paths[i], self.contents[i]) for i in idxs])
 
-    def again(self, path, content): # a file; the hash of its bytes when the folder was opened
+    def _again(self, path, content): # a file; the hash of its bytes when the folder was opened
         try: raw = bytes_of(path)
         except OSError as e: raise UserError(f"'{path}' cannot be read ({e.strerror}): start again") from None
         if hashlib.md5(raw).hexdigest() == content: return load_pixels(raw, self.size, self.channels)
