@@ -386,7 +386,8 @@ def _lock(folder):
         if path.is_symlink(): path.unlink()   # else an old filelock would empty what it leads to
         return FileLock(path, timeout=0, is_singleton=True).acquire()
     except Timeout: raise UserError(f'another process works in {folder}: wait, or choose another folder') from None
-    except NO_LOCK as e: raise UserError(f'{folder} cannot be written ({one_line(e)}): take another') from None
+    except NO_LOCK as e:
+        raise UserError(f'{folder} cannot be written ({getattr(e, "strerror", e)}): choose another folder') from None
 
 @contextmanager
 def locked(folder):
@@ -433,7 +434,7 @@ def find_class(name): # of the class that was saved
     "The class of that name among those already defined, else in this package"
     from diffusers.configuration_utils import ConfigMixin
     from latentdiff._modidx import d   # it lacks autoencoder, because nbdev skips notebooks with "auto" in their name
-    name = _OURS.get(str(name), str(name))
+    name = _OURS.get(name := str(name), name)
     found = [c for c in _subclasses(ConfigMixin) if c.__name__ == name and not c.__module__.startswith('diffusers')]
     if found: return found[-1]
     for module, syms in (d['syms'] | {'latentdiff.autoencoder': f'latentdiff.autoencoder.{name}'}).items():

@@ -702,6 +702,7 @@ def test_shards_of_a_run_may_be_asked_for_from_another_folder(tmp_path, monkeypa
     for url in ('https://x.org/{00..01}.tar', 'hf://datasets/x/y/{00..01}.tar'): assert settings_of(url, 'tiny')['data'] == url
     monkeypatch.setenv('HOME', str(tmp_path)), (tmp_path/'pics').mkdir()
     for o in ('sh/{0..1}.tar', 'pics'): assert settings_of(f'~/{o}', 'tiny')['data'] == str(tmp_path.resolve()/o)
+    (tmp_path/'v'/'sh').mkdir(parents=True)
     assert settings_of('hub:v/sh', 'tiny')['data'] == f'hub:{tmp_path.resolve()/"v/sh"}' and settings_of('hub:own/er', 'tiny')['data'] == 'hub:own/er'
 
 
