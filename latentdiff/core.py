@@ -386,7 +386,7 @@ def _lock(folder):
         if path.is_symlink(): path.unlink()   # else an old filelock would empty what it leads to
         return FileLock(path, timeout=0, is_singleton=True).acquire()
     except Timeout: raise UserError(f'another process works in {folder}: wait, or choose another folder') from None
-    except NO_LOCK as e: raise UserError(f'{folder} cannot be written ({getattr(e, "strerror", e)}): take another') from None
+    except NO_LOCK as e: raise UserError(f'{folder} cannot be written ({getattr(e, "strerror", e)}): take another')
 
 @contextmanager
 def locked(folder):
