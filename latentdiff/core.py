@@ -15,7 +15,7 @@ from .disk import NO_LOCK, NOWHERE, UserError, altered, check_unchanged, clear_a
 from .disk import file_md5, move_aside, on_disk, patience, place, printable, rank, read_json, read_text, readable
 from .disk import one_line, remove, replace_folder, runs_home, there, utf8, whole_folder, world, write_json, write_whole
 from .checks import above_zero, checked, either_way, largest_divisor, multiples, not_finite, number # passed on
-from .checks import numbers, of_this_version, one_of, positions, spread                              # passed on
+from .checks import numbers, of_this_version, one_of, positions, spread, unbroken                    # passed on
 import hashlib, importlib, json, os, stat, sys, time, tomllib   # after disk, which minds Ctrl-C
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -361,8 +361,8 @@ def _reopen(path, want, lost): # the names of its files that shall be made again
 def _begin(work, want):
     "An empty folder with a note of what it is for, unless an earlier call has begun just that"
     begun = read_json(work/'making.json', f'delete {work}') if os.path.isfile(work/'making.json') else None
-    plain = lambda o: not o.is_symlink() and (o.is_file() or o.is_dir())   # a link leads elsewhere, a pipe waits
-    if begun == want and all(map(plain, [work, *work.rglob('*')])) and not (work/'done.json').is_dir(): return
+    plain = lambda o: not o.is_symlink() and (o.is_file() or o.is_dir() and o.suffix not in ('.json', '.f16'))
+    if begun == want and all(map(plain, [work, *work.rglob('*')])): return   # a link leads elsewhere, a pipe waits
     remove(work), work.mkdir()
     write_json(work/'making.json', want)
 
@@ -381,12 +381,12 @@ def _make(path, make, want):
 # %% ../nbs/parts/core.ipynb #c036
 def _lock(folder):
     try:
-        if {*'\r\n'} & {*str(place(folder=folder))}: raise UserError(f'{folder} holds a line break: name another')
-        (path := Path(folder)/'.lock').parent.mkdir(parents=True, exist_ok=True)
+        (path := unbroken(folder=place(folder=folder))/'.lock').parent.mkdir(parents=True, exist_ok=True)
         if path.is_symlink(): path.unlink()   # else an old filelock would empty what it leads to
         return FileLock(path, timeout=0, is_singleton=True).acquire()
     except Timeout: raise UserError(f'another process works in {folder}: wait, or choose another folder') from None
-    except NO_LOCK as e: raise UserError(f'{folder} cannot be written ({getattr(e, "strerror", e)}): take another')
+    except NO_LOCK as e:
+        raise UserError(f'{folder} cannot be written ({getattr(e, "strerror", e)}): choose another folder') from None
 
 @contextmanager
 def locked(folder):
@@ -436,7 +436,7 @@ def find_class(name): # of the class that was saved
     name = _OURS.get(name := str(name), name)
     found = [c for c in _subclasses(ConfigMixin) if c.__name__ == name and not c.__module__.startswith('diffusers')]
     if found: return found[-1]
-    for module, syms in (d['syms'] | {'latentdiff.autoencoder': f'latentdiff.autoencoder.{name}'}).items():
+    for module, syms in (d['syms'] | {'latentdiff.autoencoder': {f'latentdiff.autoencoder.{name}'}}).items():
         cls = getattr(importlib.import_module(module), name, None) if f'{module}.{name}' in syms else None
         if isinstance(cls, type) and issubclass(cls, ConfigMixin): return cls
     raise UserError(f'no class named {name!s:.80} is known here: import the module that defines it first')

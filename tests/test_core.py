@@ -535,7 +535,7 @@ def test_a_disk_that_locks_nothing_is_one_line(tmp_path, monkeypatch):
     class NoLock:
         def __init__(self, *args, **kw): raise NotImplementedError('FileSystem does not appear to support flock')
     monkeypatch.setattr(core, 'FileLock', NoLock), monkeypatch.setattr(files, 'FileLock', NoLock)
-    with pytest.raises(UserError, match='cannot be written .*flock.*: take another') as e: make(tmp_path/'a', Maker())
+    with pytest.raises(UserError, match='cannot be written .*flock.*: choose another folder') as e: make(tmp_path/'a', Maker())
     with pytest.raises(UserError, match='could not download .*flock.*') as f: files.download('http://127.0.0.1:9/a.bin', tmp_path/'a.bin')
     assert one_line(e) and one_line(f)
 

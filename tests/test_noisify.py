@@ -522,15 +522,17 @@ def test_resumes_bit_for_bit_after_an_error(images, tmp_path):
     cache(ae, images, tmp_path/'whole')
     same_files(tmp_path/'cut', tmp_path/'whole')
 
-@pytest.mark.parametrize('what', ['latents.f16', 'mirrored.f16', '{"done": 64}', '{"done": 64.0}', '{"done": true}', '{"done": null}', '{"done": -1}', '{"done": 99999}', 'folder'])
+@pytest.mark.parametrize('what', ['latents.f16', 'mirrored.f16', '{"done": 64}', '{"done": 64.0}', '{"done": true}', '{"done": null}', '{"done": -1}', '{"done": 99999}', 'a folder done.json', 'a folder latents.f16'])
 def test_what_has_changed_is_encoded_again(images, tmp_path, what):
     "A bit of the rows that were done, or an older note, without checksums, or one that cannot be right"
     with pytest.raises(OSError): cache(small_ae(), Fails(images, 70), tmp_path/'cut')
-    f = tmp_path/'cut'/'.latents.making'/('done.json' if '.f16' not in what else what)
-    if what[0] == '{': f.write_text(what)
-    if what == 'folder': f.unlink(), f.mkdir()
-    f = f if '.f16' in what else f.with_name('latents.f16')
+    work = tmp_path/'cut'/'.latents.making'
+    f = work/(what if what.endswith('.f16') and ' ' not in what else 'latents.f16')
+    if what[0] == '{': (work/'done.json').write_text(what)
     f.write_bytes(bytes([(b := f.read_bytes())[0] ^ 1]) + b[1:])
+    if what.startswith('a folder'):
+        (work/what.split()[-1]).unlink()
+        (work/what.split()[-1]).mkdir()
     for name in ('cut', 'whole'): cache(small_ae(), images, tmp_path/name)
     same_files(tmp_path/'cut', tmp_path/'whole')
 
