@@ -28,7 +28,7 @@ def rank():
 
 # %% ../nbs/parts/disk.ipynb #k003
 _SIGNALS = [getattr(signal, o) for o in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, o)]
-_asked, _said, _in_place = [], [], []
+_asked, _said, _in_place, _options = [], [], [], []   # the last: of the command that runs
 
 class Stopped(KeyboardInterrupt):
     "A signal asked the command to stop; its number is the argument"
@@ -51,8 +51,9 @@ def _stop(n, frame):
 def _not_begun(kind, e, trace): # as `sys.excepthook` is called
     "One line, where the imports of a command have ended it, or a signal outside of its function"
     if isinstance(e, Stopped): os._exit(last_words(*e.args))
-    if isinstance(e, Exception) and (why := refused(e)): sys.__stderr__.write(printable(f'latentdiff: {why}') + '\n')
-    else: sys.__excepthook__(kind, e, trace)
+    if not isinstance(e, Exception) or not (why := refused(e)): return sys.__excepthook__(kind, e, trace)
+    sys.__stderr__.write(printable(f'latentdiff: {why}') + '\n')
+    os._exit(1)   # before libraries take their leave, for which the memory may be too short
 
 def stop_politely():
     "In a command, let signals raise `Stopped`; of several processes, only Ctrl-C. What cannot be imported is one line"
@@ -148,8 +149,6 @@ def room_at(path): # where something is to be written
     if _options and 'out' not in _options: out = 'move the run folder there'
     way = 'set LATENTDIFF_DATA' if home in path.parents else out
     return shutil.disk_usage(there).free, there, f'go to another disk: {way}'
-
-_options = []   # of the command that runs
 
 def by_option(name, how=' with '): # without its dashes
     "Words with which a refusal advises an option; none where a command runs that does not have it"

@@ -264,7 +264,7 @@ def __call__(self:LatentDiffusionPipeline, num_images=8, num_inference_steps=Non
     gens = generator if isinstance(generator, list) else [generator]*num_images
     if len(gens) != num_images: raise UserError(f'{len(gens)} generators for {num_images} images: give one for each')
     if any(getattr(g, 'device', g) != torch.device('cpu') for g in gens if generator is not None):
-        raise UserError('noise is drawn on the CPU, the same for every device: give torch.Generator().manual_seed(0)')
+        raise UserError('noise is drawn on the CPU: give torch.Generator().manual_seed(0), or a list of them')
     step, ts = self.sampler_of(sampler), time_steps(self.process, how['steps'], how.get('spacing'))
     x = levels(self.process, ts[0])[1]*randn_tensor((num_images, *self.latent_shape), generator, self.device)
     net, = self.listening(num_images, num_images, cond, guidance_scale, negative)

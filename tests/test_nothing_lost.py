@@ -627,8 +627,8 @@ def test_a_variable_that_a_library_refuses_is_one_line(tmp_path):
 @pytest.mark.parametrize('how', [['-m', 'latentdiff', 'run'], ['-c', "import sys; sys.argv = ['/bin/latentdiff-run', '--help']; import latentdiff.commands"]])
 @pytest.mark.parametrize('library', ['numpy', 'fastcore'])
 def test_a_library_that_ends_the_first_imports_is_one_line(library, how, tmp_path):
-    "Those that a command needs before it begins, as with a file of that name in the current folder."
-    (tmp_path/f'{library}.py').write_text('raise ValueError("my own")')
+    "Those that a command needs before it begins, as with a file of that name in the current folder; and nothing of what else would be said at the end."
+    (tmp_path/f'{library}.py').write_text('import atexit\natexit.register(lambda: 1/0)\nraise ValueError("my own")')
     r = subprocess.run([sys.executable, *how], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(Path(__file__).parents[1])), cwd=tmp_path)
     assert r.returncode == 1 and r.stderr.startswith(f'latentdiff: {library} cannot be imported (ValueError: my own): ') and r.stderr.count('\n') == 1 and not r.stdout, r
 
