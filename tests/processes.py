@@ -52,7 +52,9 @@ class Server:
     "Runs programs one at a time, each in a child of a process that has imported the library"
     def __init__(self, tmp, memory=None): # folders: of its own; where programs find what others have found out, see memory.py
         self.tmp, remember = tmp, [Path(__file__).parent, memory] if memory else []
-        self.process = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', SERVER, *remember], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+        program = tmp/'server.py'   # a file, as commands are: one of -c would look for modules in the current folder
+        program.write_text(SERVER)
+        self.process = subprocess.Popen([sys.executable, '-W', 'ignore', program, *remember], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
                                         cwd=tmp, env=os.environ | dict(PYTHONPATH=str(ROOT)))
 
     def start(self, script, *args, cwd=None, **env):
