@@ -39,7 +39,7 @@ def directives(cell):
     lines = cell['source'].splitlines() if cell['cell_type'] == 'code' else []
     return {re.match(r'#\|\s*([\w-]+)', l)[1] for l in lines if l.startswith('#|')}
 
-def shown(cells, leave_out=('hide', 'default_exp')):
+def shown(cells, leave_out=('hide',)):
     "`cells` as a reader should see them: without those that hold one of `leave_out`; `echo: false` keeps only outputs."
     return [c | dict(source=bare(c), alt=alt(c)) for c in cells if not directives(c) & set(leave_out)]
 
@@ -72,7 +72,8 @@ def set_up(path, cfg):
     "Give the notebook at `path` the set-up cell of this version, in place of another one's."
     nb = json.loads(path.read_text(encoding='utf-8'))
     cell = next(c for c in nb['cells'] if '![ -e /content ]' in ''.join(c['source']))
-    cell['source'] = setup_cell(cfg).splitlines(keepends=True)
+    module = ''.join(o for o in cell['source'] if o.startswith('#| default_exp'))
+    cell['source'] = (module + setup_cell(cfg)).splitlines(keepends=True)
     path.write_text(json.dumps(nb, indent=1, sort_keys=True, ensure_ascii=False) + '\n', encoding='utf-8')
 
 if __name__ == '__main__': # after the version in settings.ini has changed
