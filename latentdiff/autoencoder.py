@@ -429,9 +429,9 @@ def _download_taef2():
 
 # %% ../nbs/10_autoencoder.ipynb #c176
 @patch(cls_method=True)
-def from_pretrained(cls:TAEF2, folder=None): # of two .safetensors; None: $LATENTDIFF_TAEF2, else downloaded
+def from_pretrained(cls:TAEF2, folder=None): # of two .safetensors; None: in `data_home()`, downloaded unless there
     "The published weights, in float32 and eval mode"
-    ae, folder = cls(), Path(folder or os.environ.get('LATENTDIFF_TAEF2') or _download_taef2())
+    ae, folder = cls(), Path(folder or _download_taef2())
     for part in ('encoder', 'decoder'): load_weights(getattr(ae, part), folder/f'{part}.safetensors')
     return ae.eval().requires_grad_(False)
 

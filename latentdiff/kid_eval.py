@@ -29,7 +29,7 @@ from .autoencoder import as_double, efficientnet_lite0
 
 # %% ../nbs/50_kid_eval.ipynb #c012
 def poly_kernel(x, y): # features (m,d), (n,d) -> kernel values (m,n)
-    "KID's kernel, (x·y/d + 1)^3 for every pair of rows (Bińkowski et al. 2018, section 3.1)"
+    "KID's kernel, (x·y/d + 1)^3 for every pair of rows (Bińkowski et al. 2018)"
     like(True, x=x, y=y)
     return (x @ y.to(x).T / x.shape[1] + 1)**3
 

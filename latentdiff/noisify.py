@@ -111,7 +111,7 @@ class Process:
     def sigma(self, t): return self.levels(t)[1] # how much noise there is
 
     def log_snr(self, t):
-        "log(alpha^2/sigma^2), natural log; alpha and sigma are held above 1e-7, so it stays within +-43"
+        "log(alpha^2/sigma^2), natural log; alpha and sigma are held above 1e-7, so it stays within +-33"
         a,s = self.levels(t)
         return 2*(a.clamp(min=1e-7).log() - s.clamp(min=1e-7).log())
 

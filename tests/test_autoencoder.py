@@ -556,18 +556,20 @@ def test_taef2_hides_its_pixel_range_and_clamps_latents():
 
 def test_taef2_from_a_folder(tmp_path, monkeypatch):
     ae = TAEF2()
-    for part in ('encoder', 'decoder'): save_file({k: v.half() for k, v in getattr(ae, part).state_dict().items()}, tmp_path/f'{part}.safetensors')
-    monkeypatch.setenv('LATENTDIFF_TAEF2', str(tmp_path))
-    for spec in ('taef2', tmp_path):
+    folder = tmp_path/'taef2'
+    folder.mkdir()
+    for part in ('encoder', 'decoder'): save_file({k: v.half() for k, v in getattr(ae, part).state_dict().items()}, folder/f'{part}.safetensors')
+    monkeypatch.setenv('LATENTDIFF_DATA', str(tmp_path))
+    for spec in ('taef2', folder):
         again = open_autoencoder(spec)
         assert again.encoder[0].weight.dtype == torch.float32
         assert torch.allclose(again.encoder[0].weight, ae.encoder[0].weight, atol=1e-3)
-    (tmp_path/'decoder.safetensors').unlink()
-    with pytest.raises(UserError, match='missing'): open_autoencoder(tmp_path)
+    (folder/'decoder.safetensors').unlink()
+    with pytest.raises(UserError, match='missing'): open_autoencoder(folder)
 
 @torch.no_grad()
-@pytest.mark.skipif('LATENTDIFF_TAEF2' not in os.environ, reason='needs the published weights in $LATENTDIFF_TAEF2')
+@pytest.mark.skipif('TAEF2' not in os.environ, reason='needs the folder of the published weights in $TAEF2')
 def test_taef2_real_weights():
     x = rooms(4, 128)
-    q = quality(open_autoencoder('taef2'), x)
+    q = quality(open_autoencoder(os.environ['TAEF2']), x)
     assert q['psnr'] > 28 and q['ssim'] > .9
