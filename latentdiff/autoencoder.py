@@ -257,15 +257,15 @@ def kl_loss(mean, logvar): # (b,c,h,w) both
 class AELoss:
     "Smoothed L1 of the pixels + kl_weight * KL + feature_weight * feature distance"
     def __init__(self, kl_weight=1e-3, feature_weight=0., device=None): # device of the features, unused at 0
+        number(0, 1e9, False, kl_weight=kl_weight, feature_weight=feature_weight)
         self.kl_weight, self.feature_weight = kl_weight, feature_weight
         self.features = FeatureLoss().to(device) if feature_weight else None
 
     def __call__(self, pred, images):
-        x, mean, logvar = (*pred, None)[:3]
-        loss = F.smooth_l1_loss(x, images, beta=0.1)
+        x, mean, logvar = (*checked(batches=pred), None)[:3]
+        loss = F.smooth_l1_loss(like(images=images, pred=x), images, beta=0.1)
         if logvar is not None: loss = loss + self.kl_weight*kl_loss(mean, logvar)
-        if self.features: loss = loss + self.feature_weight*self.features(x, images)
-        return loss
+        return loss + self.feature_weight*self.features(x, images) if self.features else loss
 
 # %% ../nbs/10_autoencoder.ipynb #c093
 @torch.no_grad()
@@ -518,7 +518,7 @@ def sharpen_decoder(ae, x_train, x_valid, steps,            # a finished `KLAuto
     if not isinstance(ae, KLAutoencoder): raise UserError(f'sharpening is for a KLAutoencoder, no {type(ae).__name__}')
     ae.requires_grad_(False)
     for part in (ae.decoder, ae.line_out): part.requires_grad_(True)
-    start = number(1, 10**9, steps=steps)//4 if start is None else start
+    start = number(0, 10**9, start=number(1, 10**9, steps=steps)//4 if start is None else start)
     cbs = [Adversary(start, adversary_weight, d_lr, seed, width)] if adversary_weight else []
     learn = ae_learner(ae, x_train, x_valid, bs, flip, seed, 0., feature_weight, device, cbs, adamw)
     learn.remove_cb(Graphed)   # a replay allows one backward pass a step, the adversary needs three
@@ -538,7 +538,7 @@ class PatchDiscriminator(nn.Sequential):
 # %% ../nbs/10_autoencoder.ipynb #g002
 def hinge_loss(real, fake): # logits of real pictures; of reconstructions
     "What a discriminator minimises: nothing is gained beyond 1 and -1 (Lim and Ye 2017)"
-    return .5*(F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+    return .5*(F.relu(1 + like(real=real, fake=fake)).mean() + F.relu(1 - real).mean())
 
 # %% ../nbs/10_autoencoder.ipynb #g003
 def adaptive_weight(rec, adv, last, eps=1e-4, most=1e4): # two losses; the last layer's weight

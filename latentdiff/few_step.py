@@ -113,7 +113,7 @@ class Shortcut(nn.Module, ConfigMixin):
     drawn_with = dict(sampler='shortcut', steps=2, guidance=1.)   # what a pipeline takes if it is told nothing
     def __init__(self, net): # a `UNet` or `ConditionalUNet`, trained or not; it becomes part of this one
         super().__init__()
-        self.net = net
+        self.net = checked(unet=net)
         net.time_embedding = StepTime(net.time_embedding)
 
     @property

@@ -41,7 +41,7 @@ def kernel_sums(x,          # features (m,d)
     x, self_pairs = as_double(x), y is None
     y = x if self_pairs else as_double(y)
     rows, cols, squares = [], x.new_zeros(len(y)), x.new_zeros(())
-    for i in range(0, len(x), block):
+    for i in range(0, len(x), number(1, block=block)):
         k = poly_kernel(x[i:i+block], y)
         if self_pairs: k.diagonal(i).zero_()
         rows.append(k.sum(1))

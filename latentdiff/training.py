@@ -18,7 +18,7 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision
 from .core import UNFIT, UserError, agreed, default_device, fingerprint, first_ahead, not_finite, number
 from .core import checked, largest_divisor, rank, read_weights, sealed, stream, world, write_whole
 from .data import from_uint8, is_plain, kind_of, like, shifted, show_images
-from .disk import crc_of, enough, lies_in, make_in, matching, own_folder, readable
+from .disk import crc_of, enough, lies_in, make_in, matching, own_folder, place, readable
 from .muon import Muon, muon, orthogonalise   # other modules ask for them here
 
 # %% ../nbs/parts/training.ipynb #c007
@@ -291,7 +291,7 @@ class _Stopwatch(Callback):
 
 def step_time(learn): # a fastai Learner
     "Seconds of one training step of `learn`: the best of three after a warm-up, which leave its weights as they were"
-    state, watch = {k: v.clone() for k, v in learn.model.state_dict().items()}, _Stopwatch()
+    state, watch = {k: v.clone() for k, v in checked(learn=learn).model.state_dict().items()}, _Stopwatch()
     with learn.no_bar(), learn.no_logging(): learn.fit(4, 0., cbs=[watch, *together(learn.model)])
     learn.model.load_state_dict(state)
     learn.remembers, learn.opt = _kinds(_memory(learn.opt, torch.is_tensor)), None
@@ -321,8 +321,8 @@ def rate(k, steps): # step, from 0, and steps of the whole training
 class Checkpoint:
     "Where a training writes down how far it is; it goes on from there only if it is the same training"
     def __init__(self, folder, made_from, every=40.): # of two files; fingerprint of all but the steps; seconds
-        self.folder, self.made_from, self.every, self.home = Path(folder), made_from, every, lies_in(folder)
-        self.spent, self.begun = 0, time.monotonic()   # seconds of the calls before this one; its own beginning
+        self.folder, self.made_from, self.every = place(folder=folder), made_from, every
+        self.home, self.spent, self.begun = lies_in(self.folder), 0, time.monotonic()   # `spent` by the calls before
 
     def path(self, name): return own_folder(self.folder)/f'{name}.safetensors'
 

@@ -388,7 +388,7 @@ def test_no_pickle_is_opened_anywhere(folder, tmp_path, short, monkeypatch):
 WORDS = '', 'a', 'nan', 'inf', '1e308', '\u00e9', 'x'*5000, '[]', '<script>'
 BELOW, BEYOND = ('-1', '0', '1.5'), (str(2**63), '100000000000')
 FIRST = dict(run=('--data', 'rooms', '--n', 40), encode=('--data', 'rooms', '--n', 40), train=('RUN',), sample=('fashion_mnist32', '--npz', 'a.npz'), eval=('RUN/samples/samples.npz', 'RUN/samples/samples.npz'))
-WRONG = {**{(verb, o): (*WORDS, *BELOW, *BEYOND) for verb in ('run', 'encode') for o in ('size', 'steps', 'ae-steps', 'n')}, ('run', 'minutes'): (*WORDS, '-1', '0'), ('run', 'seed'): (*WORDS, '1.5'),
+WRONG = {**{(verb, o): (*WORDS, *BELOW, *BEYOND) for verb in ('run', 'encode') for o in ('size', 'steps', 'ae-steps', 'n')}, ('run', 'minutes'): (*WORDS, '-1', '0'), ('run', 'seed'): (*WORDS, '1.5'), ('run', 'lr'): (*WORDS, '-1', '0'),
     **{('run', o): WORDS[bool(o == 'preset'):] for o in ('preset', 'condition')}, ('run', 'data'): (*WORDS, '-5', '/dev/zero', '/dev/null', 'a\0b', '~nobody/x', '/proc/self/mem'), ('run', 'autoencoder'): WORDS[1:], ('run', 'from'): WORDS,
     ('run', 'config'): (*WORDS[1:], '/dev/null/x', '/proc'), ('run', 'track'): WORDS, ('train', 'more'): (*WORDS, *BELOW, str(2**63)), ('eval', 'seed'): (*WORDS, '1.5'),
     **{('sample', o): (*WORDS, *BELOW, *BEYOND) for o in ('n', 'steps', 'bs')}, ('sample', 'seed'): (*WORDS, '1.5'), ('sample', 'sampler'): WORDS[1:], ('sample', 'class'): WORDS, ('sample', 'prompt'): WORDS,

@@ -293,6 +293,14 @@ CALLS |= {
     **each(G.TextConditioner().words, 'caption', None, 5, [], ['a'], '\ud800', title='words', says='caption'), **each(G.TextConditioner().encode, 'captions', None, 5, [], [5], ['\ud800'], title='encode'), **each(report.table, 'd', *NOT), **each(report.headline, 'm', *NOT, {}), **each(report.headline, 'm', dict(MEASURED, kid=None), dict(MEASURED, kid='<b>'), title='headline of', says='kid is'), **each(labs_data.read_norb, 'path', *NO_PATH),
 }
 
+LOGITS = torch.zeros(2, 1, 2, 2)
+CALLS |= {
+    **each(A.hinge_loss, 'real', None, 'a', LOGITS[:1], LOGITS.long(), fake=LOGITS, says=' is '), **each(A.hinge_loss, 'fake', None, 5, LOGITS[:0], real=LOGITS, says='fake is'), **each(A.AELoss, 'kl_weight', None, 'a', nan, inf, -1),
+    **each(A.AELoss, 'feature_weight', None, 'a', nan, inf, -1), **each(A.AELoss().__call__, 'pred', None, 5, images=X, title='AELoss', says='batches is'), **each(A.AELoss().__call__, 'pred', (X[:2], None), (None, None), images=X, title='AELoss of', says='pred is'),
+    **each(A.sharpen_decoder, 'start', -3, 'a', nan, 1.5, ae=A.KLAutoencoder(3, (8,), 2, 1, 4), x_train=X, x_valid=X, steps=2), **each(few_step.Shortcut, 'net', None, 'x', 5, says='unet is'),
+    **each(G.make_conditional, 'conds', None, 'a', 5, folder=None, latents=None, p=None, conditioner=None, says='items is'), **each(T.Checkpoint, 'folder', *NO_PATH, made_from='x', title='Checkpoint', says=' is '),
+    **each(T.step_time, 'learn', None, 5, 'a'), **each(K.kernel_sums, 'block', 0, -3, 2.5, nan, 'a', None, x=FEATS)}
+
 CALLS |= { # what nobody has in mind, at doors of lessons
     **each(G.guide, 'cond', ['cat'], 5, (), torch.tensor(1), torch.ones(3, 8), net=TOLD.net, title='guide without conditioners', says='cond is'), **each(G.conditions_of, 'images', *NOT),
     **each(G.check_condition, 'images', *NOT, kind='class'), **each(sampling.interpolate, 'mix', 5, 'slerp', None, a=Z, b=Z, k=2), **each(sampling.img2img, 'z', torch.tensor(0.), net=UNET, process=FLOW, says='z is'),
