@@ -20,7 +20,7 @@ help:
 demo: $(BIN)/.demo
 	$(BIN)/latentdiff-run --data rooms --preset cpu --out runs/demo
 
-# Copies: what you run and change stays yours, and git sees nothing of it.
+# Copies: what you run and change stays yours, and git sees nothing of it. They are not renewed: after an update move lessons/ away.
 lessons: $(BIN)/.dev
 	mkdir -p lessons && (cp -Rn nbs/. lessons/ || test -f lessons/00_data.ipynb)
 	$(BIN)/jupyter lab lessons/00_data.ipynb
