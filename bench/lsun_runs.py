@@ -3,7 +3,7 @@
     python bench/lsun_runs.py run3 --out runs/lsun    # some hours of two CPU cores; goes on where it was stopped
     python bench/lsun_runs.py run2 run3 ours          # one after another, then a table
 
-It reads `lsun_bedroom/sd_latents_u8.npz` in the data folder, 9,000 latents in the order of their names (see lab 5), trains on the first
+It reads `lsun_bedroom/sd_latents_u8.npz` in the data folder, 9,000 latents in the order of their names (`lsun_latents.py` makes them), trains on the first
 8,000 and measures on the last 1,000. On the way, ever more rarely, it notes the error on the noise, under the run's own noise and under
 that of the others, and how the activations stand (`looks.json`); at the end KID and a picture of samples (`scores.json`, `samples.jpg`).
 """
@@ -44,7 +44,7 @@ class Data:
     "Raw latents (9000,4,32,32), and their mean and standard deviation in each channel over those to train on"
     def __init__(self):
         file = data_home()/'lsun_bedroom'/'sd_latents_u8.npz'
-        if not file.is_file(): raise UserError(f'{file} is missing: encode 9,000 bedrooms, or set LATENTDIFF_DATA')
+        if not file.is_file(): raise UserError(f'{file} is missing: make it with bench/lsun_latents.py, or set LATENTDIFF_DATA')
         d, self.md5 = np.load(file), file_md5(file)
         self.raw = torch.from_numpy(d['q'].astype('float32')*d['step'] + d['low'])
         mean, std = channel_stats(self.raw[:-HELD].split(1000))
