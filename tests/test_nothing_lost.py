@@ -284,14 +284,17 @@ class Source:
         threading.Thread(target=self.server.serve_forever, kwargs=dict(poll_interval=.02), daemon=True).start()
         self.url = f'http://127.0.0.1:{self.server.server_port}/a.bin'
 
+NO_DISK = 'no small disk can be mounted here'   # the one reason, so that skips can be counted
+linux = pytest.mark.skipif(sys.platform != 'linux', reason=NO_DISK)
+
 def on_small_disk(server, tmp_path, what, *args):
     (tmp_path/'disk').mkdir()
     r = server.code(SMALL, tmp_path/'disk', what, *args)
-    if r.out.strip() == 'not allowed': pytest.skip('this user may not mount a small file system')
+    if r.out.strip() == 'not allowed': pytest.skip(NO_DISK)
     assert r.rc == 0, r.err
     return AttrDict(json.loads(r.out.splitlines()[-1]))
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='needs namespaces')
+@linux
 @pytest.mark.parametrize('what,says', [('checkpoint', '1.2 MB to be written'), ('encoding', '4.4 MB to be written'), ('pngs', ' kB free in'), ('unpack', 'LATENTDIFF_DATA'), ('page', '0.4 MB to be written'),
     ('many', 'no more files are free in')])
 def test_a_full_disk_is_one_line_and_after_room_was_made_it_goes_on(server, tmp_path, what, says):
@@ -301,7 +304,7 @@ def test_a_full_disk_is_one_line_and_after_room_was_made_it_goes_on(server, tmp_
     assert ('LATENTDIFF_DATA' if what == 'unpack' else 'LATENTDIFF_RUNS') in d.line and str(tmp_path/'disk') in d.line and 'make room' in d.line
     assert not [o for o in d.after + d.end if any(k in o for k in ('.part', '.new', '.old'))] and d.end
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='needs namespaces')
+@linux
 @pytest.mark.parametrize('says', [True, False])
 def test_a_download_for_which_there_is_no_room(server, tmp_path, says):
     "Where the server names the size, nothing is fetched; where it does not, what came is kept, and a later call ends well"
@@ -311,7 +314,7 @@ def test_a_download_for_which_there_is_no_room(server, tmp_path, says):
     if says: assert '3.0 MB of disk' in d.line and '1.5 MB are free' in d.line and d.after == []
     assert d.end == ['home/a.bin']
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='needs namespaces')
+@linux
 def test_where_only_reading_is_allowed(server, tmp_path):
     d = on_small_disk(server, tmp_path, 'closed')
     assert d.line.count('cannot be written (Read-only file system)') == 2 and '--out' in d.line, d.line
