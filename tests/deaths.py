@@ -1,5 +1,6 @@
 """What test_nothing_lost.py kills. `deaths.py FOLDER N SEED` does each stage once in peace, and then `N` times (what is quick, 20 times) in a process that dies at a random place: at one of
-its writes, renames and removals, half of the writes half done. Then the same again without a death. It prints, as JSON, what differs and what is left over."""
+its writes, renames and removals; what is written in one go may be half written by then. Then the same again without a death. It prints, as JSON, how many deaths are possible, what differs and
+what is left over."""
 import hashlib, http.server, io, json, os, random, shutil, signal, sys, tarfile, threading
 from dataclasses import replace
 from pathlib import Path
@@ -31,18 +32,18 @@ def announced(response):
         sys.audit('block', str(HERE))
 
 def watch(folder, at=None, half=False):
-    "Count what changes in `folder`; at number `at` the process dies, if `half` with half of a file written"
-    count = [0]
+    "For each change in `folder`, whether it may be half done: a file written anew. At number `at` the process dies, if `half` with half of it written"
+    places = []
     def hook(event, args):
         path = writes(event, args)
-        if path is None or not os.fspath(path).startswith(str(folder)) or count[0] == at: return
-        count[0] += 1
-        if count[0] != at: return
-        if half and event == 'open' and args[1] and args[1][0] == 'w':
+        if path is None or not os.fspath(path).startswith(str(folder)) or len(places) == at: return
+        places.append(event == 'open' and (args[1] or '')[:1] == 'w')
+        if len(places) != at: return
+        if half and places[-1]:
             with open(path, 'wb') as f: f.write(b'ha')
         os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(hook)
-    return count
+    return places
 
 class Files(http.server.BaseHTTPRequestHandler):
     "One file, in parts if asked"
@@ -100,7 +101,7 @@ class Stage:
         elif self.name == 'unpack':
             os.environ['LATENTDIFF_DATA'] = str(folder)
             files.unpacked(self.base/'a.tgz')
-        elif self.name == 'to a folder': commands.sample_cli.__wrapped__(str(self.base/'run'), n=6, steps=2, bs=2, out=str(folder/'pngs'))
+        elif self.name == 'to a folder': commands.sample_cli.__wrapped__(str(self.base/'run'), n=7, steps=2, bs=2, out=str(folder/'pngs'))
         else: run(folder, MADE[self.name])
 
 def in_child(do):
@@ -133,32 +134,33 @@ def told(folder):
 def left(folder): return [o.relative_to(folder).as_posix() for o in folder.rglob('*') if any(p in o.name for p in ('.part', '.new', '.old', '.making'))]
 
 def counted(stage, folder):
-    count = watch(folder)
+    places = watch(folder)
     stage.do(folder)
-    (stage.base/'count').write_text(str(count[0]))
+    (stage.base/'places').write_text(json.dumps(places))
 
 def deaths(stage, n, seed):
-    "[[where, exit status of the killed one, of the next, what differs, what is left], ...]"
+    "How many places there are, how many deaths are possible there, and of `n` of these [place, half written, exit status of the killed one, of the next, what differs, what is left]"
     stage.prepare()
     whole, out = stage.base/'whole', []
     stage.before(whole)
     assert in_child(lambda: counted(stage, whole)) == 0
-    places, want = int((stage.base/'count').read_text()), told(whole)
-    for i, at in enumerate(sorted(random.Random(seed).sample(range(1, places + 1), min(n, places)))):
+    places, want = json.loads((stage.base/'places').read_text()), told(whole)
+    possible = [(at, half) for at, written in enumerate(places, 1) for half in (False, True)[:1 + written]]
+    for i, (at, half) in enumerate(sorted(random.Random(seed).sample(possible, min(n, len(possible))))):
         cut = stage.base/f'cut{i}'
         stage.before(cut)
         def killed():
-            watch(cut, at, half=i % 2 == 0 and stage.name != 'download')
+            watch(cut, at, half)
             stage.do(cut)
         status = in_child(killed), in_child(lambda: stage.do(cut))
         have = told(cut)
-        out.append([f'{at} of {places}', *status, [k for k in want.keys() | have.keys() if want.get(k) != have.get(k)], left(cut)])
+        out.append([at, half, *status, [k for k in want.keys() | have.keys() if want.get(k) != have.get(k)], left(cut)])
         shutil.rmtree(cut)
     if stage.name in MADE:
         shutil.rmtree(stage.base/'run', ignore_errors=True)
         whole.rename(stage.base/'run')
     else: shutil.rmtree(whole)
-    return out
+    return dict(places=len(places), possible=len(possible), kills=out)
 
 if __name__ == '__main__':
     base, n, seed, IMAGES = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), data.open_images('rooms', 16, n=120)
