@@ -306,6 +306,20 @@ def test_two_commands_in_one_folder(server, run):
         p = server.code(f'import sys; sys.argv = ["latentdiff-run"]; from latentdiff.commands import Run; Run({str(run.folder)!r}, {{}}).go()')
     assert p.rc == 1 and 'another process works' in p.err.splitlines()[-1]
 
+def test_two_commands_at_once_in_a_new_folder(run, tmp_path):
+    "Two processes started together: one at least ends well, the other may leave in one line; in the folder is what a run left in peace has, and nothing else"
+    command = [sys.executable, '-W', 'ignore', '-m', 'latentdiff', 'run', *run.args, '--out', tmp_path/'run']
+    env = os.environ | dict(PYTHONPATH=str(Path(latentdiff.__file__).parents[1]))
+    both = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env) for _ in range(2)]
+    said = [AttrDict(err=p.communicate()[1], rc=p.returncode) for p in both]
+    assert 0 in [r.rc for r in said], said
+    for r in said:
+        if r.rc: one_line(r, 'another process works')
+    for part in ('unet/diffusion_pytorch_model.safetensors', 'autoencoder/autoencoder.safetensors', 'samples/samples.npz', 'samples/grid.png'):
+        assert (tmp_path/'run'/part).read_bytes() == (run.folder/part).read_bytes(), part
+    alone, two = ({o.relative_to(f) for o in f.rglob('*')} for f in (run.folder, tmp_path/'run'))
+    assert not two - alone and [o.name for o in tmp_path.iterdir()] == ['run']
+
 def test_help_does_not_wait_for_torch():
     for verb in ('run', 'encode', 'train', 'sample', 'eval'):
         code = f"""import sys
