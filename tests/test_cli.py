@@ -604,6 +604,8 @@ def test_a_run_that_is_told(cli, two_colours, tmp_path, monkeypatch, kind, optio
     assert settings['condition'] == dict(auto='class', text='text')[kind] and settings['guidance'] == 2
     d, page = json.loads((folder/'metrics.json').read_text())['guidance'], (folder/'report.html').read_text()
     assert [o[0] for o in d['rows']] == [1, 1.5, 2, 3] and d['n'] == 64 and 'What guidance does' in page and 'caution' in page
+    kids = re.findall('<td>(KID[^<]*)</td><td>([^<]*)</td>', page)   # none without its error
+    assert [k for k, _ in kids] == ['KID', 'KID of real against real, the floor'] and all(re.match(r'-?\d+\.\d+ ± \d+\.\d+(,|$)', v) for _, v in kids), kids
     assert d['right'] == 1 and all(0 <= o[3] <= 1 for o in d['rows']) and 'A judge that' in page   # nothing is easier than dark and bright
     assert d['luck'] == dict(auto=None, text=.5)[kind] and ('a row a class' in page, '"asked"' in page) == (kind == 'auto', kind == 'text')
     if kind == 'text': return
