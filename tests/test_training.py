@@ -598,7 +598,7 @@ def test_a_checkpoint_whose_note_lacks_something_is_one_line(left_out, begun, tm
     save_file(tensors, tmp_path/'last.safetensors', {'note': json.dumps(sealed({k: v for k, v in note.items() if k not in ('seal', left_out)}))})
     with pytest.raises(UserError, match='delete it, and this training starts again'): train(tmp_path)
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, *[torch.float64]*('LATENTDIFF_LONG' in os.environ)])
 @pytest.mark.parametrize('opt', ['NAdam', 'ASGD', 'RAdam', 'AdamW', 'Adafactor', 'SGD', 'Muon', 'fastai', 'larc'])
 def test_any_optimizer_goes_on_to_the_bit(opt, dtype, tmp_path):
     "Some keep single numbers of another kind than the weights are, or moments of another shape"
