@@ -262,7 +262,7 @@ class AELoss:
         self.features = FeatureLoss().to(device) if feature_weight else None
 
     def __call__(self, pred, images):
-        x, mean, logvar = (*checked(batches=pred), None)[:3]
+        x, mean, logvar = (*checked(pred=pred), None)[:3]
         loss = F.smooth_l1_loss(like(images=images, pred=x), images, beta=0.1)
         if logvar is not None: loss = loss + self.kl_weight*kl_loss(mean, logvar)
         return loss + self.feature_weight*self.features(x, images) if self.features else loss

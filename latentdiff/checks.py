@@ -85,7 +85,9 @@ _KNOWN = dict( # name: what all of these have, and what they are
     batches=('__iter__', 'one tensor (b,c,...) or more, in a list'), cls=('compute', 'a metric, such as PSNR'),
     generator=('manual_seed', 'a torch.Generator'), m=('items', 'what metrics.json holds, a dict'),
     config=('items', 'of a network'), velocity=('__call__', 'velocity(x, t)'), slope=('__call__', 'slope(x, t, d)'),
-    drawn_with=('items', 'a dict'), mix=('__call__', 'mix(a, b, w)'), rows=('items', 'pictures by name of row'))
+    drawn_with=('items', 'a dict'), conds=('shape', 'a tensor or an array, a row for each image'),
+    pred=('__iter__', 'what the autoencoder answers: reconstruction, mean, log-variance'),
+    mix=('__call__', 'mix(a, b, w)'), rows=('items', 'pictures by name of row'))
 
 def _has(o, name):
     try: return hasattr(o, name)

@@ -425,7 +425,7 @@ def make_conditional(folder, latents, p, # run folder: gets denoiser/, process/,
     conditioner, conds, **kw):           # makes the tokens; (n,) what it reads for each image; as for `make_denoiser`
     "The `Conditioned` denoiser of a run in eval mode, and its `Process`: loaded, or trained now for `p.steps` steps"
     build = lambda shape, p: Conditioned(conditional(unet_for(shape, p), conditioner.dim), conditioner)
-    said = fingerprint(conds=checked(items=conds).tolist(), captions=list(getattr(conditioner, 'places', ())))
+    said = fingerprint(conds=checked(conds=conds).tolist(), captions=list(getattr(conditioner, 'places', ())))
     told = dict(conditioner=json.loads(conditioner.to_json_string()), conditions=said)
     return make_denoiser(folder, latents, p, build=build, conds=conds, **told, **kw)
 

@@ -296,9 +296,9 @@ CALLS |= {
 LOGITS = torch.zeros(2, 1, 2, 2)
 CALLS |= {
     **each(A.hinge_loss, 'real', None, 'a', LOGITS[:1], LOGITS.long(), fake=LOGITS, says=' is '), **each(A.hinge_loss, 'fake', None, 5, LOGITS[:0], real=LOGITS, says='fake is'), **each(A.AELoss, 'kl_weight', None, 'a', nan, inf, -1),
-    **each(A.AELoss, 'feature_weight', None, 'a', nan, inf, -1), **each(A.AELoss().__call__, 'pred', None, 5, images=X, title='AELoss', says='batches is'), **each(A.AELoss().__call__, 'pred', (X[:2], None), (None, None), images=X, title='AELoss of', says='pred is'),
+    **each(A.AELoss, 'feature_weight', None, 'a', nan, inf, -1), **each(A.AELoss().__call__, 'pred', None, 5, images=X, title='AELoss', says='pred is'), **each(A.AELoss().__call__, 'pred', (X[:2], None), (None, None), images=X, title='AELoss of', says='pred is'),
     **each(A.sharpen_decoder, 'start', -3, 'a', nan, 1.5, ae=A.KLAutoencoder(3, (8,), 2, 1, 4), x_train=X, x_valid=X, steps=2), **each(few_step.Shortcut, 'net', None, 'x', 5, says='unet is'),
-    **each(G.make_conditional, 'conds', None, 'a', 5, folder=None, latents=None, p=None, conditioner=None, says='items is'), **each(T.Checkpoint, 'folder', *NO_PATH, made_from='x', title='Checkpoint', says=' is '),
+    **each(G.make_conditional, 'conds', None, 'a', 5, folder=None, latents=None, p=None, conditioner=None, says='conds is'), **each(T.Checkpoint, 'folder', *NO_PATH, made_from='x', title='Checkpoint', says=' is '),
     **each(T.step_time, 'learn', None, 5, 'a'), **each(K.kernel_sums, 'block', 0, -3, 2.5, nan, 'a', None, x=FEATS)}
 
 CALLS |= { # what nobody has in mind, at doors of lessons
