@@ -486,9 +486,9 @@ def expectation(pipe, n, steps, sampler, bs, **told):
     name = by if isinstance(by, str) else getattr(by, '__name__', type(by).__name__)
     few, before = min(number(1, n=n, bs=bs), 16), peak_gb(pipe.device)
     told |= {k: several(k, told[k])[:few] for k in ('cond', 'negative') if told.get(k) is not None}
-    pipe.draw(few, 1, sampler, bs=few, **told)
-    start = time.monotonic()
-    pipe.draw(few, 1, sampler, bs=few, **told)
+    for probe in [SAMPLER if hasattr(by, 'set_timesteps') else sampler]*2:   # some of diffusers' cannot take a single step
+        start = time.monotonic()   # the second time counts
+        pipe.draw(few, 1, probe, bs=few, **told)
     seconds = (time.monotonic() - start)*bs/few*-(-n//bs)*evaluations(pipe.sampler_of(sampler), steps)
     more = (peak_gb(pipe.device) - before)*(bs/few - 1)   # of a whole batch, in proportion
     if pipe.device.type == 'cpu': enough(f'Drawing {bs:,} at a time', os.curdir, memory=1e9*more)

@@ -665,6 +665,7 @@ def test_any_scheduler_is_a_sampler(tmp_path, scheduler):
     with torch.no_grad():
         for t in scheduler.timesteps: x = scheduler.step(net(scale(x, t), t).sample, t, x, **kw).prev_sample
     torch.testing.assert_close(got, x.clamp(-1, 1)/2 + .5, atol=5e-4, rtol=0)
+    assert expectation(p, 2, 8, None, 2).startswith(f'{type(scheduler).__name__}, 8 steps')   # one step is timed, which PNDM cannot take
     if isinstance(scheduler, PNDMScheduler):
         with pytest.raises(UserError, match='PNDMScheduler cannot draw in 3 steps .*: take more'): p(2, num_inference_steps=3)
     edm = scheduler.config.get('timestep_type') == 'continuous'
