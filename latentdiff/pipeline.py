@@ -486,7 +486,7 @@ def expectation(pipe, n, steps, sampler, bs, **told):
     name = by if isinstance(by, str) else getattr(by, '__name__', type(by).__name__)
     few, before = min(number(1, n=n, bs=bs), 16), peak_gb(pipe.device)
     told |= {k: several(k, told[k])[:few] for k in ('cond', 'negative') if told.get(k) is not None}
-    for probe in [SAMPLER if hasattr(by, 'set_timesteps') else sampler]*2:   # some of diffusers' cannot take a single step
+    for probe in [SAMPLER if hasattr(by, 'set_timesteps') else sampler]*2:   # some of diffusers' cannot take one step
         start = time.monotonic()   # the second time counts
         pipe.draw(few, 1, probe, bs=few, **told)
     seconds = (time.monotonic() - start)*bs/few*-(-n//bs)*evaluations(pipe.sampler_of(sampler), steps)
