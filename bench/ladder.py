@@ -57,7 +57,7 @@ def denoiser(run, p, minutes, seed, process=Process('flow', 'velocity', 'logit_n
     net = unet_for(z.shape[1:], p)
     learn = train_denoiser(net, process, z, valid, minutes=minutes, bs=p.bs, lr=p.lr*rate, seed=seed, **kw)
     pipe = LatentDiffusionPipeline(run.autoencoder, net.eval(), process, p.size)
-    px = pipe.pixels(p.n_eval, p.sample_steps, seed=seed, bs=p.bs)
+    px = pipe.pixels(p.n_eval, **run.sampling, seed=seed, bs=p.bs)
     return learn, learn.history['rows'][-1][2], kid(features(run.judge, px), run.real_features)
 
 def options():

@@ -93,11 +93,12 @@ def _has(o, name):
     try: return hasattr(o, name)
     except KeyError: return False   # a network of diffusers looks it up in its config
 
-def checked(**given): # by the names that they have everywhere: those in `_KNOWN`, and the sizes of networks and latents
+def checked(kind=None, /, **given): # what they are, if their names do not say it: a key of `_KNOWN`; sizes need none
     "The last one; raises `UserError` for what is no such thing, or no whole number above 0 (a tuple of them: widths)"
     for k, v in given.items():
-        if k in _KNOWN and not _has(v, _KNOWN[k][0]): raise UserError(f'{k} is {v!r:.80}: give {_KNOWN[k][1]}')
-        if k in _KNOWN: continue
+        known = _KNOWN.get(kind or k)
+        if known and not _has(v, known[0]): raise UserError(f'{k} is {v!r:.80}: give {known[1]}')
+        if known: continue
         several = k in ('widths', 'sizes', 'shape')
         if several and not (isinstance(v, (list, tuple)) and v):
             raise UserError(f'{k} is {v!r:.80}: give whole numbers above 0 in a tuple')

@@ -387,7 +387,8 @@ def attention_maps(net, x, time, tokens, mask=None # ConditionalUNet, and what i
     "Which place looks at which token"
     maps = []
     def look(module, args): maps.append(module.weights(*args).mean(1).transpose(1, 2).unflatten(2, args[0].shape[2:]))
-    hooks = [m.register_forward_pre_hook(look) for m in checked(module=net).modules() if isinstance(m, CrossAttention)]
+    blocks = [o for o in checked('module', net=net).modules() if isinstance(o, CrossAttention)]
+    hooks = [o.register_forward_pre_hook(look) for o in blocks]
     try: net(x, time, tokens, mask)
     finally:
         for h in hooks: h.remove()

@@ -161,13 +161,13 @@ def settings_of(data=None, preset=None, size=None, minutes=None, seed=0, n=None,
         raise UserError('--from brings its own autoencoder along: leave --autoencoder away.')
     p = preset_of(dict(preset=preset, data=data, size=size, n=n, autoencoder=autoencoder))
     if From is None and (autoencoder or p.data.split('/')[0] in DATASETS): From = 'none'  # else it will be seen
-    here = lambda d, file: os.path.exists(os.path.expanduser(place(path=d)/file)) or '{' in str(d).split(':')[0]
-    there = lambda d, file: d and d not in DATASETS and here(d, file)
-    whole = lambda d, file='': utf8(path=str(Path(os.path.expanduser(d)).resolve())) if there(d, file) else d
-    data = 'hub:'*p.data.startswith('hub:') + whole(p.data.removeprefix('hub:'))   # maybe a folder in the Hub's place
-    return dict(data=data, preset=p.name, size=p.size, minutes=minutes, seed=seed, n=p.n,
-                autoencoder=whole(p.ae_pretrained), condition=None if condition == 'none' else condition, steps=steps,
-                ae_steps=ae_steps, **{'from': whole(From, 'model_index.json')}, **{k: v for k, v in rates if v})
+    here = lambda k, d, file: os.path.exists(os.path.expanduser(place(**{k: d})/file)) or '{' in str(d).split(':')[0]
+    there = lambda k, d, file: d and d not in DATASETS and here(k, d, file)   # `hub:` may precede a folder in its place
+    whole = lambda k, d, file='': utf8(**{k: str(Path(os.path.expanduser(d)).resolve())}) if there(k, d, file) else d
+    return dict(data='hub:'*p.data.startswith('hub:') + whole('data', p.data.removeprefix('hub:')), preset=p.name,
+                size=p.size, minutes=minutes, seed=seed, n=p.n, autoencoder=whole('autoencoder', p.ae_pretrained),
+                condition=None if condition == 'none' else condition, steps=steps, ae_steps=ae_steps,
+                **{'from': whole('From', From, 'model_index.json')}, **{k: v for k, v in rates if v})
 
 # %% ../nbs/parts/core.ipynb #c017
 def stream(seed, *what): # a whole number, any size or sign; what the stream is for, in numbers and words
@@ -330,7 +330,7 @@ def artefact(path, make,        # the folder; make(folder) fills one, maybe begu
              version=1,         # of the recipe: one more when the same settings give something else
              cheap=False):      # `remake`, and make again what was deleted or changed in it, which a loader refuses
     "Make the artefact at `path` unless it is there and made from the same; returns `path`"
-    path, _ = place(path=path), [checked(d=o) for o in (parents, settings)]
+    path, _ = place(path=path), checked('d', parents=parents, settings=settings)
     want = json.loads(json.dumps(dict(settings=settings, parents=parents, version=version), default=str))
     there, old = agreed((os.path.lexists(path), made(path)))
     differs = old and _difference(old, want)

@@ -295,7 +295,7 @@ class DiT(Denoiser):
 # %% ../nbs/35_denoisers.ipynb #c064
 def count(net, shape): # denoiser; of one latent: (c, h, w), (c, n) or (d,)
     "(parameters, multiply-adds of convolutions, linear layers and attention in one forward pass for one latent)"
-    checked(shape=shape, denoiser=net)
+    checked(shape=shape), checked('denoiser', net=net)
     zeros = partial(torch.zeros, device=next(net.parameters()).device)
     flops = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), flops: net(zeros(1, *shape), zeros(1))

@@ -113,7 +113,7 @@ class Shortcut(nn.Module, ConfigMixin):
     drawn_with = dict(sampler='shortcut', steps=2, guidance=1.)   # what a pipeline takes if it is told nothing
     def __init__(self, net): # a `UNet` or `ConditionalUNet`, trained or not; it becomes part of this one
         super().__init__()
-        self.net = checked(unet=net)
+        self.net = checked('unet', net=net)
         net.time_embedding = StepTime(net.time_embedding)
 
     @property
@@ -137,7 +137,7 @@ class Shortcut(nn.Module, ConfigMixin):
 
 def with_steps(net): # a trained `UNet`, `ConditionalUNet`, or `Conditioned` around one
     "A copy of it to train as a `Shortcut`, which begins as exactly what it was"
-    net = copy.deepcopy(checked(net=net, denoiser=net)).float().requires_grad_(True)
+    net = copy.deepcopy(checked('denoiser', net=checked(net=net))).float().requires_grad_(True)
     if not hasattr(net, 'conditioners'): return Shortcut(net)
     net.net, net.drop = Shortcut(net.net), 0.   # its teacher knows what guidance would do: nothing is left unsaid
     return net

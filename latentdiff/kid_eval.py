@@ -415,7 +415,7 @@ def train_classifier(pixels, labels, # uint8 (n,1,h,w), int64 (n,), -1 where a p
 class ClassifierFeatures(Extractor):
     "The pooled features (128) of a GreyClassifier; the hash of its weights is part of the score's name"
     def __init__(self, net, device=None):
-        weights = b''.join(v.detach().cpu().numpy().tobytes() for v in checked(module=net).state_dict().values())
+        weights = b''.join(v.detach().cpu().numpy().tobytes() for v in checked('module', net=net).state_dict().values())
         super().__init__(net, f'classifier-{hashlib.md5(weights).hexdigest()[:8]}', device)
 
     def embed(self, pixels): return self.net.body(from_uint8(pixels[:, :1]))

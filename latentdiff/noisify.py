@@ -257,7 +257,7 @@ def noisify(self:Process, x0, t=None, eps=None, generator=None): # latents (b,..
 # %% ../nbs/20_noisify.ipynb #c015
 def weights_hash(ae): # an `Autoencoder` -> 64 hex digits
     "sha256 of an autoencoder's settings (its scale among them) and weights"
-    config = {k:v for k,v in checked(module=ae).config.items() if k[0]!='_'}
+    config = {k:v for k,v in checked('module', ae=ae).config.items() if k[0]!='_'}
     h = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for k,v in sorted(ae.state_dict().items()):
         h.update(f'{k} {v.dtype} {tuple(v.shape)}'.encode())

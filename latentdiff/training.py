@@ -300,7 +300,7 @@ def step_time(learn): # a fastai Learner
 def seconds_per_step(net, z, *cond): # denoiser; one batch of latents (b,c,h,w) on its device; their condition, if any
     "Forward and backward of a bare denoiser, the best of three after a warm-up; the weights stay as they are"
     def step():
-        F.mse_loss(checked(denoiser=net)(like(None, z=z), z.new_full((len(z),), 500.), *cond), z).backward()
+        F.mse_loss(checked('denoiser', net=net)(like(None, z=z), z.new_full((len(z),), 500.), *cond), z).backward()
         if z.is_cuda: torch.cuda.synchronize()
     secs = timeit.repeat(step, repeat=4, number=1)
     net.zero_grad()

@@ -366,7 +366,8 @@ def loss_by_level(net, process, z, # denoiser, Process, (n, c, h, w) latents the
     n_levels=20, seed=0 # noise levels, the middles of equal slices of (0, 1); of the noise, the same at every level
 ): # t (n_levels,), mean squared error (n_levels,), both on the CPU
     "Where on the way from image to noise the predictions are poor"
-    all_finite(z=like(True, z=z)), number(1, 10**5, n_levels=n_levels), checked(process=process, denoiser=net)
+    all_finite(z=like(True, z=z)), number(1, 10**5, n_levels=n_levels)
+    checked(process=process), checked('denoiser', net=net)
     z = z.to(next(net.eval().parameters()).device)
     eps = torch.randn(z.shape, generator=torch.Generator().manual_seed(number(seed=seed))).to(z.device)
     ts, losses = (torch.arange(n_levels) + .5)/n_levels, []
