@@ -293,7 +293,7 @@ class ValidMetric(Metric):
     value = property(lambda self: self.m.compute().item())
 
 # %% ../nbs/10_autoencoder.ipynb #c112
-def ae_learner(ae, x_train, x_valid,      # an `Autoencoder`; uint8 pixels (n,c,h,w) or float images in [-1,1]
+def ae_learner(ae, x_train, x_valid,      # an `Autoencoder`; uint8 (n,c,h,w) or float in [-1,1]; 250 of x_valid
                bs=64, flip=False, seed=0, # images a step, at most 64; mirror half of them; of order and mirror
                kl_weight=1e-3, feature_weight=0., device=None, cbs=(), # see `AELoss`; None: GPU if any; more callbacks
                opt_func=muon, crop=0):    # a fastai optimizer; move each picture by up to so many pixels
@@ -563,9 +563,9 @@ class Adversary(Callback):
         self.d_opt = torch.optim.Adam(self.net.parameters(), self.lr, betas=(.5, .9))
 
     def after_loss(self):
+        if len(self.log) < self.start: return
         adv, rec = -self.net(self.pred[0]).mean(), self.learn.loss_grad
-        weight = adaptive_weight(rec, adv, self.model.decoder[-2].weight)
-        if len(self.log) >= self.start: self.learn.loss_grad = rec + self.weight*weight*adv
+        self.learn.loss_grad = rec + self.weight*adaptive_weight(rec, adv, self.model.decoder[-2].weight)*adv
 
     def after_step(self):
         real, fake = self.net(self.yb[0]), self.net(self.pred[0].detach())

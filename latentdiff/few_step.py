@@ -229,8 +229,8 @@ def make_shortcut(folder, net, process, latents, steps, # of the run: gets short
     told = latents.labels if conds is None else torch.as_tensor(conds)
     parents = dict(latents=latents.fingerprint, teacher=weights_hash(net))
     if conds is not None: parents['conditions'] = fingerprint(conds=told.tolist())
-    settings = dict(guidance=guidance, lr=lr, bs=bs, seed=seed, shares=list(SHARES.items()))
-    checkpoint = Checkpoint(folder/'checkpoints'/'shortcut', fingerprint(**parents, **settings))
+    settings = dict(guidance=guidance, bs=bs, seed=seed, shares=list(SHARES.items()))
+    checkpoint = Checkpoint(folder/'checkpoints'/'shortcut', fingerprint(**parents, **settings))   # at whatever rate
     def make(out):
         torch.manual_seed(seed)
         teacher, z = net.to(device).eval(), [latents.tensor('train'), spread(latents.tensor('valid'), 256)]
@@ -240,5 +240,5 @@ def make_shortcut(folder, net, process, latents, steps, # of the run: gets short
                                bs=bs, device=device, checkpoint=checkpoint)
         save_component(learn.model, out)
         return dict(learn.history, seconds_before=checkpoint.spent)
-    made_at = artefact(folder/'shortcut', make, parents, dict(**settings, steps=steps), remake)
+    made_at = artefact(folder/'shortcut', make, parents, dict(**settings, lr=lr, steps=steps), remake)
     return load_component(made_at).to(device)

@@ -29,10 +29,10 @@ def zero_init(layer):
 
 def peak_gb(device='cpu'):
     "Most memory this process has used so far, GB (of the GPU, if that is the device)"
-    if default_device(device).type == 'cuda': return torch.cuda.max_memory_allocated()/1e9
+    if (device := default_device(device)).type == 'cuda': return torch.cuda.max_memory_allocated(device)/1e9
     if sys.platform == 'win32': return float('nan')
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1e9 if sys.platform == 'darwin' else 1e6)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)/1e9
 
 # %% ../nbs/parts/training.ipynb #c009
 def as_pictures(x): # (b,c,h,w)

@@ -320,6 +320,12 @@ def test_sharpening_is_repeatable_to_the_bit(finished, x):
     b, seed, late, alone = run(), run(seed=1), run(start=6), run(adversary_weight=0.)
     assert same(a, b) and not same(a, seed) and not same(a, late) and same(late, alone)
 
+def test_the_adversary_is_weighed_only_when_it_counts(finished, x, monkeypatch):
+    calls, usual = [], A.adaptive_weight
+    monkeypatch.setattr(A, 'adaptive_weight', lambda *a: calls.append(1) or usual(*a))
+    sharpened(finished, x, start=4)
+    assert len(calls) == 2
+
 def test_sharpening_stops_at_what_is_not_finite(finished, x):
     bad = x.float()/127.5 - 1
     bad[:40] = float('nan')

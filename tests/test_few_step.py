@@ -10,6 +10,7 @@ from latentdiff.few_step import *
 from latentdiff.noisify import Process
 from latentdiff.pipeline import LatentDiffusionPipeline
 from latentdiff.sampling import levels, optimal_denoiser, sample, start_noise, time_steps
+from latentdiff import training
 from latentdiff.training import Checkpoint
 from latentdiff.unet import UNet
 
@@ -251,6 +252,19 @@ def test_a_run_makes_it_once(make, tmp_path):
         t = both[:, 0]
         bare, guided = teacher_of(teacher, 1.), teacher_of(teacher, 3.)
         close(guided(x, t, *cond), teacher(x, t) + 3*(bare(x, t, *cond) - teacher(x, t)), 1e-4)
+
+def test_what_diverged_goes_on_at_a_lower_rate(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training.Checkpoint.__init__, '__defaults__', (0.,))
+    usual, kw = training.StepByStep.before_backward, dict(bs=8, device='cpu')
+    def poisoned(self):
+        if self.k == 4 and self.peak > 5e-4: self.learn.loss_grad = self.learn.loss_grad*float('nan')
+        usual(self)
+    monkeypatch.setattr(training.StepByStep, 'before_backward', poisoned)
+    go = lambda **how: make_shortcut(tmp_path, noisy(UNet(4, widths=(16, 16), depth=1)), FLOW, FewLatents(), 8, **kw, **how)
+    with pytest.raises(UserError, match='stopped at step 4: .*lower rate than 0.001'): go()
+    capsys.readouterr()
+    go(lr=1e-4)
+    assert 'from step 4 on' in capsys.readouterr().out
 
 def test_a_step_of_the_training_uses_no_masks():
     "Each of which a GPU would have to wait for; `d` falls along a batch, so its parts are slices"

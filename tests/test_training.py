@@ -1,5 +1,6 @@
 "Training: batches by number, averages, rates; a training that was killed, or continued, ends with the weights of one that was not."
-import copy, json, math, os, random, time
+import copy, json, math, os, random, re, sys, time
+from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pytest, torch
 from functools import partial
@@ -127,6 +128,9 @@ def test_small_things():
     before = peak_gb()
     block = torch.ones(50_000_000)
     assert peak_gb() >= before > .05 and peak_gb() < 64 and block.all()
+    if sys.platform == 'linux':   # what the kernel calls kB is 1,024 bytes
+        most = int(re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())[1])*1024/1e9
+        assert abs(peak_gb()/most - 1) < .01
 
 # --- the average of the weights
 
