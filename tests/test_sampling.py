@@ -1,6 +1,7 @@
 "Samplers against diffusers' schedulers, against exact solutions, and on their edges."
 from functools import partial
-import math, numpy as np, pytest, torch, diffusers
+import math, runpy, numpy as np, pytest, torch, diffusers
+from pathlib import Path
 from torch import nn
 from latentdiff.core import UserError
 from latentdiff.noisify import SCHEDULES, TARGETS, Process
@@ -587,3 +588,13 @@ def test_without_ipywidgets_a_line_says_what_is_missing(panel, monkeypatch, caps
     assert panel(Mixture()) is None
     said = capsys.readouterr().out
     assert said.count('\n') == 1 and 'pip install ipywidgets' in said
+
+def test_what_is_left_of_the_mean_belongs_to_the_start():
+    "As `bench/lsun_runs.py` draws: noise with it leads to the mean of Gaussian data; pure noise misses the share of it that the last noisy latent knows"
+    start = runpy.run_path(str(Path(__file__).parents[1]/'bench'/'lsun_runs.py'))['from_there']
+    p, m, std = Process('ddpm_linear', 'eps', 'uniform', beta_end=.01), 35., 20.
+    (a, s), net = levels(p, 1.), optimal_denoiser(p, torch.full((1, 4), m).double(), std)
+    x = s*torch.randn(5000, 4, generator=torch.Generator().manual_seed(0)).double()
+    drawn = lambda left: start(torch.tensor(left), net, p, x, time_steps(p, 200), generator=torch.Generator().manual_seed(1)).mean().item()
+    known = (a*std)**2/((a*std)**2 + s**2)
+    assert known > .7 and abs(drawn(a*m) - m) < .6 and abs(drawn(0.) - m*(1 - known)) < .6
