@@ -151,7 +151,7 @@ def test_answers_are_folded_and_set(site):
     folded = [o for o in soup(site, '40_sampling').select('article details') if 'hide' not in o.get('class', [])]
     assert len(folded) == read_text('40_sampling').count('<details>') > 2
     assert not any(o.has_attr('open') for o in folded)
-    assert folded[0].select('.highlight-python pre .k') and len(folded[-1].select('ol > li')) == 6
+    assert folded[0].select('.highlight-python pre .k') and len(folded[-1].select('ol > li')) == 5
 
 def read_text(name):
     "The prose of a notebook."
