@@ -311,6 +311,14 @@ CALLS |= { # what nobody has in mind, at doors of lessons
     **each(muon.Muon, 'lr', 'a', None, nan, -1., params=[torch.nn.Parameter(torch.ones(2))]), **each(muon.Muon, 'momentum', 'a', None, nan, params=[torch.nn.Parameter(torch.ones(2))]),
 }
 
+@pytest.mark.parametrize('name, call', [('ae', lambda: N.weights_hash(5)), ('net', lambda: K.ClassifierFeatures(5)), ('net', lambda: few_step.Shortcut(5)),
+    ('net', lambda: few_step.with_steps(len)), ('net', lambda: DE.count(5, (4, 8, 8))), ('net', lambda: U.loss_by_level(5, FLOW, Z8)),
+    ('net', lambda: training.seconds_per_step(5, Z8)), ('net', lambda: G.attention_maps(5, Z8, torch.ones(3), None)), ('parents', lambda: C.artefact('x', len, 3, {})),
+    ('settings', lambda: C.artefact('x', len, {}, 3)), ('autoencoder', lambda: C.settings_of('rooms', 'tiny', autoencoder=5)), ('From', lambda: C.settings_of('rooms', 'tiny', From=5))])
+def test_a_refusal_begins_with_the_argument(name, call):
+    "As it is called from outside, where inside it has the name of what it has to be"
+    with pytest.raises(C.UserError, match=f'^{name} is '): call()
+
 @pytest.mark.parametrize('title', CALLS)
 def test_malformed_call(title): assert answer(*CALLS[title]) is None
 
