@@ -293,7 +293,7 @@ class ValidMetric(Metric):
     value = property(lambda self: self.m.compute().item())
 
 # %% ../nbs/10_autoencoder.ipynb #c112
-def ae_learner(ae, x_train, x_valid,      # an `Autoencoder`; uint8 (n,c,h,w) or float in [-1,1]; 250 of x_valid
+def ae_learner(ae, x_train, x_valid,      # an `Autoencoder`; uint8 (n,c,h,w) or float in [-1,1]; x_valid[:250] count
                bs=64, flip=False, seed=0, # images a step, at most 64; mirror half of them; of order and mirror
                kl_weight=1e-3, feature_weight=0., device=None, cbs=(), # see `AELoss`; None: GPU if any; more callbacks
                opt_func=muon, crop=0):    # a fastai optimizer; move each picture by up to so many pixels
